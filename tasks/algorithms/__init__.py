@@ -1,0 +1,1 @@
+"""Pure mathematics: tensors (or parsed data) in, tensors out; no paths, no YAML, no Prefect, no DVC."""

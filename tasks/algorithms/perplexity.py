@@ -1,0 +1,92 @@
+"""Perplexity under one pinned protocol, so that a number means the same wherever it is printed.
+
+Protocol `joined-<length>-<stride>-nobos-fp32`: the documents of a split are joined by one newline, the whole is
+tokenised once without special tokens (no bos, no eos), and windows of `length` tokens start every `stride` tokens; an
+incomplete last window is dropped. A window's first token is never predicted: each window has length - 1 predictions.
+With stride < length, a later window counts its last `stride` predictions only, so that no token counts twice.
+Log-probabilities are taken in float32 whatever the model computes in, and averaged in float64 over all predictions.
+
+It does not weigh by bytes or words: perplexities of models with different tokenizers can't be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tasks.algorithms.errors import InputError
+
+JOIN = "\n"
+
+
+def protocol(length: int, stride: int) -> str:
+    """The protocol's name, to be printed beside each number."""
+    return f"joined-{length}-{stride}-nobos-fp32"
+
+
+def tokenise(tokenizer: Any, documents: Iterable[str]) -> Tensor:
+    """int64 [tokens] of the joined documents, without special tokens."""
+    ids = tokenizer(JOIN.join(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def windows(tokens: Tensor, length: int, stride: int, max_windows: int | None = None) -> Tensor:
+    """Cut tokens [tokens] into int64 windows [windows, length]: the first `max_windows`, or all.
+
+    Raises:
+        InputError: the text is shorter than one window.
+    """
+    if len(tokens) < length:
+        raise InputError(
+            f"the text has {len(tokens)} tokens, one window needs {length}: give a longer text or a smaller length"
+        )
+    return tokens.unfold(0, length, stride)[:max_windows].contiguous()
+
+
+def token_nll(model: nn.Module, input_ids: Tensor, batch: int = 1) -> Tensor:
+    """Negative log-likelihood (nats) of each predicted token.
+
+    Args:
+        model: anything whose call returns `.logits` [batch, length, vocabulary].
+        input_ids: [windows, length].
+        batch: windows per forward pass; no effect on the result beyond rounding.
+
+    Returns:
+        float64 [windows, length - 1].
+    """
+    losses = []
+    with torch.no_grad():
+        for ids in input_ids.split(batch):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [batch, length - 1, vocabulary]
+            chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 1:].long().unsqueeze(-1))
+            losses.append(-chosen.squeeze(-1).double().cpu())
+    return torch.cat(losses)
+
+
+def counted(nll: Tensor, stride: int) -> Tensor:
+    """The predictions that count, [predictions]: all of the first window [0], the last `stride` of each later one."""
+    return torch.cat([nll[0], nll[1:, -stride:].flatten()])
+
+
+def perplexity(model: nn.Module, input_ids: Tensor, batch: int = 1, stride: int | None = None) -> float:
+    """exp of the mean negative log-likelihood per predicted token.
+
+    Args:
+        input_ids: [windows, length], from `windows`.
+        stride: that of `windows`; None where windows don't overlap.
+
+    Raises:
+        InputError: it isn't finite.
+    """
+    mean = float(counted(token_nll(model, input_ids, batch), stride or input_ids.shape[1]).mean())
+    try:
+        value = math.exp(mean)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise InputError(f"the perplexity is not finite (mean negative log-likelihood {mean}): the model is broken")
+    return value

@@ -1,0 +1,152 @@
+"""Train the built-in base model: a small Llama with its own byte-level BPE, from scratch, on the built-in corpus.
+
+Run once; the stage is frozen and its weights are committed. Muon (Jordan et al. 2024, torch.optim.Muon) moves the
+matrices of the blocks, AdamW the embedding and the norms; the learning rate rises, holds and falls linearly to zero.
+Windows are drawn by a seeded generator, documents are joined by a newline and no bos is set, as in the evaluation.
+Not bit-reproducible across machines: bfloat16 autocast and the thread count enter the sums.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tasks import checkpoint
+from tasks.algorithms import perplexity
+from tasks.algorithms.errors import InputError
+from tasks.params import BaseModelParams
+from tasks.stage import Stage
+
+END = "<|endoftext|>"
+CURVE_POINTS = 60
+
+
+def run(stage: Stage) -> None:
+    """Write the model folder and training.csv (step, tokens, loss in nats per token, test perplexity)."""
+    p = stage.params.base_model
+    texts = _texts(stage.input("corpus") / "train.jsonl")
+    tokenizer = train_tokenizer(texts, p.vocabulary, p.context)
+    tokens = encode(tokenizer, texts)
+    test = perplexity.windows(encode(tokenizer, _texts(stage.input("corpus") / "test.jsonl")), p.context, p.context, 32)
+    model = LlamaForCausalLM(config(p, tokenizer))
+    print(f"{sum(w.numel() for w in model.parameters()):,} parameters, {len(tokens):,} distinct training tokens")
+    curve = train(model, tokens, test, p, stage)
+    checkpoint.save_dense(model, tokenizer, stage.output("model"))
+    curve.to_csv(stage.output("training.csv"), index=False, lineterminator="\n", float_format="%.6g")
+
+
+def train_tokenizer(texts: list[str], vocabulary: int, context: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE, so that any text round-trips; digits are single tokens."""
+    core = Tokenizer(models.BPE())
+    split_digits = pre_tokenizers.Digits(individual_digits=True)
+    core.pre_tokenizer = pre_tokenizers.Sequence([split_digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    core.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(texts, trainer)
+    if core.get_vocab_size() != vocabulary:
+        raise InputError(
+            f"the corpus yields {core.get_vocab_size()} BPE tokens, base_model.vocabulary asks for {vocabulary}; "
+            "raise corpus.train_bytes or lower the vocabulary"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=END, eos_token=END, model_max_length=context, clean_up_tokenization_spaces=False
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+    """All documents joined by a newline, as one int64 row of token ids."""
+    joined = perplexity.JOIN.join(texts)
+    return torch.tensor(tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def config(p: BaseModelParams, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The Llama configuration of the parameters."""
+    return LlamaConfig(
+        hidden_size=p.hidden,
+        intermediate_size=p.mlp,
+        num_hidden_layers=p.layers,
+        num_attention_heads=p.heads,
+        num_key_value_heads=p.kv_heads,
+        vocab_size=p.vocabulary,
+        max_position_embeddings=p.context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def train(
+    model: LlamaForCausalLM, tokens: torch.Tensor, test: torch.Tensor, p: BaseModelParams, stage: Stage
+) -> pd.DataFrame:
+    """Train in place; returns the curve."""
+    generator = torch.Generator().manual_seed(p.seed)
+    initialise(model, generator)
+    optimisers = _optimisers(model, p)
+    steps = p.tokens // (p.batch * p.context)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _trapezoid(step, steps, p)) for o in optimisers]
+    rows, mean_loss = [], 0.0
+    with stage.progress("base_model", steps) as progress:
+        for step in range(1, steps + 1):
+            starts = torch.randint(len(tokens) - p.context, (p.batch,), generator=generator)
+            batch = torch.stack([tokens[start : start + p.context] for start in starts.tolist()])
+            loss = _step(model.train(), batch, optimisers, schedules)
+            mean_loss = loss if step == 1 else 0.98 * mean_loss + 0.02 * loss
+            progress.update(step, loss=mean_loss)
+            if step % max(1, steps // CURVE_POINTS) == 0 or step == steps:
+                measured = perplexity.perplexity(model.eval(), test, batch=4)
+                rows.append({"step": step, "tokens": step * p.batch * p.context, "loss": loss, "test_perplexity": measured})
+                print(f"step {step}: loss {loss:.4f}, test perplexity {measured:.3f}", flush=True)
+    model.eval()
+    return pd.DataFrame(rows)
+
+
+def initialise(model: nn.Module, generator: torch.Generator) -> None:
+    """Normal weights of standard deviation 0.02; what writes into the residual stream starts at zero."""
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            zero = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.zeros_(weight) if zero else nn.init.normal_(weight, std=0.02, generator=generator)
+
+
+def _optimisers(model: nn.Module, p: BaseModelParams) -> list[torch.optim.Optimizer]:
+    named = list(model.named_parameters())
+    matrices = [w for name, w in named if w.ndim == 2 and "embed" not in name]
+    rest = [w for name, w in named if w.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=p.muon_learning_rate, weight_decay=0.01, adjust_lr_fn="original"),
+        torch.optim.AdamW(rest, lr=p.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def _step(model: nn.Module, batch: torch.Tensor, optimisers: list, schedules: list) -> float:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(input_ids=batch).logits
+    loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
+    if not loss.isfinite():
+        raise InputError("base_model: the loss is no longer finite; lower base_model.learning_rate")
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimiser, schedule in zip(optimisers, schedules, strict=True):
+        optimiser.step()
+        optimiser.zero_grad()
+        schedule.step()
+    return loss.item()
+
+
+def _trapezoid(step: int, steps: int, p: BaseModelParams) -> float:
+    rise, fall = max(1, int(p.warmup * steps)), max(1, int(p.decay * steps))
+    return min(1.0, (step + 1) / rise, (steps - step) / fall)
+
+
+def _texts(path: Path) -> list[str]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]

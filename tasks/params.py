@@ -1,0 +1,321 @@
+"""The schema of params.yaml: one field per parameter, its unit and range beside it.
+
+No field has a default (a default in Python is a parameter DVC can't see) and unknown keys are refused.
+What can't change a result (device, threads, verbosity) is no parameter.
+Constraints that need the model's config are in `tasks.preflight`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tasks.algorithms.errors import InputError
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+HubName = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+
+
+class Section(BaseModel):
+    """A section of params.yaml; strict about unknown keys and types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Corpus(Section):
+    """The built-in corpus: bytes of UTF-8 text per split."""
+
+    seed: Seed
+    train_bytes: Count
+    calibration_bytes: Count
+    test_bytes: Count
+
+
+class BaseModelParams(Section):
+    """The built-in model's shape and its training from scratch."""
+
+    seed: Seed
+    layers: Count
+    hidden: Count
+    mlp: Count
+    heads: Count
+    kv_heads: Count
+    vocabulary: Annotated[int, Field(ge=300)]
+    context: Count
+    tokens: Count
+    """Training tokens in all, repeats included."""
+    batch: Count
+    """Windows of `context` tokens per optimiser step."""
+    learning_rate: Rate
+    """Peak, AdamW: embedding and norms."""
+    muon_learning_rate: Rate
+    """Peak, Muon: the matrices of the blocks."""
+    warmup: Fraction
+    """Share of the steps with a rising learning rate."""
+    decay: Fraction
+    """Share of the steps, at the end, with a falling learning rate."""
+
+
+class ModelSource(Section):
+    """Where the model comes from: a local folder, or a hub repository at a pinned commit."""
+
+    path: str
+    hub: HubName | None
+    revision: Revision | None
+
+    @model_validator(mode="after")
+    def _pinned(self) -> ModelSource:
+        if (self.hub is None) != (self.revision is None):
+            raise ValueError("`hub` and `revision` go together: name both, or leave both null")
+        return self
+
+
+class CorpusSource(ModelSource):
+    """Where a corpus comes from: a local file, or a hub data set at a pinned commit."""
+
+    field: str
+    """The column that holds the text."""
+    config: str | None
+    """The hub data set's configuration name."""
+    split: str | None
+    """The hub data set's split."""
+
+    @model_validator(mode="after")
+    def _split(self) -> CorpusSource:
+        if (self.hub is None) != (self.split is None):
+            raise ValueError("a hub data set needs its `split`, a local file has none")
+        return self
+
+
+class Corpora(Section):
+    """The four texts of the pipeline."""
+
+    train: CorpusSource
+    """LoRA recovery is trained on it."""
+    calibration: CorpusSource
+    test: CorpusSource
+    """In-domain test split."""
+    test_ood: CorpusSource
+    """Out-of-domain test split."""
+
+
+class Fetch(Section):
+    model: ModelSource
+    corpora: Corpora
+
+
+class Calibrate(Section):
+    enabled: bool
+    seed: Seed
+    windows: Count
+    length: Annotated[int, Field(ge=8)]
+    """Tokens per window."""
+
+
+class Importance(Section):
+    enabled: bool
+    windows: Count
+    """Calibration windows used for scoring; the first ones of `calibrate`'s."""
+    method: Literal["magnitude", "taylor", "perplexity", "block_influence", "compound"]
+    """The score that ranks the layers for depth_prune; all of them are written."""
+
+
+class DepthPrune(Section):
+    enabled: bool
+    remove: CountOrZero
+    """Layers."""
+    protect_first: CountOrZero
+    protect_last: CountOrZero
+    schedule: Literal["one_shot", "greedy"]
+    """greedy scores again after each removal."""
+
+
+class Wanda(Section):
+    enabled: bool
+    method: Literal["wanda", "wanda_alpha"]
+    """wanda_alpha searches the exponent of the activation norm by bisection, per linear layer."""
+    pattern: Literal["n_m", "unstructured"]
+    keep: Count | None
+    of: Annotated[int, Field(ge=2, le=32)] | None
+    """n_m: `keep` weights stay of every `of` consecutive inputs of a row."""
+    sparsity: Annotated[float, Field(ge=0, lt=1)] | None
+    """unstructured: fraction of zeros in each row."""
+
+    @model_validator(mode="after")
+    def _pattern(self) -> Wanda:
+        if self.pattern == "n_m":
+            if self.keep is None or self.of is None:
+                raise ValueError("pattern n_m needs `keep` and `of`")
+            if self.keep >= self.of:
+                raise ValueError(f"keep = {self.keep} must be below of = {self.of}: otherwise nothing is pruned")
+        elif self.sparsity is None:
+            raise ValueError("pattern unstructured needs `sparsity`")
+        if self.method == "wanda_alpha" and self.pattern != "unstructured":
+            raise ValueError("method wanda_alpha searches for a sparsity, so it needs pattern unstructured")
+        return self
+
+
+class Distillation(Section):
+    weight: Fraction
+    """Share of the distillation loss; the rest is the causal-LM loss."""
+    temperature: Rate
+
+
+class Lora(Section):
+    enabled: bool
+    seed: Seed
+    rank: Count
+    alpha: Rate
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    targets: Literal["all-linear", "attention", "mlp"]
+    steps: Count
+    """Optimiser steps."""
+    batch: Count
+    """Windows per step."""
+    length: Annotated[int, Field(ge=8)]
+    """Tokens per window."""
+    learning_rate: Rate
+    warmup: Fraction
+    distillation: Distillation
+
+
+class Gptq(Section):
+    enabled: bool
+    bits: Literal[2, 3, 4, 8]
+    group_size: Literal[-1, 16, 32, 64, 128]
+    """Inputs that share a scale; -1 is the whole row."""
+    symmetric: bool
+    damp: Annotated[float, Field(gt=0, lt=1)]
+    """Fraction of the Hessian's mean diagonal that is added to it."""
+    act_order: bool
+
+
+class Eora(Section):
+    enabled: bool
+    rank: Count
+    teacher: Literal["lora", "fetch"]
+    """The dense weights whose difference to the quantised ones is compensated."""
+
+
+class Package(Section):
+    enabled: bool
+
+
+class Evaluate(Section):
+    enabled: bool
+    protocol: Literal["joined"]
+    """joined: documents joined by a newline, cut into windows (tasks.algorithms.perplexity)."""
+    length: Annotated[int, Field(ge=8)]
+    """Tokens per window."""
+    stride: Count
+    """Tokens from one window's start to the next one's."""
+    max_windows: Count
+    batch: Count
+    """Windows per forward pass; no effect on the result beyond rounding."""
+    prompts: Annotated[list[str], Field(min_length=1)]
+    new_tokens: Count
+
+    @model_validator(mode="after")
+    def _stride(self) -> Evaluate:
+        if self.stride > self.length:
+            raise ValueError(f"stride = {self.stride} above length = {self.length} would skip tokens")
+        return self
+
+
+class HardwareFit(Section):
+    enabled: bool
+    device: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
+    """Name of a profile, data/devices/<device>.yaml."""
+    context: Count
+    """Tokens held in the KV cache, per sequence."""
+    batch: Count
+    kv_bits: Literal[4, 8, 16, 32]
+    activation_bits: Literal[8, 16, 32]
+
+
+class Report(Section):
+    enabled: bool
+
+
+class Params(Section):
+    """The whole of params.yaml: one section per stage."""
+
+    corpus: Corpus
+    base_model: BaseModelParams
+    fetch: Fetch
+    calibrate: Calibrate
+    importance: Importance
+    depth_prune: DepthPrune
+    wanda: Wanda
+    lora: Lora
+    gptq: Gptq
+    eora: Eora
+    package: Package
+    evaluate: Evaluate
+    hardware_fit: HardwareFit
+    report: Report
+
+    @model_validator(mode="after")
+    def _across(self) -> Params:
+        users = [s for s in ("importance", "wanda", "gptq", "eora") if getattr(self, s).enabled]
+        if users and not self.calibrate.enabled:
+            raise ValueError(f"calibrate is switched off, but {', '.join(users)} need its windows: switch them off too")
+        if self.depth_prune.enabled and self.depth_prune.remove and not self.importance.enabled:
+            raise ValueError("importance is switched off, but depth_prune needs its scores: switch depth_prune off too")
+        if self.eora.enabled and not self.gptq.enabled:
+            raise ValueError("gptq is switched off, but eora compensates its error: switch eora off too")
+        if self.importance.enabled and self.importance.windows > self.calibrate.windows:
+            raise ValueError(
+                f"importance.windows = {self.importance.windows} is above calibrate.windows = {self.calibrate.windows}"
+            )
+        return self
+
+
+def parse(raw: Any, source: str) -> Params:
+    """Validate parsed YAML.
+
+    Raises:
+        InputError: one line per problem, each with the key, the value and what was expected.
+    """
+    if not isinstance(raw, dict):
+        raise InputError(f"{source} holds {type(raw).__name__}, expected one section per stage")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise InputError("\n".join(_sentence(source, e) for e in error.errors())) from error
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """Read and validate the parameter file.
+
+    Raises:
+        InputError: the file is missing, is no YAML, or breaks the schema.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; run from the project's folder") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return parse(raw, str(path))
+
+
+def _sentence(source: str, error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{source}: unknown parameter `{key}`; check its spelling against tasks/params.py"
+    if error["type"] == "missing":
+        return f"{source}: parameter `{key}` is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{source}: {key + ': ' if key else ''}{message}"
+    return f"{source}: `{key}` = {error['input']!r}: {message[0].lower() + message[1:]}"
