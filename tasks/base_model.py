@@ -24,7 +24,7 @@ from tasks.params import BaseModelParams
 from tasks.stage import Stage
 
 END = "<|endoftext|>"
-CURVE_POINTS = 60
+CURVE_POINTS = 40
 
 
 def run(stage: Stage) -> None:
