@@ -27,6 +27,8 @@ REQUIREMENT_KINDS = {
     "compliance": "COM", "availability": "AVA", "scalability": "SCA", "logging": "LOG", "installation": "INS",
 }
 SUPPORT_KINDS = ("rationale", "acceptance", "definition", "scenario")
+CLAUSE_KINDS = ("trigger", "constraint")
+"""Clauses put before or after a requirement (the EARS patterns of Mavin et al., 2009), so that few sentences recur."""
 _NOTE_KINDS = frozenset(("rationale", "acceptance"))
 
 _HEADINGS = {
@@ -307,6 +309,64 @@ def _technical_slots() -> dict[str, _Draw]:
     }
 
 
+# ------------------------------------------------------------------------------------------------------- paraphrase
+
+_SYNONYMS = (
+    "shall/shall/shall/must", "store/keep/retain/save", "stored/kept/retained/saved", "display/show/present",
+    "displayed/shown/presented", "displays/shows/presents", "recorded/logged/noted", "notify/inform/alert",
+    "notified/informed/alerted", "detect/notice/recognise/identify", "detected/noticed/recognised/identified",
+    "verify/check/confirm", "verified/checked/confirmed", "immediately/at once/without delay/straight away",
+    "prevent/avoid", "prevented/avoided", "reject/refuse/decline", "rejected/refused/declined", "allow/permit",
+    "allowed/permitted", "send/transmit/forward", "sent/transmitted/forwarded", "create/generate/produce",
+    "created/generated/produced", "delete/remove/erase", "deleted/removed/erased", "change/alter/modify",
+    "changed/altered/modified", "begin/start/commence", "begins/starts/commences", "restored/recovered/reinstated",
+    "faults/failures/malfunctions", "fault/failure/malfunction", "approved/authorised/signed off", "message/notice",
+    "at least/no less than/a minimum of", "no more than/at most/not more than", "during/in the course of/throughout",
+    "so that/in such a way that", "in order to/so as to", "when/whenever/once/as soon as", "while/as long as",
+    "When/Whenever/Once/As soon as/Every time", "While/As long as/For as long as", "If/In case/In the event that",
+    "unless/except where/except when", "previous/earlier/preceding/former", "additional/further/extra",
+    "necessary/required/needed", "automatically/without manual action/of its own accord", "together with/along with",
+    "regularly/periodically/at regular intervals", "clearly/plainly/unambiguously", "current/present/latest",
+    "completely/entirely/fully/in full", "correctly/properly/as intended", "quickly/rapidly/promptly",
+    "permanently/for good", "temporarily/for the time being", "directly/without detour", "exactly/precisely",
+    "available/at hand/ready for use", "damaged/harmed", "lost/missing", "separate/distinct", "entire/whole/complete",
+    "caused/brought about/triggered", "according to/in line with/in keeping with", "instead of/in place of/rather than",
+    "because/since/as", "several/a number of/various", "often/frequently", "usually/normally/as a rule",
+    "replaced/exchanged/swapped", "measured/determined", "stopped/halted/ended", "selected/chosen/picked",
+    "accepted/taken/admitted", "visible/apparent", "reduce/lower/decrease", "reduced/lowered/decreased",
+    "increase/raise", "exceed/go beyond/surpass", "remain/stay", "remains/stays", "must not/shall not",
+)
+_ALTERNATIVES = {group.split("/")[0]: tuple(group.split("/")) for group in _SYNONYMS}
+# A word after an indefinite article stays, or the article would be wrong.
+_REPLACEABLE = re.compile(
+    r"(?<!\ba )(?<!\ban )\b(" + "|".join(sorted(map(re.escape, _ALTERNATIVES), key=len, reverse=True)) + r")\b(?! not\b)"
+)
+# Words that may be nouns as well are taken for verbs after these only.
+_AMBIGUOUS = frozenset(("store", "display", "change", "increase", "show", "approach", "reject", "message", "remain"))
+_VERBAL = ("shall ", "must ", "should ", "may ", "can ", "to ", "not ", "and ", "or ", "then ")
+_TIMES = frozenset(("latency", "duration", "idle", "period", "worktime"))
+_WITHIN = ("within ", "in less than ", "in no more than ", "in at most ", "not later than ")
+_KEPT = 0.45
+"""Share of the words with synonyms that stay as the frame has them."""
+
+
+def _with_alternatives(literal: str, next_base: str) -> list[str | tuple[str, ...]]:
+    """A literal cut into strings and tuples of interchangeable phrases, the frame's own first."""
+    pieces: list[str | tuple[str, ...]] = []
+    end = 0
+    tail = "within " if literal.endswith("within ") and next_base in _TIMES else ""
+    body = literal[: len(literal) - len(tail)]
+    for match in _REPLACEABLE.finditer(body):
+        if match.group(1) in _AMBIGUOUS and not body[: match.start()].endswith(_VERBAL):
+            continue
+        pieces += [body[end : match.start()], _ALTERNATIVES[match.group(1)]]
+        end = match.end()
+    pieces.append(body[end:])
+    if tail:
+        pieces.append(_WITHIN[:4])
+    return [piece for piece in pieces if piece]
+
+
 # ------------------------------------------------------------------------------------------ compiled frames, domains
 
 _SLOT = re.compile(r"\{([a-z]+)([0-9]?)(?::([a-z]+))?\}")
@@ -335,9 +395,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame as a tuple of literals and `Piece` objects."""
+    """A frame as a tuple of literals, tuples of interchangeable phrases, and `Piece` objects."""
 
-    pieces: tuple[str | Piece, ...]
+    pieces: tuple[str | tuple[str, ...] | Piece, ...]
     keys: frozenset[str]
     needs_reference: bool
 
@@ -371,9 +431,13 @@ class Split:
     frames: tuple[dict, ...]
 
 
-def compile_text(text: str) -> Frame:
-    """Cut a text into literals and slots; a slot without number is the same draw as the one numbered 1."""
-    pieces: list[str | Piece] = []
+def compile_text(text: str, paraphrase: bool = False) -> Frame:
+    """Cut a text into literals and slots; a slot without number is the same draw as the one numbered 1.
+
+    Args:
+        paraphrase: words with synonyms become choices among them.
+    """
+    pieces: list[str | tuple[str, ...] | Piece] = []
     end = 0
     for match in _SLOT.finditer(text):
         literal = text[end:match.start()]
@@ -381,10 +445,11 @@ def compile_text(text: str) -> Frame:
         if base in ("interface", "state") and not form and literal.lower().endswith("the "):
             form = "bare"  # the entry brings its own article, or gets one from `_state_forms`
         if literal:
-            pieces.append(literal)
+            limit = "" if text[match.end() :].startswith(" of ") else base  # "within 2 seconds of it" stays
+            pieces += _with_alternatives(literal, limit) if paraphrase else [literal]
         pieces.append(Piece(base + number, base, form))
         end = match.end()
-    pieces.append(text[end:])
+    pieces += _with_alternatives(text[end:], "") if paraphrase else [text[end:]]
     keys = frozenset(piece.key for piece in pieces if isinstance(piece, Piece))
     return Frame(tuple(pieces), keys, "{reqref" in text)
 
@@ -393,7 +458,7 @@ def compile_frames(frames: Sequence[dict]) -> FrameSet:
     """Compile parsed frames and group them by kind."""
     grouped: dict[str, list[Frame]] = {}
     for frame in frames:
-        grouped.setdefault(frame["kind"], []).append(compile_text(frame["text"]))
+        grouped.setdefault(frame["kind"], []).append(compile_text(frame["text"], not _is_demonstration(frame)))
     return FrameSet({kind: tuple(members) for kind, members in grouped.items()}, _generic_slots())
 
 
@@ -577,6 +642,10 @@ def expand(frame: Frame, scope: dict, writer: _Writer) -> str:
         if type(piece) is str:
             out.append(piece)
             continue
+        if type(piece) is tuple:
+            rng = writer.rng
+            out.append(piece[0] if rng.random() < _KEPT else piece[int(rng.random() * len(piece))])
+            continue
         item = scope.get(piece.key)
         if item is None:
             item = scope[piece.key] = _draw(piece, scope, writer)
@@ -650,6 +719,21 @@ def _rationale(writer: _Writer, scope: dict) -> str | None:
     return _sentence(writer, "rationale", scope)
 
 
+def _with_clauses(writer: _Writer, text: str, scope: dict) -> str:
+    """Put a trigger before or a constraint after one requirement in three, where its form allows it."""
+    simple = text.startswith("The ") and text.count(". ") == 0 and not set(text) & set(";:\n(")
+    if not simple or not any(f" {word} " in text for word in ("shall", "must", "should")):
+        return text
+    if text.startswith(DEMONSTRATION_OPENINGS):
+        return text
+    drawn = writer.rng.random()
+    if drawn < 0.2 and (clause := _sentence(writer, "trigger", scope)):
+        return f"{clause}, {text[:1].lower()}{text[1:]}"
+    if drawn > 0.86 and len(text.split()) < 28 and (clause := _sentence(writer, "constraint", scope)):
+        return f"{text.rstrip('.')} {clause[:1].lower()}{clause[1:]}."
+    return text
+
+
 def _identifier(writer: _Writer, kind: str) -> str:
     """The next identifier of a kind; numbers grow with gaps, as they do when requirements are withdrawn."""
     rng = writer.rng
@@ -689,6 +773,7 @@ def _requirement(writer: _Writer, kind: str) -> None:
     text = _sentence(writer, kind, scope)
     if text is None:
         return
+    text = _with_clauses(writer, text, scope)
     identifier = _identifier(writer, kind)
     if "\n- " in text:
         text = _itemised(writer, text)

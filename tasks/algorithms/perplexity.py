@@ -82,7 +82,19 @@ def perplexity(model: nn.Module, input_ids: Tensor, batch: int = 1, stride: int 
     Raises:
         InputError: it isn't finite.
     """
-    mean = float(counted(token_nll(model, input_ids, batch), stride or input_ids.shape[1]).mean())
+    return from_nll(token_nll(model, input_ids, batch), stride or input_ids.shape[1])
+
+
+def from_nll(nll: Tensor, stride: int) -> float:
+    """exp of the mean over the predictions that count.
+
+    Args:
+        nll: [windows, length - 1], from `token_nll`.
+
+    Raises:
+        InputError: it isn't finite.
+    """
+    mean = float(counted(nll, stride).mean())
     try:
         value = math.exp(mean)
     except OverflowError:
