@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tasks.algorithms import masks
+from tasks.algorithms import families, masks
 from tasks.algorithms.errors import InputError
 
 QUANTISED = "quantize_config.json"
@@ -102,7 +102,7 @@ def load_masks(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """Any model folder of the pipeline, on the CPU, in float32 and in evaluation mode: dense, or quantised with adapter."""
+    """Any model folder of the pipeline, on the CPU, in float32, to be evaluated: dense, or quantised with adapter."""
     return load_quantised(folder) if is_quantised(folder) else load_dense(folder)
 
 
@@ -124,7 +124,7 @@ def load_quantised(folder: Path, adapter: bool = True) -> PreTrainedModel:
             backend=library.BACKEND.GPTQ_TORCH,
             device="cpu",
             dtype=torch.float32,
-            adapter=library.adapter.adapter.Lora(rank=None, path=str(branch)) if adapter and branch.exists() else None,
+            adapter=masked_gptq.Lora(rank=None, path=str(branch)) if adapter and branch.exists() else None,
         ).model
     masked_gptq.unpack_once(model)
     return model.eval()
@@ -171,11 +171,12 @@ def save_quantised(model: Any, dense: Path, folder: Path) -> None:
         model.save(scratch, max_shard_size=None)
         tensors = load_file(Path(scratch) / "model.safetensors")
         quantisation = json.loads((Path(scratch) / QUANTISED).read_text(encoding="utf-8"))
-    save_tensors(folder / "model.safetensors", {name: _half(name, tensor) for name, tensor in tensors.items()}, {"format": "pt"})
-    meta = {key: value for key, value in quantisation["meta"].items() if key in _META}
-    write_json(folder / QUANTISED, quantisation | {"meta": meta})
+    tensors = {name: _half(name, tensor) for name, tensor in tensors.items()}
+    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    quantisation["meta"] = {key: quantisation["meta"][key] for key in _META}
+    write_json(folder / QUANTISED, quantisation)
     described = {key: value for key, value in config(dense).items() if key != "torch_dtype"}
-    write_json(folder / "config.json", described | {"dtype": "float16", "quantization_config": quantisation | {"meta": meta}})
+    write_json(folder / "config.json", described | {"dtype": "float16", "quantization_config": quantisation})
     for path in sorted(dense.iterdir()):
         if path.is_file() and not path.name.startswith("model.safetensors") and path.name != "config.json":
             shutil.copyfile(path, folder / path.name)
@@ -200,7 +201,16 @@ def save_adapter(folder: Path, factors: dict[str, tuple[Tensor, Tensor]]) -> Non
     write_json(branch / "adapter_config.json", described | {"peft_type": "LORA", "task_type": "CAUSAL_LM"})
 
 
-_META = ("quantizer", "uri", "damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "act_group_aware", "mse")
+_META = (
+    "quantizer",
+    "uri",
+    "damp_percent",
+    "damp_auto_increment",
+    "true_sequential",
+    "static_groups",
+    "act_group_aware",
+    "mse",
+)
 """Of what gptqmodel notes about the quantisation: what had an effect on the weights."""
 
 
@@ -211,6 +221,28 @@ def _half(name: str, tensor: Tensor) -> Tensor:
     if not half.isfinite().all():
         raise InputError(f"{name} has values up to {tensor.abs().max():.3g}, float16 ends at 65504: it can't be stored")
     return half
+
+
+def block_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Full module name -> float32 [out_features, in_features] of every matrix of the blocks, dequantised, without adapter."""
+    found = {}
+    for name, linear in families.block_linears(model).items():
+        if isinstance(linear, nn.Linear):
+            found[name] = linear.weight.detach().float()
+        else:
+            from tasks.algorithms import masked_gptq
+
+            found[name] = masked_gptq.dequantised(linear)
+    return found
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Weights of the model: those of its matrices count alike whether quantised or not; a low-rank adapter doesn't count."""
+    matrices = families.block_linears(model)
+    inside = tuple(f"{name}." for name in matrices)
+    rest = sum(w.numel() for name, w in model.named_parameters() if not name.startswith(inside))
+    biases = sum(linear.bias.numel() for linear in matrices.values() if linear.bias is not None)
+    return rest + biases + sum(linear.in_features * linear.out_features for linear in matrices.values())
 
 
 def write_json(path: Path, content: Any) -> None:

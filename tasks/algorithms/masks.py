@@ -1,0 +1,55 @@
+"""Keep masks of pruned matrices as packed bits, and the check of an N:M pattern.
+
+A mask is a bool matrix [rows, cols] = [out_features, in_features], True where the weight is kept.
+Files are `tasks.checkpoint`'s; which weights to keep is `tasks.algorithms.wanda`'s.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tasks.algorithms.errors import InputError
+
+
+def pack(mask: Tensor) -> Tensor:
+    """bool [rows, cols] -> uint8 [ceil(rows * cols / 8)]: row-major, first element in the highest bit, zero padded."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"a mask is bool, got {mask.dtype}")
+    return torch.from_numpy(np.packbits(mask.detach().cpu().contiguous().numpy().reshape(-1)))
+
+
+def unpack(packed: Tensor, rows: int, cols: int) -> Tensor:
+    """uint8 [bytes] -> bool [rows, cols].
+
+    Raises:
+        InputError: the bytes don't belong to a matrix of that shape.
+    """
+    expected = -(-rows * cols // 8)
+    if packed.numel() != expected:
+        raise InputError(f"a mask of {rows} x {cols} has {expected} bytes, found {packed.numel()}: run wanda again")
+    bits = np.unpackbits(packed.cpu().numpy(), count=rows * cols)
+    return torch.from_numpy(bits.astype(bool)).reshape(rows, cols)
+
+
+def groups(matrix: Tensor, of: int) -> Tensor:
+    """[rows, cols] -> [rows, cols / of, of]: each row cut into groups of `of` consecutive inputs.
+
+    Raises:
+        InputError: cols isn't divisible by `of`.
+    """
+    rows, cols = matrix.shape
+    if cols % of:
+        raise InputError(f"{cols} inputs are not divisible by of = {of}: choose an `of` that divides them")
+    return matrix.reshape(rows, cols // of, of)
+
+
+def violations(weight: Tensor, keep: int, of: int) -> int:
+    """How many groups of `of` consecutive inputs hold more than `keep` nonzeros."""
+    return int((groups(weight, of).ne(0).sum(dim=-1) > keep).sum())
+
+
+def densest_group(weight: Tensor, of: int) -> int:
+    """The largest number of nonzeros in any group of `of` consecutive inputs."""
+    return int(groups(weight, of).ne(0).sum(dim=-1).max())

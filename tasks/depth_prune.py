@@ -1,0 +1,79 @@
+"""Stage depth_prune: the fetched model without its least important layers, as an ordinary smaller checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tasks import checkpoint
+from tasks.algorithms import depth_prune, families, importance
+
+if TYPE_CHECKING:
+    from tasks.stage import Stage
+
+
+def run(stage: Stage) -> None:
+    """Write the smaller model and removed.json; `remove: 0` passes the model on.
+
+    Raises:
+        InputError: fewer layers than `remove` are unprotected.
+    """
+    params = stage.params.depth_prune
+    layers = checkpoint.config(stage.input("fetch/model"))["num_hidden_layers"]
+    depth_prune.unprotected(layers, params.remove, params.protect_first, params.protect_last)
+    if not params.remove:
+        print("remove = 0: the model is passed on")
+        return skip(stage)
+    model = checkpoint.load_dense(stage.input("fetch/model"))
+    scores = torch.tensor(pd.read_csv(stage.input("scores.csv"))[stage.params.importance.method].to_numpy(dtype=float))
+    removed = SCHEDULES[params.schedule](stage, model, scores)
+    smaller = depth_prune.without(model, removed)
+    checkpoint.save_dense(smaller, checkpoint.load_tokenizer(stage.input("fetch/model")), stage.output("model"))
+    _record(stage, layers, removed)
+    before, after = (sum(p.numel() for p in each.parameters()) for each in (model, smaller))
+    print(f"removed layers {removed} of {layers} in this order, by {stage.params.importance.method}, {params.schedule}")
+    print(f"their scores before the first removal: {[float(f'{scores[index]:.4g}') for index in removed]}")
+    print(f"{layers - len(removed)} layers left, {after:,} of {before:,} parameters ({after / before:.1%})")
+
+
+def skip(stage: Stage) -> None:
+    """The fetched model as it is, nothing removed."""
+    stage.pass_on(stage.input("fetch/model"), stage.output("model"))
+    _record(stage, checkpoint.config(stage.input("fetch/model"))["num_hidden_layers"], [])
+
+
+def _one_shot(stage: Stage, model: nn.Module, scores: Tensor) -> list[int]:
+    params = stage.params.depth_prune
+    return depth_prune.one_shot(scores, params.remove, params.protect_first, params.protect_last)
+
+
+def _greedy(stage: Stage, model: nn.Module, scores: Tensor) -> list[int]:
+    params, scoring = stage.params.depth_prune, stage.params.importance
+    input_ids = load_file(stage.input("windows.safetensors"))["input_ids"][: scoring.windows].long()
+    with stage.progress("depth_prune", params.remove) as progress:
+
+        def rescore(smaller: nn.Module) -> Tensor:
+            values = importance.score(smaller, input_ids, scoring.method)
+            progress.update(len(scores) - len(families.blocks(smaller)))
+            return values
+
+        removed = depth_prune.greedy(model, scores, rescore, params.remove, params.protect_first, params.protect_last)
+        progress.update(params.remove)
+    return removed
+
+
+SCHEDULES = {"one_shot": _one_shot, "greedy": _greedy}
+
+
+def _record(stage: Stage, layers: int, removed: list[int]) -> None:
+    record = {
+        "removed": removed,
+        "kept": [index for index in range(layers) if index not in removed],
+        "method": stage.params.importance.method,
+        "schedule": stage.params.depth_prune.schedule,
+    }
+    checkpoint.write_json(stage.output("removed.json"), record)

@@ -1,0 +1,45 @@
+"""Stage importance: every score of every layer, in one table; `importance.method` names the one that later ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from safetensors.torch import load_file
+
+from tasks import checkpoint
+from tasks.algorithms import importance
+
+if TYPE_CHECKING:
+    from tasks.stage import Stage
+
+COLUMNS = [*importance.SCORES, importance.COMPOUND]
+
+
+def run(stage: Stage) -> None:
+    """Write scores.csv: layer and one column per score, higher = more important."""
+    params = stage.params.importance
+    model = checkpoint.load_dense(stage.input("fetch/model"))
+    input_ids = load_file(stage.input("windows.safetensors"))["input_ids"][: params.windows].long()
+    scores = {}
+    with stage.progress("importance", len(importance.SCORES)) as progress:
+        for done, name in enumerate(importance.SCORES, 1):
+            scores[name] = importance.score(model, input_ids, name)
+            progress.update(done)
+    scores[importance.COMPOUND] = importance.combine(scores)
+    table = pd.DataFrame({name: scores[name].numpy() for name in COLUMNS})
+    table.insert(0, "layer", range(len(table)))
+    _write(stage, table)
+    print(f"{len(table)} layers scored on {len(input_ids)} windows of {input_ids.shape[1]} tokens")
+    for name in COLUMNS:
+        ranked = table.sort_values(name, kind="stable")["layer"].tolist()
+        print(f"{name}, least important first: {ranked}" + (" (ranks)" if name == params.method else ""))
+
+
+def skip(stage: Stage) -> None:
+    """A table without rows."""
+    _write(stage, pd.DataFrame(columns=["layer", *COLUMNS]))
+
+
+def _write(stage: Stage, table: pd.DataFrame) -> None:
+    table.to_csv(stage.output("scores.csv"), index=False, lineterminator="\n", float_format="%.9g")

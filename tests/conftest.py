@@ -1,0 +1,137 @@
+"""Fixtures for tests of several modules: a stage without DVC, small random models, a model folder with a tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+torch.set_num_threads(1)
+
+
+class _Progress:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, done, **figures):
+        pass
+
+
+@pytest.fixture
+def make_stage(tmp_path):
+    """make_stage({section: params}, {suffix: path}, out="out") -> what run(stage) gets; it writes to tmp_path / out."""
+
+    def make(params, inputs, out="out", item=None):
+        def output(name):
+            path = tmp_path / out / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path
+
+        def pass_on(source, target):
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+
+        sections = {
+            name: SimpleNamespace(**given) if isinstance(given, dict) else given for name, given in params.items()
+        }
+        return SimpleNamespace(
+            params=SimpleNamespace(**sections),
+            item=item,
+            input=lambda name: Path(inputs[name]),
+            has_input=lambda name: name in inputs,
+            output=output,
+            pass_on=pass_on,
+            progress=lambda description, total: _Progress(),
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_model():
+    """make_model(architecture="LlamaForCausalLM", seed=0, **config) -> a small random model in evaluation mode."""
+
+    def make(architecture="LlamaForCausalLM", seed=0, **config):
+        model_class = getattr(transformers, architecture)
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "vocab_size": 96,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.3,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return model_class(model_class.config_class(**{**sizes, **config})).eval()
+
+    return make
+
+
+@pytest.fixture
+def make_windows():
+    """make_windows(windows, length, vocabulary=96, seed=0) -> int64 [windows, length]."""
+
+    def make(windows, length, vocabulary=96, seed=0):
+        return torch.randint(0, vocabulary, (windows, length), generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture
+def model_folder(tmp_path, make_model):
+    """A small random Llama of four layers with a tokenizer of single characters: one token per character."""
+    vocabulary = {"<unk>": 0, "\n": 1, **{chr(code): code - 30 for code in range(32, 126)}}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    folder = tmp_path / "model"
+    make_model().save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """tiny_llama(folder) -> the folder, with a random Llama of four layers (hidden 64) and a byte-level tokenizer."""
+
+    def make(folder):
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        vocabulary = {"<end>": 0, **{char: i + 1 for i, char in enumerate(sorted(byte_level.alphabet()))}}
+        core = Tokenizer(models.BPE(vocabulary, []))
+        core.pre_tokenizer, core.decoder = byte_level, decoders.ByteLevel()
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=core, bos_token="<end>", eos_token="<end>", model_max_length=128
+        ).save_pretrained(folder)
+        config = transformers.LlamaConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=len(vocabulary),
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            initializer_range=0.2,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        return folder
+
+    return make
