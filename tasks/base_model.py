@@ -8,8 +8,7 @@ Not bit-reproducible across machines: bfloat16 autocast and the thread count ent
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -17,11 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasks import checkpoint
+from tasks import checkpoint, corpora
 from tasks.algorithms import perplexity
 from tasks.algorithms.errors import InputError
 from tasks.params import BaseModelParams
-from tasks.stage import Stage
+
+if TYPE_CHECKING:
+    from tasks.stage import Stage
 
 END = "<|endoftext|>"
 CURVE_POINTS = 40
@@ -30,10 +31,10 @@ CURVE_POINTS = 40
 def run(stage: Stage) -> None:
     """Write the model folder and training.csv (step, tokens, loss in nats per token, test perplexity)."""
     p = stage.params.base_model
-    texts = _texts(stage.input("corpus") / "train.jsonl")
+    texts = corpora.read(stage.input("corpus") / "train.jsonl")
     tokenizer = train_tokenizer(texts, p.vocabulary, p.context)
-    tokens = encode(tokenizer, texts)
-    test = perplexity.windows(encode(tokenizer, _texts(stage.input("corpus") / "test.jsonl")), p.context, p.context, 32)
+    tokens = perplexity.tokenise(tokenizer, texts)
+    test = perplexity.windows(perplexity.tokenise(tokenizer, corpora.read(stage.input("corpus") / "test.jsonl")), p.context, p.context, 32)
     model = LlamaForCausalLM(config(p, tokenizer))
     print(f"{sum(w.numel() for w in model.parameters()):,} parameters, {len(tokens):,} distinct training tokens")
     curve = train(model, tokens, test, p, stage)
@@ -60,12 +61,6 @@ def train_tokenizer(texts: list[str], vocabulary: int, context: int) -> PreTrain
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=END, eos_token=END, model_max_length=context, clean_up_tokenization_spaces=False
     )
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All documents joined by a newline, as one int64 row of token ids."""
-    joined = perplexity.JOIN.join(texts)
-    return torch.tensor(tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def config(p: BaseModelParams, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
@@ -145,8 +140,3 @@ def _step(model: nn.Module, batch: torch.Tensor, optimisers: list, schedules: li
 def _trapezoid(step: int, steps: int, p: BaseModelParams) -> float:
     rise, fall = max(1, int(p.warmup * steps)), max(1, int(p.decay * steps))
     return min(1.0, (step + 1) / rise, (steps - step) / fall)
-
-
-def _texts(path: Path) -> list[str]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file]

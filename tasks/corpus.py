@@ -10,12 +10,14 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from tasks.algorithms import grammar
-from tasks.stage import Stage
+
+if TYPE_CHECKING:
+    from tasks.stage import Stage
 
 
 def run(stage: Stage) -> None:

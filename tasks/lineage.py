@@ -248,10 +248,12 @@ def _headline(stage: DvcStage) -> str:
 
 
 def _details(stage: DvcStage) -> Iterator[str]:
-    """Parameters, outputs, and the inputs that no stage makes."""
-    parameters = dict(_flat(_locked_parameters(stage)))
+    """Parameters that are set, outputs, and the inputs that no stage makes."""
+    flat = _flat(_locked_parameters(stage))
+    own = f"{stage.addressing.partition('@')[0]}."
+    parameters = [f"{key.removeprefix(own)}={json.dumps(value)}" for key, value in flat if value is not None]
     if parameters:
-        yield "parameters " + " ".join(f"{key}={json.dumps(value)}" for key, value in parameters.items())
+        yield f"parameters {' '.join(parameters)}"
     for out in _results(stage):
         yield f"output {_name(out)} {_short(out.hash_info.value)}"
     made = [out for made_by in stage.repo.index.stages for out in made_by.outs]

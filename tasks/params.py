@@ -19,7 +19,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 HubName = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
 

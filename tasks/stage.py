@@ -25,7 +25,7 @@ from typing import Any
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from tasks import lineage, params
+from tasks import lineage, params, preflight
 from tasks.algorithms.errors import InputError
 
 SCRATCH = Path("data/.scratch")
@@ -38,6 +38,7 @@ class Stage:
     Attributes:
         name: the stage's name in dvc.yaml, without the matrix item.
         item: the matrix item (`gptq` in `evaluate@gptq`), or None.
+        everything: all sections, for the checks before the stage starts; a stage computes with `params` alone.
         params: the declared sections of params.yaml, as attributes; an undeclared one is an AttributeError.
     """
 
@@ -46,10 +47,11 @@ class Stage:
         self.name, _, item = address.partition("@")
         self.item = item or None
         self.dvc = repo.stage.load_one(name=address)
-        everything = params.load()
+        self.everything = params.load()
         declared = {key.split(".")[0] for dep in self.dvc.deps for key in getattr(dep, "params", ())}
-        self.params = SimpleNamespace(**{key: getattr(everything, key) for key in sorted(declared)})
-        self._inputs = [_relative(dep) for dep in self.dvc.deps if not getattr(dep, "params", ())]
+        self.params = SimpleNamespace(**{key: getattr(self.everything, key) for key in sorted(declared)})
+        files = [dep for dep in self.dvc.deps if not getattr(dep, "params", ())]
+        self._inputs = list(dict.fromkeys(map(_relative, files)))  # one corpus may serve as two
         self.outs = [_relative(out) for out in self.dvc.outs if Path("data/lineage") not in _relative(out).parents]
         self.scratch = SCRATCH / address
 
@@ -69,6 +71,10 @@ class Stage:
     def has_input(self, name: str) -> bool:
         """Whether exactly one declared dependency ends with `name`."""
         return len(_matches(self._inputs, name)) == 1
+
+    def inputs_below(self, folder: str) -> list[Path]:
+        """The declared dependencies that lie directly in a folder of this name, in the order of dvc.yaml."""
+        return [path for path in self._inputs if path.parent.name == folder]
 
     def output(self, name: str) -> Path:
         """Where to write the declared output whose path ends with `name`; its parent folder exists.
@@ -134,7 +140,10 @@ class Progress:
         left = (now - self.started) / max(done, 1) * (self.total - done)
         shown = "".join(f" {key}={value:.4g}" for key, value in figures.items())
         line = f"[progress] {self.description} {done}/{self.total}{shown} eta={left:.0f}s"
-        print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+        if self.terminal:
+            print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 def execute(address: str, *, run_ids: dict[str, str] | None = None) -> None:
@@ -154,6 +163,7 @@ def execute(address: str, *, run_ids: dict[str, str] | None = None) -> None:
     try:
         stage = Stage(address, repo)
         _remove(stage.scratch)
+        preflight.check_workspace(stage.everything, stage.address)
         module = importlib.import_module(f"tasks.{stage.name}")
         if stage.enabled:
             module.run(stage)
@@ -223,7 +233,8 @@ def _matches(paths: list[Path], name: str) -> list[Path]:
 def _find(paths: list[Path], name: str, what: str) -> Path:
     found = _matches(paths, name)
     if len(found) != 1:
-        raise LookupError(f"`{name}` is {'no' if not found else 'an ambiguous'} {what}; dvc.yaml declares {sorted(map(str, paths))}")
+        kind = "an ambiguous" if found else "no"
+        raise LookupError(f"`{name}` is {kind} {what}; dvc.yaml declares {sorted(map(str, paths))}")
     return found[0]
 
 
