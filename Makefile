@@ -1,0 +1,35 @@
+# make          set up .venv, run the whole DAG as a Prefect flow, print the table and the report's path
+# make test     set up .venv, run every test
+# make ui       serve the Prefect UI with this project's runs (PORT=4200)
+PYTHON ?= python3.11
+PORT ?= 4200
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: all install test test-fast lint ui clean
+all: install
+	.venv/bin/python -m flows.compress
+
+install: .venv/installed
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "edgepress needs Python 3.11: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+test: install lint
+	.venv/bin/python -m pytest
+
+test-fast: install
+	.venv/bin/python -m pytest -m 'not slow'
+
+lint: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+ui: install
+	.venv/bin/python -m flows.ui $(PORT)
+
+clean: # what DVC has cached stays
+	rm -rf .venv .prefect logs

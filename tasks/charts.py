@@ -1,0 +1,347 @@
+"""The report's drawings: Vega-Lite specifications (through Altair) and the layout of the DAG.
+
+Every function is pure: tables in, plain data out, the same for the same input. It reads no file and writes no HTML.
+Charts take the width of their container; colours keep their meaning from chart to chart.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+"""The version of Vega-Lite that the specifications are written for."""
+INK, GREY, FAINT, BLUE, RED = "#1d2433", "#8a8f99", "#d5d8dd", "#1f5f99", "#b3361e"
+COMPONENTS = {
+    "blocks": "#1f5f99",
+    "scales": "#86b3d9",
+    "embedding": "#d98f1f",
+    "norms": "#6b4e8a",
+    "adapter": "#3d8b57",
+    "metadata": "#a9a294",
+}
+"""What a model folder's bytes are made of, and its colour."""
+ITEMS = {
+    "weights": "#1f5f99",
+    "metadata": "#a9a294",
+    "kv_cache": "#d98f1f",
+    "activations": "#3d8b57",
+    "scratch": "#6b4e8a",
+}
+KINDS = ("#1f5f99", "#86b3d9", "#3d8b57", "#9bc7a6", "#d98f1f", "#b3361e", "#6b4e8a", "#a9a294")
+MIB = 2**20
+STEPS = 600
+"""At most so many points of a training curve are drawn."""
+NEAR_X, NEAR_Y = 0.3, 0.05
+"""Points closer than these shares of the plot have one label together."""
+
+
+def perplexity_by_bytes(rows: pd.DataFrame, column: str, usable: int | None) -> dict[str, Any]:
+    """One point per stage, joined in the order of the stages.
+
+    Args:
+        rows: stage, bytes, and the perplexity in `column`.
+        usable: bytes the device leaves for weights: a dashed line, where it is within the picture.
+    """
+    data = rows[["stage", "bytes", column]].rename(columns={column: "perplexity"})
+    data = data[data["perplexity"].map(math.isfinite).astype(bool)].assign(mib=lambda d: d["bytes"] / MIB)
+    if data.empty:
+        return {}
+    data["order"] = range(len(data))
+    logarithmic = data["perplexity"].max() > 4 * data["perplexity"].min()
+    low, high = _padded(data["mib"], 0.15)
+    bottom, top = _padded(data["perplexity"], 0.12, logarithmic)
+    x = alt.X("mib:Q", title="MiB in files", scale=alt.Scale(domain=[max(0, low), high], nice=False, zero=False))
+    kind = "log" if logarithmic else "linear"
+    scale = alt.Scale(type=kind, domain=[bottom, top], nice=False, zero=False)
+    y = alt.Y("perplexity:Q", title="perplexity", scale=scale, axis=alt.Axis(tickCount=6, format=",.4~r"))
+    tooltip = ["stage", alt.Tooltip("bytes:Q", format=","), alt.Tooltip("perplexity:Q", format=",.4f")]
+    line = alt.Chart(data).mark_line(color=FAINT, strokeWidth=1.5).encode(x=x, y=y, order="order:O")
+    points = alt.Chart(data).mark_circle(size=80, color=BLUE, opacity=1).encode(x=x, y=y, tooltip=tooltip)
+    layers = [line, points, *_labels(data, x, y, (max(0, low), high), (bottom, top), logarithmic)]
+    if usable is not None and max(0, low) < usable / MIB < high:
+        layers.insert(0, _limit(usable / MIB, f"usable for weights: {usable:,} bytes"))
+    return _finish(alt.layer(*layers).properties(width="container", height=280))
+
+
+def bytes_by_component(rows: pd.DataFrame, usable: int | None) -> dict[str, Any]:
+    """Stacked bars, one per stage. `rows`: stage, component, bytes."""
+    if rows.empty:
+        return {}
+    names = list(dict.fromkeys(rows["component"]))
+    palette = [COMPONENTS.get(name, GREY) for name in names]
+    data = rows.assign(mib=rows["bytes"] / MIB, order=[names.index(name) for name in rows["component"]])
+    bars = (
+        alt.Chart(data)
+        .mark_bar()
+        .encode(
+            x=alt.X("mib:Q", title="MiB in files", stack="zero", axis=alt.Axis(tickCount=6)),
+            y=alt.Y("stage:N", sort=list(dict.fromkeys(data["stage"])), title=None),
+            color=alt.Color("component:N", scale=alt.Scale(domain=names, range=palette), title=None),
+            order="order:O",
+            tooltip=["stage", "component", alt.Tooltip("bytes:Q", format=",")],
+        )
+    )
+    layers = [bars]
+    if usable is not None and usable < 1.5 * data.groupby("stage")["bytes"].sum().max():
+        layers.append(_limit(usable / MIB, f"usable for weights: {usable:,} bytes"))
+    return _finish(alt.layer(*layers).properties(width="container", height=30 * data["stage"].nunique()))
+
+
+def importance(scores: pd.DataFrame, method: str, removed: list[int]) -> dict[str, Any]:
+    """The score that ranked, per layer; removed layers in red."""
+    state = ["removed" if layer in removed else "kept" for layer in scores["layer"]]
+    data = pd.DataFrame({"layer": scores["layer"], "score": scores[method], "state": state})
+    chart = (
+        alt.Chart(data)
+        .mark_bar()
+        .encode(
+            x=alt.X("layer:O", title="layer of the fetched model", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+            y=alt.Y("score:Q", title=method),
+            color=alt.Color("state:N", scale=alt.Scale(domain=["kept", "removed"], range=[BLUE, RED]), title=None),
+            tooltip=["layer", alt.Tooltip("score:Q", format=".6g", title=method), "state"],
+        )
+    )
+    return _finish(chart.properties(width="container", height=220))
+
+
+def training(history: pd.DataFrame) -> dict[str, Any]:
+    """Losses by step. `history`: step, loss, causal_lm, distillation."""
+    names = [name for name in ("loss", "causal_lm", "distillation") if history[name].notna().any()]
+    shown = history.iloc[:: max(1, math.ceil(len(history) / STEPS))]
+    data = shown.melt(id_vars="step", value_vars=names, var_name="part", value_name="value").dropna()
+    colours = [INK, BLUE, "#d98f1f"][: len(names)]
+    legend = alt.Legend(symbolType="stroke", symbolStrokeWidth=2)
+    widths = alt.condition("datum.part == 'loss'", alt.value(2.0), alt.value(1.2))
+    chart = (
+        alt.Chart(data)
+        .mark_line(interpolate="linear")
+        .encode(
+            x=alt.X("step:Q", title="step"),
+            y=alt.Y("value:Q", title="loss (nats)", scale=alt.Scale(zero=False)),
+            color=alt.Color("part:N", scale=alt.Scale(domain=names, range=colours), title=None, legend=legend),
+            strokeWidth=widths,
+            tooltip=["step", "part", alt.Tooltip("value:Q", format=".5g")],
+        )
+    )
+    return _finish(chart.properties(width="container", height=240))
+
+
+def quantisation_error(layers: pd.DataFrame) -> dict[str, Any]:
+    """One point per linear in running order. `layers`: linear, error, zeros."""
+    data = pd.concat([layers, _running(layers["linear"])], axis=1)
+    kinds = list(dict.fromkeys(data["kind"]))
+    colours = list(itertools.islice(itertools.cycle(KINDS), len(kinds)))
+    chart = (
+        alt.Chart(data)
+        .mark_circle(size=55, opacity=1)
+        .encode(
+            x=_block_axis(data),
+            y=alt.Y("error:Q", title="relative output error"),
+            color=alt.Color("kind:N", scale=alt.Scale(domain=kinds, range=colours), title=None),
+            tooltip=["linear", alt.Tooltip("error:Q", format=".4g"), alt.Tooltip("zeros:Q", format=",")],
+        )
+    )
+    return _finish(chart.properties(width="container", height=240))
+
+
+def compensation(layers: pd.DataFrame) -> dict[str, Any]:
+    """Before and after the low-rank branch, one line per linear. `layers`: linear, error_before, error_after, rank."""
+    data = pd.concat([layers, _running(layers["linear"])], axis=1)
+    both = data.melt(
+        id_vars=["linear", "position", "rank"],
+        value_vars=["error_before", "error_after"],
+        var_name="when",
+        value_name="error",
+    )
+    both["when"] = both["when"].str.removeprefix("error_")
+    x, y = _block_axis(data), alt.Y("error_before:Q", title="relative output error")
+    lines = alt.Chart(data).mark_rule(color=FAINT, strokeWidth=1.5).encode(x=x, y=y, y2="error_after:Q")
+    points = (
+        alt.Chart(both)
+        .mark_circle(size=40, opacity=1)
+        .encode(
+            x=x,
+            y=alt.Y("error:Q", title="relative output error"),
+            color=alt.Color("when:N", scale=alt.Scale(domain=["before", "after"], range=[GREY, BLUE]), title=None),
+            tooltip=["linear", "when", alt.Tooltip("error:Q", format=".4g"), "rank"],
+        )
+    )
+    return _finish(alt.layer(lines, points).properties(width="container", height=240))
+
+
+def placement(rows: pd.DataFrame) -> dict[str, Any]:
+    """What lies in each memory as a share of what is usable there. `rows`: place, item, bytes, usable."""
+    if rows.empty:
+        return {}
+    names = [name for name in ITEMS if name in set(rows["item"])]
+    data = rows.assign(share=rows["bytes"] / rows["usable"], order=[list(ITEMS).index(i) for i in rows["item"]])
+    bars = (
+        alt.Chart(data)
+        .mark_bar()
+        .encode(
+            x=alt.X(
+                "share:Q",
+                title="share of the usable bytes",
+                axis=alt.Axis(format="%", tickCount=6, labelOverlap=True),
+                stack="zero",
+            ),
+            y=alt.Y("place:N", sort=list(dict.fromkeys(data["place"])), title=None, axis=alt.Axis(labelLimit=170)),
+            color=alt.Color("item:N", scale=alt.Scale(domain=names, range=[ITEMS[n] for n in names]), title=None),
+            order="order:O",
+            tooltip=[
+                "place",
+                "item",
+                alt.Tooltip("bytes:Q", format=","),
+                alt.Tooltip("usable:Q", format=","),
+                alt.Tooltip("share:Q", format=".2%"),
+            ],
+        )
+    )
+    chart = alt.layer(bars, _limit(1.0, "all that is usable"))
+    return _finish(chart.properties(width="container", height=30 * data["place"].nunique()))
+
+
+def _limit(at: float, text: str) -> alt.Chart:
+    data = pd.DataFrame({"at": [at], "text": [text]})
+    rule = alt.Chart(data).mark_rule(color=RED, strokeDash=[5, 3], strokeWidth=1.5)
+    return rule.encode(x=alt.X("at:Q"), tooltip=[alt.Tooltip("text:N", title="limit")])
+
+
+def _labels(
+    data: pd.DataFrame,
+    x: alt.X,
+    y: alt.Y,
+    across: tuple[float, float],
+    up: tuple[float, float],
+    logarithmic: bool,
+) -> list[alt.Chart]:
+    """Names beside the points, towards the middle of the plot; points that lie together share one."""
+    groups: list[dict[str, Any]] = []
+    for stage, mib, perplexity in zip(data["stage"], data["mib"], data["perplexity"], strict=True):
+        place = _share(mib, across), _share(perplexity, up, logarithmic)
+        near = [g for g in groups if abs(g["at"][0] - place[0]) < NEAR_X and abs(g["at"][1] - place[1]) < NEAR_Y]
+        if near:
+            near[0]["text"] += f", {stage}"
+            near[0]["mib"].append(mib)
+        else:
+            groups.append({"text": stage, "mib": [mib], "perplexity": perplexity, "at": place})
+    charts = []
+    for align, dx, end in (("left", 9, max), ("right", -9, min)):
+        side = [group | {"mib": end(group["mib"])} for group in groups if (group["at"][0] > 0.5) == (align == "right")]
+        if side:
+            table = alt.Chart(pd.DataFrame(side)[["text", "mib", "perplexity"]])
+            mark = {"align": align, "dx": dx, "baseline": "middle", "fontSize": 11}
+            halo = table.mark_text(**mark, stroke="white", strokeWidth=4, strokeJoin="round")
+            charts += [each.encode(x=x, y=y, text="text:N") for each in (halo, table.mark_text(**mark, color=INK))]
+    return charts
+
+
+def _padded(values: pd.Series, share: float, logarithmic: bool = False) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    if logarithmic:
+        low, high = math.log(low), math.log(high)
+    room = share * (high - low) or 0.1 * abs(high) or 1.0
+    low, high = low - room, high + room
+    return (math.exp(low), math.exp(high)) if logarithmic else (low, high)
+
+
+def _share(value: float, span: tuple[float, float], logarithmic: bool = False) -> float:
+    low, high = (math.log(end) for end in span) if logarithmic else span
+    return ((math.log(value) if logarithmic else value) - low) / (high - low)
+
+
+def _running(linears: pd.Series) -> pd.DataFrame:
+    """kind ("q_proj") and position: the block's number and the share of it that was run before the linear."""
+    parsed = [re.search(r"\.(\d+)\.(?:.+\.)?([^.]+)$", str(name)) for name in linears]
+    blocks = [int(match[1]) if match else 0 for match in parsed]
+    kinds = [match[2] if match else str(name) for match, name in zip(parsed, linears, strict=True)]
+    order = list(dict.fromkeys(kinds))
+    positions = [block + order.index(kind) / len(order) for block, kind in zip(blocks, kinds, strict=True)]
+    return pd.DataFrame({"kind": kinds, "position": positions}, index=linears.index)
+
+
+def _block_axis(data: pd.DataFrame) -> alt.X:
+    ends = list(range(int(data["position"].max()) + 2))
+    axis = alt.Axis(values=ends[:-1], format="d", grid=True, labelOverlap=True)
+    title = "layer of the compressed model"
+    return alt.X("position:Q", title=title, axis=axis, scale=alt.Scale(domain=[-0.1, ends[-1]], nice=False))
+
+
+def _finish(chart: Any) -> dict[str, Any]:
+    """The specification with the report's type and colours, without the address of the schema."""
+    quiet = {"labelColor": INK, "titleColor": INK, "titleFontWeight": "normal", "labelFontSize": 11}
+    legend = {"orient": "bottom", "columns": 3, "labelColor": INK, "symbolType": "square", "labelLimit": 140}
+    spec = (
+        chart.configure(font="system-ui, sans-serif", background="transparent")
+        .configure_view(stroke=None)
+        .configure_axis(gridColor="#e6e8ec", domainColor=GREY, tickColor=GREY, **quiet)
+        .configure_legend(**legend)
+        .to_dict()
+    )
+    spec.pop("$schema")
+    return spec
+
+
+NODE, MATRIX, HEIGHT, PITCH = 106, 150, 24, 42
+LEFT, GAP, RIGHT, BUS = 70, 56, 26, 12
+
+
+def dag(nodes: Iterable[str], edges: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """A drawing of the DAG from top to bottom; a row is the longest way from a source.
+
+    The items of a matrix ("evaluate@gptq") stand in a second column.
+
+    Args:
+        nodes: names of stages.
+        edges: (from, to).
+
+    Returns:
+        width, height, boxes (name, x, y, width, height) and paths (title, d), in pixels.
+    """
+    nodes, edges = sorted(nodes), sorted(edges)
+    level = _levels(nodes, edges)
+    boxes: dict[str, dict[str, Any]] = {}
+    top = 4
+    for depth in range(max(level.values(), default=-1) + 1):
+        columns = [[n for n in nodes if level[n] == depth and ("@" in n) == matrix] for matrix in (False, True)]
+        for matrix, column in enumerate(columns):
+            x, width = (LEFT + NODE + GAP, MATRIX) if matrix else (LEFT, NODE)
+            for row, name in enumerate(column):
+                boxes[name] = {"name": name, "x": x, "y": top + row * PITCH, "width": width, "height": HEIGHT}
+        top += PITCH * max(map(len, columns))
+    paths = [{"title": f"{a} → {b}", "d": _path(boxes[a], boxes[b])} for a, b in edges]
+    width = LEFT + NODE + GAP + MATRIX + RIGHT if any("@" in name for name in nodes) else LEFT + NODE + 4
+    return {"width": width, "height": top, "boxes": list(boxes.values()), "paths": paths}
+
+
+def _levels(nodes: list[str], edges: list[tuple[str, str]]) -> dict[str, int]:
+    level = dict.fromkeys(nodes, 0)
+    for _ in nodes:
+        for a, b in edges:
+            level[b] = max(level[b], level[a] + 1)
+    return level
+
+
+def _path(a: dict[str, Any], b: dict[str, Any]) -> str:
+    down, middle_a, middle_b = b["y"] - a["y"], a["y"] + HEIGHT / 2, b["y"] + HEIGHT / 2
+    if a["x"] == b["x"]:
+        if down <= PITCH:
+            return f"M{a['x'] + a['width'] / 2:g},{a['y'] + HEIGHT} V{b['y'] - 1}"
+        out = a["x"] - min(LEFT * 1.28, 16 + 8 * down / PITCH)
+        return f"M{a['x']},{middle_a:g} C{out:g},{middle_a:g} {out:g},{middle_b:g} {b['x'] - 1},{middle_b:g}"
+    right = a["x"] + a["width"]
+    if a["x"] < b["x"]:
+        if down <= PITCH:
+            half = right + GAP / 2
+            return f"M{right},{middle_a:g} C{half:g},{middle_a:g} {half:g},{middle_b:g} {b['x'] - 1},{middle_b:g}"
+        bus = b["x"] - BUS
+        return f"M{right},{middle_a:g} H{bus - 6} q6,0 6,6 V{middle_b - 6:g} q0,6 6,6 H{b['x'] - 1}"
+    bus = right + BUS
+    return f"M{right},{middle_a:g} H{bus - 6} q6,0 6,6 V{middle_b - 6:g} q0,6 -6,6 H{b['x'] + b['width'] + 1}"
