@@ -2,42 +2,51 @@
 
 Run once; the stage is frozen and its weights are committed. Muon (Jordan et al. 2024, torch.optim.Muon) moves the
 matrices of the blocks, AdamW the embedding and the norms; the learning rate rises, holds and falls linearly to zero.
+The grammar's frames are few for a language model, so it is kept from learning them by heart: random tokens in the
+input, label smoothing, weight decay, and of the measured points the best on the calibration split is kept.
 Windows are drawn by a seeded generator, documents are joined by a newline and no bos is set, as in the evaluation.
 Not bit-reproducible across machines: bfloat16 autocast and the thread count enter the sums.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tasks import checkpoint, corpora
 from tasks.algorithms import perplexity
 from tasks.algorithms.errors import InputError
-from tasks.params import BaseModelParams
 
 if TYPE_CHECKING:
+    from tasks.params import BaseModelParams
     from tasks.stage import Stage
 
 END = "<|endoftext|>"
-CURVE_POINTS = 40
+SPLITS = ("calibration", "test")
+CURVE_POINTS = 24
+MEASURED = 24
+"""Windows of a split that a point of the curve is measured on."""
 
 
 def run(stage: Stage) -> None:
-    """Write the model folder and training.csv (step, tokens, loss in nats per token, test perplexity)."""
+    """Write the model folder and training.csv (step, tokens, loss in nats per token, perplexities)."""
     p = stage.params.base_model
-    texts = corpora.read(stage.input("corpus") / "train.jsonl")
-    tokenizer = train_tokenizer(texts, p.vocabulary, p.context)
-    tokens = perplexity.tokenise(tokenizer, texts)
-    test = perplexity.windows(perplexity.tokenise(tokenizer, corpora.read(stage.input("corpus") / "test.jsonl")), p.context, p.context, 32)
+    texts = {name: corpora.read(stage.input("corpus") / f"{name}.jsonl") for name in ("train", *SPLITS)}
+    tokenizer = train_tokenizer(texts["train"], p.vocabulary, p.context)
+    tokens = perplexity.tokenise(tokenizer, texts["train"])
+    held_out = {
+        name: perplexity.windows(perplexity.tokenise(tokenizer, texts[name]), p.context, p.context, MEASURED)
+        for name in SPLITS
+    }
     model = LlamaForCausalLM(config(p, tokenizer))
     print(f"{sum(w.numel() for w in model.parameters()):,} parameters, {len(tokens):,} distinct training tokens")
-    curve = train(model, tokens, test, p, stage)
+    curve = train(model, tokens, held_out, p, stage)
     checkpoint.save_dense(model, tokenizer, stage.output("model"))
     curve.to_csv(stage.output("training.csv"), index=False, lineterminator="\n", float_format="%.6g")
 
@@ -59,7 +68,11 @@ def train_tokenizer(texts: list[str], vocabulary: int, context: int) -> PreTrain
             "raise corpus.train_bytes or lower the vocabulary"
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=END, eos_token=END, model_max_length=context, clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        bos_token=END,
+        eos_token=END,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -80,27 +93,37 @@ def config(p: BaseModelParams, tokenizer: PreTrainedTokenizerFast) -> LlamaConfi
 
 
 def train(
-    model: LlamaForCausalLM, tokens: torch.Tensor, test: torch.Tensor, p: BaseModelParams, stage: Stage
+    model: LlamaForCausalLM, tokens: Tensor, held_out: dict[str, Tensor], p: BaseModelParams, stage: Stage
 ) -> pd.DataFrame:
-    """Train in place; returns the curve."""
+    """Train in place and keep the weights of the curve's point with the lowest calibration perplexity.
+
+    Args:
+        tokens: [tokens].
+        held_out: split -> [windows, context].
+
+    Returns:
+        The curve.
+    """
     generator = torch.Generator().manual_seed(p.seed)
     initialise(model, generator)
     optimisers = _optimisers(model, p)
     steps = p.tokens // (p.batch * p.context)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _trapezoid(step, steps, p)) for o in optimisers]
-    rows, mean_loss = [], 0.0
+    rows, best = [], (math.inf, {})
     with stage.progress("base_model", steps) as progress:
         for step in range(1, steps + 1):
             starts = torch.randint(len(tokens) - p.context, (p.batch,), generator=generator)
             batch = torch.stack([tokens[start : start + p.context] for start in starts.tolist()])
-            loss = _step(model.train(), batch, optimisers, schedules)
-            mean_loss = loss if step == 1 else 0.98 * mean_loss + 0.02 * loss
-            progress.update(step, loss=mean_loss)
+            loss = _step(model.train(), batch, optimisers, schedules, p, generator)
+            progress.update(step, loss=loss)
             if step % max(1, steps // CURVE_POINTS) == 0 or step == steps:
-                measured = perplexity.perplexity(model.eval(), test, batch=4)
-                rows.append({"step": step, "tokens": step * p.batch * p.context, "loss": loss, "test_perplexity": measured})
-                print(f"step {step}: loss {loss:.4f}, test perplexity {measured:.3f}", flush=True)
-    model.eval()
+                model.eval()
+                found = {name: perplexity.perplexity(model, windows, batch=4) for name, windows in held_out.items()}
+                rows.append({"step": step, "tokens": step * p.batch * p.context, "loss": loss, **found})
+                print(f"step {step}: loss {loss:.4f}, perplexity {found}", flush=True)
+                if found["calibration"] < best[0]:
+                    best = (found["calibration"], {name: w.clone() for name, w in model.state_dict().items()})
+    model.load_state_dict(best[1])
     return pd.DataFrame(rows)
 
 
@@ -117,15 +140,21 @@ def _optimisers(model: nn.Module, p: BaseModelParams) -> list[torch.optim.Optimi
     matrices = [w for name, w in named if w.ndim == 2 and "embed" not in name]
     rest = [w for name, w in named if w.ndim != 2 or "embed" in name]
     return [
-        torch.optim.Muon(matrices, lr=p.muon_learning_rate, weight_decay=0.01, adjust_lr_fn="original"),
+        torch.optim.Muon(matrices, lr=p.muon_learning_rate, weight_decay=p.weight_decay, adjust_lr_fn="original"),
         torch.optim.AdamW(rest, lr=p.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
-def _step(model: nn.Module, batch: torch.Tensor, optimisers: list, schedules: list) -> float:
+def _step(
+    model: nn.Module, batch: Tensor, optimisers: list, schedules: list, p: BaseModelParams, generator: torch.Generator
+) -> float:
+    noise = torch.rand(batch.shape, generator=generator) < p.input_noise
+    random = torch.randint(p.vocabulary, batch.shape, generator=generator)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(input_ids=batch).logits
-    loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
+        logits = model(input_ids=torch.where(noise, random, batch)).logits[:, :-1]
+    loss = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), batch[:, 1:].flatten(), label_smoothing=p.label_smoothing
+    )
     if not loss.isfinite():
         raise InputError("base_model: the loss is no longer finite; lower base_model.learning_rate")
     loss.backward()

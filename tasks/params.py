@@ -58,6 +58,11 @@ class BaseModelParams(Section):
     """Peak, AdamW: embedding and norms."""
     muon_learning_rate: Rate
     """Peak, Muon: the matrices of the blocks."""
+    weight_decay: Fraction
+    """Muon's; per unit of learning rate."""
+    input_noise: Fraction
+    """Share of the input tokens that are replaced by random ones."""
+    label_smoothing: Fraction
     warmup: Fraction
     """Share of the steps with a rising learning rate."""
     decay: Fraction

@@ -78,7 +78,7 @@ def test_the_data_has_the_promised_size_and_kinds():
     counts = Counter(frame["kind"] for frame in frames)
     assert len(frames) >= 330 and len(domains) >= 12
     assert len({frame["id"] for frame in frames}) == len({frame["text"] for frame in frames}) == len(frames)
-    assert set(counts) == set(grammar.REQUIREMENT_KINDS) | set(grammar.SUPPORT_KINDS)
+    assert set(counts) == {*grammar.REQUIREMENT_KINDS, *grammar.SUPPORT_KINDS, *grammar.CLAUSE_KINDS}
     assert sum(counts[kind] for kind in grammar.REQUIREMENT_KINDS) >= 200
     assert [counts[kind] >= least for kind, least in
             (("rationale", 40), ("acceptance", 40), ("definition", 20), ("scenario", 20))] == [True] * 4

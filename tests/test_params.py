@@ -106,7 +106,7 @@ BAD = [
     out_of_range("wanda.sparsity", 1.0, BELOW_ONE),
     out_of_range("lora.rank", 0, ONE),
     out_of_range("lora.learning_rate", 0.0, ABOVE_ZERO),
-    out_of_range("lora.learning_rate", float("nan"), ABOVE_ZERO),
+    out_of_range("lora.learning_rate", float("nan"), "input should be a finite number"),
     out_of_range("lora.dropout", 1.0, BELOW_ONE),
     out_of_range("lora.targets", "all", "input should be 'all-linear', 'attention' or 'mlp'"),
     out_of_range("lora.distillation.temperature", 0.0, ABOVE_ZERO),
