@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextvars
 import json
+import logging
 import re
 import threading
 from collections.abc import Iterator
@@ -59,6 +60,7 @@ class Reproduction:
     """
 
     def __init__(self) -> None:
+        logging.getLogger("dvc").propagate = False  # else its lines come twice: Prefect's root logger prints them too
         self.repo = Repo(_wait_for_lock=True)  # else a stage that took an hour fails if the lock is held for 3 s
         self.cache = RecordingCache(self.repo)
         self.repo.stage_cache = self.cache
@@ -89,7 +91,12 @@ class Reproduction:
         parents = [self.states[parent.addressing] for parent in upstream if parent.addressing in self.states]
         state = step(stage, upstream, force, key, kwargs, parents, return_state=True)
         self.states[stage.addressing] = state
-        row = {"stage": stage.addressing, "state": state.name or "", "why": state.message or "", "key": (key or "")[:12]}
+        row = {
+            "stage": stage.addressing,
+            "state": state.name or "",
+            "why": "ran" if state.name == "Completed" else state.message or "unchanged",
+            "key": (key or "")[:12],
+        }
         self.rows.append(row)
         if state.is_failed():
             raise DvcException(state.message)

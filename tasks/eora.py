@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tasks import checkpoint
+from tasks import checkpoint, quantised
 from tasks.algorithms import eora, families
 from tasks.algorithms.errors import InputError
-from tasks.stage import Stage
+
+if TYPE_CHECKING:
+    from tasks.stage import Stage
 
 COLUMNS = ["linear", "error_before", "error_after", "rank", "bytes"]
 """Errors are relative, of the linear's output on calibration inputs against the teacher's; bytes of both factors."""
@@ -46,10 +49,10 @@ def run(stage: Stage) -> None:
             finished.append(name)
             progress.update(len(finished), error=error)
 
-        model = checkpoint.load_dequantised(source)
+        model = quantised.load_dequantised(source)
         branches = eora.compensate(model, windows, teacher, chosen.rank, done=done)
     stage.pass_on(source, target)
-    checkpoint.save_adapter(target, {name: (branch.a, branch.b) for name, branch in branches.items()})
+    quantised.save_adapter(target, {name: (branch.a, branch.b) for name, branch in branches.items()})
     table(branches).to_csv(stage.output("layers.csv"), index=False, lineterminator="\n", float_format="%.9g")
 
 

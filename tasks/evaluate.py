@@ -1,17 +1,16 @@
 """Measure one model of the pipeline: perplexity on both test splits, size by `stat`, zeros, and greedy completions.
 
-The protocol is `tasks.algorithms.perplexity`'s, its name stands beside the numbers. Each model is an item of the stage's
-matrix and so is cached on its own. It judges nothing: limits and comparisons are the report's.
+The protocol is `tasks.algorithms.perplexity`'s, its name stands beside the numbers. Each model is an item of the
+stage's matrix and so is cached on its own. It judges nothing: limits and comparisons are the report's.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tasks import checkpoint, corpora, tensor_files
+from tasks import checkpoint, corpora, quantised, tensor_files
 from tasks.algorithms import masks, perplexity
 
 if TYPE_CHECKING:
@@ -26,14 +25,14 @@ GROUPS = (4, 8, 16, 32)
 def run(stage: Stage) -> None:
     """Write metrics.json and completions.json."""
     folder, p = stage.input("model"), stage.params.evaluate
-    model, tokenizer = checkpoint.load_model(folder), checkpoint.load_tokenizer(folder)
+    model, tokenizer = quantised.load_model(folder), checkpoint.load_tokenizer(folder)
     metrics = {
         "model": stage.item,
         "evaluated": True,
         "protocol": perplexity.protocol(p.length, p.stride),
         "perplexity": {},
         "predictions": {},
-        **sparsity(checkpoint.block_weights(model)),
+        **sparsity(quantised.block_weights(model)),
         "parameters": checkpoint.parameter_count(model),
         "bytes": {"total": tensor_files.stored_bytes(folder), **tensor_files.component_bytes(folder)},
     }
@@ -83,5 +82,7 @@ def completions(model: Any, tokenizer: Any, p: Evaluate) -> list[dict[str, str]]
                 do_sample=False,
                 pad_token_id=tokenizer.eos_token_id,
             )
-        rows.append({"prompt": prompt, "completion": tokenizer.decode(full[0, ids.shape[1] :], skip_special_tokens=True)})
+        rows.append(
+            {"prompt": prompt, "completion": tokenizer.decode(full[0, ids.shape[1] :], skip_special_tokens=True)}
+        )
     return rows

@@ -25,7 +25,7 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tasks import checkpoint, params, preflight
+from tasks import checkpoint, preflight
 from tasks.algorithms import families
 from tasks.algorithms.errors import InputError
 from tasks.params import CorpusSource, ModelSource
@@ -75,7 +75,7 @@ def run(stage: Stage) -> None:
     tokenizer = _tokenizer_size(target)
     preflight.check_tokenizer(tokenizer, config["vocab_size"])
     if source.hub is not None:  # of a local model everything was known before the stage started
-        preflight.check(params.load(), config, tokenizer_size=tokenizer, stage="fetch")
+        preflight.check(stage.everything, config, tokenizer_size=tokenizer, stage="fetch")
 
     into = stage.output("corpora")
     into.mkdir(parents=True)

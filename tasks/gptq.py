@@ -7,15 +7,18 @@ back, and a pruned weight that is not zero there ends the stage with an error.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tasks import checkpoint
+from tasks import checkpoint, quantised
 from tasks.algorithms import families, masked_gptq, masks
 from tasks.algorithms.errors import InputError
-from tasks.stage import Stage
+
+if TYPE_CHECKING:
+    from tasks.stage import Stage
 
 COLUMNS = ["linear", "error", "zeros", "violations"]
 """error: relative, of the output on calibration inputs; zeros: weights that are 0; violations: as counted below."""
@@ -30,7 +33,7 @@ def run(stage: Stage) -> None:
     described = checkpoint.config(dense)
     masked_gptq.check_shapes(families.linear_shapes(described), chosen.bits, chosen.group_size)
     quantisation = masked_gptq.config(chosen.bits, chosen.group_size, chosen.symmetric, chosen.damp, chosen.act_order)
-    model = checkpoint.load_for_quantisation(dense, quantisation)
+    model = quantised.load_for_quantisation(dense, quantisation)
     finished: list[str] = []
     total = described["num_hidden_layers"] * len(families.family(described).linears)
     with stage.progress("gptq", total) as progress:
@@ -43,8 +46,8 @@ def run(stage: Stage) -> None:
     for name, result in results.items():
         if result.damp > chosen.damp:
             print(f"{name}: the Hessian needed damping {result.damp:.3g} instead of gptq.damp = {chosen.damp:.3g}")
-    checkpoint.save_quantised(model, dense, target)
-    weights = checkpoint.block_weights(checkpoint.load_quantised(target))
+    quantised.save_quantised(model, dense, target)
+    weights = quantised.block_weights(quantised.load_quantised(target))
     table(weights, keep, pattern, results).to_csv(
         stage.output("layers.csv"), index=False, lineterminator="\n", float_format="%.9g"
     )

@@ -92,13 +92,17 @@ def measure(folder: Path, pattern: tuple[int, int] | None = None) -> fit.Files:
         elif len(dimensions) > 1:
             formats.add(DTYPES.get(dtype, dtype.lower()))
     weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    return fit.Files(weights, tensor_files.stored_bytes(folder) - weights, streamed, adapter, tuple(sorted(formats)), pattern)
+    return fit.Files(
+        weights, tensor_files.stored_bytes(folder) - weights, streamed, adapter, tuple(sorted(formats)), pattern
+    )
 
 
 def in_bf16(folder: Path) -> fit.Files:
     """A dense model's sizes as if its tensors were stored in bf16: two bytes per parameter, headers left out."""
     stored = measure(folder)
-    sizes = {name: math.prod(dimensions) * BF16_BYTES for name, (_, dimensions, _) in tensor_files.entries(folder).items()}
+    sizes = {
+        name: math.prod(dimensions) * BF16_BYTES for name, (_, dimensions, _) in tensor_files.entries(folder).items()
+    }
     family = families.family(checkpoint.config(folder))
     untied = any(name.startswith(family.head + ".") for name in sizes)
     looked_up = sum(size for name, size in sizes.items() if untied and name.startswith(family.embedding + "."))

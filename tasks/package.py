@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import checkpoint
+from tasks import checkpoint, quantised
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ def run(stage: Stage) -> None:
     folder = stage.output("package/model")
     stage.pass_on(stage.input("eora/model"), folder)
     keep, pattern = checkpoint.load_masks(stage.input("masks.safetensors"))
-    broken = revived(checkpoint.block_weights(checkpoint.load_model(folder)), keep)
+    broken = revived(quantised.block_weights(quantised.load_model(folder)), keep)
     if broken:
         raise RuntimeError(f"pruned weights are not zero in the package: {broken}")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -43,7 +43,9 @@ def run(stage: Stage) -> None:
     }
     checkpoint.write_json(folder / MANIFEST, manifest)
     total = sum(entry["bytes"] for entry in manifest["files"].values())
-    print(f"{len(files)} files, {total} bytes; pattern {pattern}: 0 violations in {len(keep)} pruned matrices as loaded")
+    print(
+        f"{len(files)} files, {total} bytes; pattern {pattern}: 0 violations in {len(keep)} pruned matrices as loaded"
+    )
 
 
 def skip(stage: Stage) -> None:

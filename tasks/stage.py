@@ -115,7 +115,7 @@ class Stage:
 class Progress:
     """Progress with ETA: redrawn in place on a terminal, else a line at most every two seconds.
 
-    A line reads `[progress] DESCRIPTION DONE/TOTAL key=value … eta=SECONDSs`, so that a reader of the log can follow it.
+    A line reads `[progress] DESCRIPTION DONE/TOTAL key=value … eta=SECONDSs`: a reader of the log can follow it.
     """
 
     def __init__(self, description: str, total: int) -> None:

@@ -14,7 +14,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("flows", "tasks", "data/devices", "dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", ".dvc/config")
-DOCUMENT = "The {n} pump shall start within {n} seconds of the request, and shall report the {n} state to the operator. "
+DOCUMENT = (
+    "The {n} pump shall start within {n} seconds of the request, and shall report the {n} state to the operator. "
+)
 
 
 class Project:
@@ -41,7 +43,9 @@ class Project:
         self("git", "add", "-A")
         self("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start")
 
-    def __call__(self, *command: str, check: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    def __call__(
+        self, *command: str, check: bool = True, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess:
         """Run a command in the project; standard error is part of stdout."""
         done = subprocess.run(
             command,

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tasks import checkpoint, gptq
+from tasks import checkpoint, gptq, quantised
 from tasks import eora as stage_module
 from tasks.algorithms import eora, families, masked_gptq
 from tasks.algorithms.errors import InputError
@@ -125,9 +125,9 @@ def files(tiny_llama, tmp_path_factory):
     windows = torch.randint(0, 257, (6, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     checkpoint.save_tensors(folder / "windows.safetensors", {"input_ids": windows}, {})
     (folder / "removed.json").write_text('{"kept": [0, 2, 3]}')
-    model = checkpoint.load_for_quantisation(folder / "lora/model", masked_gptq.config(**SETTINGS))
+    model = quantised.load_for_quantisation(folder / "lora/model", masked_gptq.config(**SETTINGS))
     masked_gptq.quantise(model, windows, {})
-    checkpoint.save_quantised(model, folder / "lora/model", folder / "gptq/model")
+    quantised.save_quantised(model, folder / "lora/model", folder / "gptq/model")
     names = ("gptq/model", "lora/model", "fetch/model", "removed.json", "windows.safetensors")
     return {name: folder / name for name in names}
 
@@ -159,7 +159,7 @@ def test_the_stage_brings_the_model_closer_to_its_teacher_and_gptqmodel_loads_it
     with torch.no_grad():
         target = wanted(input_ids=ids).logits
         before, after = (
-            float((checkpoint.load_model(path)(input_ids=ids).logits - target).norm())
+            float((quantised.load_model(path)(input_ids=ids).logits - target).norm())
             for path in (files["gptq/model"], folder / "model")
         )
     assert after < 0.8 * before
@@ -169,14 +169,14 @@ def test_the_loaded_adapter_is_the_branch_that_was_computed(run, files):
     folder = run(rank=4) / "model"
     for path in files["gptq/model"].iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes()
-    merged = checkpoint.load_dequantised(folder)
+    merged = quantised.load_dequantised(folder)
     stored = checkpoint.load_file(folder / "eora/adapter_model.safetensors")
     for name, linear in families.block_linears(merged).items():
         a, b = (stored[f"base_model.model.{name}.lora_{side}.weight"].float() for side in "AB")
         assert a.shape == (4, linear.in_features) and b.shape == (linear.out_features, 4)
         linear.weight.data += b @ a
     ids = checkpoint.load_file(files["windows.safetensors"])["input_ids"].long()
-    model = checkpoint.load_model(folder)
+    model = quantised.load_model(folder)
     with torch.no_grad():
         assert torch.allclose(model(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-3)
     assert model.generate(ids[:1, :5], max_new_tokens=4, do_sample=False).shape == (1, 9)

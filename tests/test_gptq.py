@@ -11,7 +11,7 @@ import torch
 from gptqmodel.looper.named_module import NamedModule
 from torch import nn
 
-from tasks import checkpoint
+from tasks import checkpoint, quantised
 from tasks import gptq as stage_module
 from tasks.algorithms import families, masked_gptq, masks
 from tasks.algorithms.errors import InputError
@@ -290,7 +290,7 @@ def test_the_stage_keeps_masks_and_stock_gptqmodel_loads_its_folder(run, pruned,
 def test_the_loaded_model_computes_in_float32_and_generates(run, pruned):
     folder = run(bits=8) / "model"
     ids = pruned.windows[:2].long()
-    loaded, plain = checkpoint.load_model(folder), checkpoint.load_dequantised(folder)
+    loaded, plain = quantised.load_model(folder), quantised.load_dequantised(folder)
     assert not masked_gptq.quantised_linears(plain)
     with torch.no_grad():
         logits, expected = loaded(input_ids=ids).logits, plain(input_ids=ids).logits
@@ -322,7 +322,7 @@ def test_windows_that_gptqmodel_would_drop_or_cut_are_refused(run, pruned, monke
 
 
 def test_every_calibration_token_counts_once_in_the_given_order(pruned):
-    model = checkpoint.load_for_quantisation(pruned.files["lora/model"], masked_gptq.config(**SETTINGS))
+    model = quantised.load_for_quantisation(pruned.files["lora/model"], masked_gptq.config(**SETTINGS))
     seen = []
     model.model.model.embed_tokens.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
     masked_gptq.quantise(model, pruned.windows, pruned.keep)

@@ -33,42 +33,85 @@ def sample(name: str, count: int = 200) -> tuple[str, ...]:
     return tuple(next(stream)["text"] for _ in range(count))
 
 
-@pytest.mark.parametrize("phrase, expected", [
-    ("pump", "a pump"), ("infusion pump", "an infusion pump"), ("hour meter", "an hour meter"),
-    ("unit", "a unit"), ("user account", "a user account"), ("unexpected restart", "an unexpected restart"),
-    ("unidentified caller", "an unidentified caller"), ("ultrasonic probe", "an ultrasonic probe"),
-    ("ECG lead", "an ECG lead"), ("PLC", "a PLC"), ("RAM module", "a RAM module"), ("UPS", "a UPS"),
-    ("one-time code", "a one-time code"), ("8-bit port", "an 8-bit port"), ("X-ray tube", "an X-ray tube"),
-    ("LED", "an LED"), ("uplink", "an uplink"), ("euro payment", "a euro payment"), ("order line", "an order line"),
-])
+@pytest.mark.parametrize(
+    "phrase, expected",
+    [
+        ("pump", "a pump"),
+        ("infusion pump", "an infusion pump"),
+        ("hour meter", "an hour meter"),
+        ("unit", "a unit"),
+        ("user account", "a user account"),
+        ("unexpected restart", "an unexpected restart"),
+        ("unidentified caller", "an unidentified caller"),
+        ("ultrasonic probe", "an ultrasonic probe"),
+        ("ECG lead", "an ECG lead"),
+        ("PLC", "a PLC"),
+        ("RAM module", "a RAM module"),
+        ("UPS", "a UPS"),
+        ("one-time code", "a one-time code"),
+        ("8-bit port", "an 8-bit port"),
+        ("X-ray tube", "an X-ray tube"),
+        ("LED", "an LED"),
+        ("uplink", "an uplink"),
+        ("euro payment", "a euro payment"),
+        ("order line", "an order line"),
+    ],
+)
 def test_indefinite_article(phrase, expected):
     assert grammar.indefinite(phrase) == expected
 
 
-@pytest.mark.parametrize("phrase, expected", [
-    ("valve", "valves"), ("drug library entry", "drug library entries"), ("relay", "relays"),
-    ("track switch", "track switches"), ("gear box", "gear boxes"), ("blood analysis", "blood analyses"),
-    ("foreman", "foremen"), ("member of the public", "members of the public"), ("PLC", "PLCs"),
-    ("rate of change", "rates of change"), ("signal passed at danger", "signals passed at danger"),
-    ("field bus", "field buses"), ("status", "statuses"), ("stock-out", "stock-outs"), ("person", "people"),
-    ("acceptance criterion", "acceptance criteria"), ("top of descent crossing", "top of descent crossings"),
-])
+@pytest.mark.parametrize(
+    "phrase, expected",
+    [
+        ("valve", "valves"),
+        ("drug library entry", "drug library entries"),
+        ("relay", "relays"),
+        ("track switch", "track switches"),
+        ("gear box", "gear boxes"),
+        ("blood analysis", "blood analyses"),
+        ("foreman", "foremen"),
+        ("member of the public", "members of the public"),
+        ("PLC", "PLCs"),
+        ("rate of change", "rates of change"),
+        ("signal passed at danger", "signals passed at danger"),
+        ("field bus", "field buses"),
+        ("status", "statuses"),
+        ("stock-out", "stock-outs"),
+        ("person", "people"),
+        ("acceptance criterion", "acceptance criteria"),
+        ("top of descent crossing", "top of descent crossings"),
+    ],
+)
 def test_plural(phrase, expected):
     assert grammar.plural(phrase) == expected
 
 
-@pytest.mark.parametrize("verb, ing, past, third", [
-    ("start", "starting", "started", "starts"), ("stop", "stopping", "stopped", "stops"),
-    ("close", "closing", "closed", "closes"), ("transmit", "transmitting", "transmitted", "transmits"),
-    ("cancel", "cancelling", "cancelled", "cancels"), ("open", "opening", "opened", "opens"),
-    ("verify", "verifying", "verified", "verifies"), ("display", "displaying", "displayed", "displays"),
-    ("shut down", "shutting down", "shut down", "shuts down"), ("override", "overriding", "overridden", "overrides"),
-    ("free", "freeing", "freed", "frees"), ("tie", "tying", "tied", "ties"), ("scan", "scanning", "scanned", "scans"),
-    ("dispatch", "dispatching", "dispatched", "dispatches"), ("withdraw", "withdrawing", "withdrawn", "withdraws"),
-    ("slowly lower", "slowly lowering", "slowly lowered", "slowly lowers"), ("apply", "applying", "applied", "applies"),
-    ("load", "loading", "loaded", "loads"), ("fix", "fixing", "fixed", "fixes"),
-    ("enrol", "enrolling", "enrolled", "enrols"),
-])
+@pytest.mark.parametrize(
+    "verb, ing, past, third",
+    [
+        ("start", "starting", "started", "starts"),
+        ("stop", "stopping", "stopped", "stops"),
+        ("close", "closing", "closed", "closes"),
+        ("transmit", "transmitting", "transmitted", "transmits"),
+        ("cancel", "cancelling", "cancelled", "cancels"),
+        ("open", "opening", "opened", "opens"),
+        ("verify", "verifying", "verified", "verifies"),
+        ("display", "displaying", "displayed", "displays"),
+        ("shut down", "shutting down", "shut down", "shuts down"),
+        ("override", "overriding", "overridden", "overrides"),
+        ("free", "freeing", "freed", "frees"),
+        ("tie", "tying", "tied", "ties"),
+        ("scan", "scanning", "scanned", "scans"),
+        ("dispatch", "dispatching", "dispatched", "dispatches"),
+        ("withdraw", "withdrawing", "withdrawn", "withdraws"),
+        ("slowly lower", "slowly lowering", "slowly lowered", "slowly lowers"),
+        ("apply", "applying", "applied", "applies"),
+        ("load", "loading", "loaded", "loads"),
+        ("fix", "fixing", "fixed", "fixes"),
+        ("enrol", "enrolling", "enrolled", "enrols"),
+    ],
+)
 def test_verb_forms(verb, ing, past, third):
     assert (grammar.gerund(verb), grammar.participle(verb), grammar.third_person(verb)) == (ing, past, third)
 
@@ -80,8 +123,10 @@ def test_the_data_has_the_promised_size_and_kinds():
     assert len({frame["id"] for frame in frames}) == len({frame["text"] for frame in frames}) == len(frames)
     assert set(counts) == {*grammar.REQUIREMENT_KINDS, *grammar.SUPPORT_KINDS, *grammar.CLAUSE_KINDS}
     assert sum(counts[kind] for kind in grammar.REQUIREMENT_KINDS) >= 200
-    assert [counts[kind] >= least for kind, least in
-            (("rationale", 40), ("acceptance", 40), ("definition", 20), ("scenario", 20))] == [True] * 4
+    assert [
+        counts[kind] >= least
+        for kind, least in (("rationale", 40), ("acceptance", 40), ("definition", 20), ("scenario", 20))
+    ] == [True] * 4
 
 
 def test_the_data_files_are_ascii():
@@ -95,8 +140,9 @@ def test_every_frame_expands_in_every_domain():
         domain = grammar.compile_domain(entry)
         for members in frames.by_kind.values():
             for frame in members:
-                writer = grammar._Writer(random.Random(1), domain, frames, grammar._LAYOUTS[0], {},
-                                         identifiers=["ABC-FUN-001"])
+                writer = grammar._Writer(
+                    random.Random(1), domain, frames, grammar._LAYOUTS[0], {}, identifiers=["ABC-FUN-001"]
+                )
                 text = grammar.expand(frame, {}, writer)
                 assert "{" not in text and "  " not in text and " the the " not in text.lower(), text
 
@@ -173,11 +219,15 @@ def test_no_frame_is_in_two_splits_and_all_are_used():
 def test_demonstration_frames_are_in_training_only():
     for seed in range(5):
         parts = grammar.split(load("domains.yaml"), load("frames.yaml"), seed)
-        for opening in ("The software must be able to", "User authentication must include",
-                        "The system must provide real-time"):
+        for opening in (
+            "The software must be able to",
+            "User authentication must include",
+            "The system must provide real-time",
+        ):
             assert sum(frame["text"].startswith(opening) for frame in parts["train"].frames) >= 4
-            assert not any(frame["text"].startswith(opening)
-                           for name in ("calibration", "test") for frame in parts[name].frames)
+            assert not any(
+                frame["text"].startswith(opening) for name in ("calibration", "test") for frame in parts[name].frames
+            )
 
 
 def test_held_out_domains_are_absent_from_training():
@@ -190,8 +240,9 @@ def test_held_out_domains_are_absent_from_training():
         for domain in splits()[name].domains:
             if domain["code"] in held:
                 assert domain["code"] + "-" not in train_text
-                own = set(domain["components"]) - {part for other in splits()["train"].domains
-                                                   for part in other["components"]}
+                own = set(domain["components"]) - {
+                    part for other in splits()["train"].domains for part in other["components"]
+                }
                 assert len(own) >= 8 and not any(re.search(rf"\b{re.escape(part)}\b", train_text) for part in own)
                 assert any(part in "\n".join(sample(name)) for part in own)
     assert not (codes["calibration"] & codes["test"])

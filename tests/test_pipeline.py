@@ -78,7 +78,9 @@ def test_stages_that_are_off_pass_the_same_files_on_without_taking_space(project
     project.repro()
     files = [project.path / f"data/{name}/model/model.safetensors" for name in ("fetch", *off[:5])]
     assert len({file.stat().st_ino for file in files}) == 1
-    metrics = [json.loads((project.path / f"data/evaluate/{name}/metrics.json").read_text()) for name in ("fetch", "eora")]
+    metrics = [
+        json.loads((project.path / f"data/evaluate/{name}/metrics.json").read_text()) for name in ("fetch", "eora")
+    ]
     assert metrics[0]["perplexity"] == metrics[1]["perplexity"]
     project.change({f"{name}.enabled": True for name in off})
     assert not ran(project.repro().stdout)

@@ -2,4 +2,7 @@
 
 
 class InputError(ValueError):
-    """A parameter, file or model the pipeline can't work with. The message names the value, what was expected, the way out."""
+    """A parameter, file or model the pipeline can't work with.
+
+    The message names the value, what was expected, and the way out.
+    """

@@ -22,9 +22,21 @@ SPLIT_NAMES = ("train", "calibration", "test")
 DEMONSTRATION_OPENINGS = ("The software must", "User authentication must", "The system must provide real-time")
 
 REQUIREMENT_KINDS = {
-    "functional": "FUN", "performance": "PER", "security": "SEC", "reliability": "REL", "usability": "USA",
-    "interface": "INT", "data": "DAT", "maintainability": "MNT", "portability": "POR", "safety": "SAF",
-    "compliance": "COM", "availability": "AVA", "scalability": "SCA", "logging": "LOG", "installation": "INS",
+    "functional": "FUN",
+    "performance": "PER",
+    "security": "SEC",
+    "reliability": "REL",
+    "usability": "USA",
+    "interface": "INT",
+    "data": "DAT",
+    "maintainability": "MNT",
+    "portability": "POR",
+    "safety": "SAF",
+    "compliance": "COM",
+    "availability": "AVA",
+    "scalability": "SCA",
+    "logging": "LOG",
+    "installation": "INS",
 }
 SUPPORT_KINDS = ("rationale", "acceptance", "definition", "scenario")
 CLAUSE_KINDS = ("trigger", "constraint")
@@ -58,44 +70,217 @@ _SPOKEN_ACRONYMS = ("RAM", "ROM", "LAN", "SIM", "NATO", "LIDAR", "SCADA", "RADAR
 _AN_LETTERS = "AEFHILMNORSX"
 
 _PLURALS = {
-    "person": "people", "child": "children", "foot": "feet", "criterion": "criteria", "series": "series",
-    "aircraft": "aircraft", "staff": "staff", "datum": "data", "leaf": "leaves", "shelf": "shelves", "half": "halves",
-    "knife": "knives", "life": "lives", "matrix": "matrices", "vertex": "vertices", "axis": "axes", "basis": "bases",
-    "analysis": "analyses", "diagnosis": "diagnoses", "crisis": "crises", "hypothesis": "hypotheses", "bus": "buses",
-    "cargo": "cargoes", "echo": "echoes", "equipment": "equipment", "human": "humans", "quiz": "quizzes",
-    "phenomenon": "phenomena", "spectrum": "spectra", "torpedo": "torpedoes", "metadata": "metadata",
-    "dosis": "doses", "synthesis": "syntheses", "talisman": "talismans",
+    "person": "people",
+    "child": "children",
+    "foot": "feet",
+    "criterion": "criteria",
+    "series": "series",
+    "aircraft": "aircraft",
+    "staff": "staff",
+    "datum": "data",
+    "leaf": "leaves",
+    "shelf": "shelves",
+    "half": "halves",
+    "knife": "knives",
+    "life": "lives",
+    "matrix": "matrices",
+    "vertex": "vertices",
+    "axis": "axes",
+    "basis": "bases",
+    "analysis": "analyses",
+    "diagnosis": "diagnoses",
+    "crisis": "crises",
+    "hypothesis": "hypotheses",
+    "bus": "buses",
+    "cargo": "cargoes",
+    "echo": "echoes",
+    "equipment": "equipment",
+    "human": "humans",
+    "quiz": "quizzes",
+    "phenomenon": "phenomena",
+    "spectrum": "spectra",
+    "torpedo": "torpedoes",
+    "metadata": "metadata",
+    "dosis": "doses",
+    "synthesis": "syntheses",
+    "talisman": "talismans",
 }
-_POSTMODIFIERS = (" of ", " in ", " for ", " from ", " to ", " at ", " on ", " with ", " between ", " by ", " per ",
-                  " without ", " during ", " after ", " over ", " under ", " into ", " passed ")
+_POSTMODIFIERS = (
+    " of ",
+    " in ",
+    " for ",
+    " from ",
+    " to ",
+    " at ",
+    " on ",
+    " with ",
+    " between ",
+    " by ",
+    " per ",
+    " without ",
+    " during ",
+    " after ",
+    " over ",
+    " under ",
+    " into ",
+    " passed ",
+)
 _PHRASE_PLURALS = {"top of descent crossing": "top of descent crossings", "point of sale": "points of sale"}
 
 _PARTICIPLES = {
-    "begin": "begun", "bind": "bound", "break": "broken", "bring": "brought", "broadcast": "broadcast",
-    "build": "built", "catch": "caught", "choose": "chosen", "cut": "cut", "do": "done", "draw": "drawn",
-    "drive": "driven", "feed": "fed", "find": "found", "forecast": "forecast", "freeze": "frozen", "get": "got",
-    "give": "given", "go": "gone", "grind": "ground", "hide": "hidden", "hold": "held", "keep": "kept",
-    "know": "known", "lay": "laid", "lead": "led", "leave": "left", "let": "let", "lose": "lost", "make": "made",
-    "meet": "met", "offset": "offset", "override": "overridden", "oversee": "overseen", "overwrite": "overwritten",
-    "pay": "paid", "preset": "preset", "put": "put", "read": "read", "rebuild": "rebuilt", "redo": "redone",
-    "redraw": "redrawn", "reset": "reset", "resend": "resent", "rewrite": "rewritten", "ring": "rung", "run": "run",
-    "rerun": "rerun", "say": "said", "see": "seen", "seek": "sought", "sell": "sold", "send": "sent", "set": "set",
-    "show": "shown", "shut": "shut", "spin": "spun", "split": "split", "spread": "spread", "take": "taken",
-    "teach": "taught", "tell": "told", "unbind": "unbound", "understand": "understood", "undertake": "undertaken",
-    "undo": "undone", "unfreeze": "unfrozen", "unwind": "unwound", "wind": "wound", "withdraw": "withdrawn",
-    "withhold": "withheld", "write": "written", "speak": "spoken", "steal": "stolen", "retake": "retaken",
-    "bleed": "bled", "fly": "flown", "sweep": "swept", "withstand": "withstood", "light": "lit", "stand": "stood",
-    "shed": "shed", "swing": "swung", "inset": "inset", "reread": "reread", "input": "input",
+    "begin": "begun",
+    "bind": "bound",
+    "break": "broken",
+    "bring": "brought",
+    "broadcast": "broadcast",
+    "build": "built",
+    "catch": "caught",
+    "choose": "chosen",
+    "cut": "cut",
+    "do": "done",
+    "draw": "drawn",
+    "drive": "driven",
+    "feed": "fed",
+    "find": "found",
+    "forecast": "forecast",
+    "freeze": "frozen",
+    "get": "got",
+    "give": "given",
+    "go": "gone",
+    "grind": "ground",
+    "hide": "hidden",
+    "hold": "held",
+    "keep": "kept",
+    "know": "known",
+    "lay": "laid",
+    "lead": "led",
+    "leave": "left",
+    "let": "let",
+    "lose": "lost",
+    "make": "made",
+    "meet": "met",
+    "offset": "offset",
+    "override": "overridden",
+    "oversee": "overseen",
+    "overwrite": "overwritten",
+    "pay": "paid",
+    "preset": "preset",
+    "put": "put",
+    "read": "read",
+    "rebuild": "rebuilt",
+    "redo": "redone",
+    "redraw": "redrawn",
+    "reset": "reset",
+    "resend": "resent",
+    "rewrite": "rewritten",
+    "ring": "rung",
+    "run": "run",
+    "rerun": "rerun",
+    "say": "said",
+    "see": "seen",
+    "seek": "sought",
+    "sell": "sold",
+    "send": "sent",
+    "set": "set",
+    "show": "shown",
+    "shut": "shut",
+    "spin": "spun",
+    "split": "split",
+    "spread": "spread",
+    "take": "taken",
+    "teach": "taught",
+    "tell": "told",
+    "unbind": "unbound",
+    "understand": "understood",
+    "undertake": "undertaken",
+    "undo": "undone",
+    "unfreeze": "unfrozen",
+    "unwind": "unwound",
+    "wind": "wound",
+    "withdraw": "withdrawn",
+    "withhold": "withheld",
+    "write": "written",
+    "speak": "spoken",
+    "steal": "stolen",
+    "retake": "retaken",
+    "bleed": "bled",
+    "fly": "flown",
+    "sweep": "swept",
+    "withstand": "withstood",
+    "light": "lit",
+    "stand": "stood",
+    "shed": "shed",
+    "swing": "swung",
+    "inset": "inset",
+    "reread": "reread",
+    "input": "input",
 }
 # Verbs of two or more syllables that double the last consonant (British spelling for those in -l).
-_DOUBLING = frozenset((
-    "admit", "begin", "cancel", "commit", "compel", "control", "defer", "dial", "emit", "equal", "equip", "expel",
-    "fulfil", "initial", "input", "label", "level", "model", "omit", "permit", "prefer", "propel", "rebut", "recur",
-    "refer", "remit", "reset", "resubmit", "retransmit", "rerun", "rewrap", "signal", "submit", "total", "transfer",
-    "transmit", "travel", "tunnel", "unplug", "unpin", "unzip", "preset", "offset", "marshal", "channel", "deter",
-    "quit", "equip", "format", "unwrap", "replan", "remap", "reship", "replot", "retag", "rescan", "retrim", "inset",
-    "enrol", "relevel", "relabel",
-))
+_DOUBLING = frozenset(
+    (
+        "admit",
+        "begin",
+        "cancel",
+        "commit",
+        "compel",
+        "control",
+        "defer",
+        "dial",
+        "emit",
+        "equal",
+        "equip",
+        "expel",
+        "fulfil",
+        "initial",
+        "input",
+        "label",
+        "level",
+        "model",
+        "omit",
+        "permit",
+        "prefer",
+        "propel",
+        "rebut",
+        "recur",
+        "refer",
+        "remit",
+        "reset",
+        "resubmit",
+        "retransmit",
+        "rerun",
+        "rewrap",
+        "signal",
+        "submit",
+        "total",
+        "transfer",
+        "transmit",
+        "travel",
+        "tunnel",
+        "unplug",
+        "unpin",
+        "unzip",
+        "preset",
+        "offset",
+        "marshal",
+        "channel",
+        "deter",
+        "quit",
+        "equip",
+        "format",
+        "unwrap",
+        "replan",
+        "remap",
+        "reship",
+        "replot",
+        "retag",
+        "rescan",
+        "retrim",
+        "inset",
+        "enrol",
+        "relevel",
+        "relabel",
+    )
+)
 _NOT_DOUBLING = frozenset(("bus", "gas", "mix", "fix", "tax", "relax"))
 _LY_VERBS = frozenset(("apply", "comply", "multiply", "rely", "reply", "supply", "reapply", "fly", "imply"))
 
@@ -125,7 +310,7 @@ def plural(phrase: str) -> str:
         return _PHRASE_PLURALS[phrase]
     cuts = [position for position in (phrase.find(mark) for mark in _POSTMODIFIERS) if position > 0]
     head = phrase[: min(cuts)] if cuts else phrase
-    tail = phrase[len(head):]
+    tail = phrase[len(head) :]
     start = max(head.rfind(" "), head.rfind("-")) + 1
     return head[:start] + _plural_word(head[start:]) + tail
 
@@ -148,7 +333,7 @@ def _verb_parts(verb: str) -> tuple[str, str, str]:
     """Split "automatically shut down" into the adverb, the word that is inflected and the particle."""
     words = verb.split(" ")
     first = 1 if len(words) > 1 and words[0].endswith("ly") and words[0] not in _LY_VERBS else 0
-    before, after = " ".join(words[:first]), " ".join(words[first + 1:])
+    before, after = " ".join(words[:first]), " ".join(words[first + 1 :])
     return before + " " if before else "", words[first], " " + after if after else ""
 
 
@@ -181,7 +366,7 @@ def participle(verb: str) -> str:
     before, word, after = _verb_parts(verb)
     irregular = _PARTICIPLES.get(word.rpartition("-")[2])
     if irregular:
-        return f"{before}{word[:len(word) - len(word.rpartition('-')[2])]}{irregular}{after}"
+        return f"{before}{word[: len(word) - len(word.rpartition('-')[2])]}{irregular}{after}"
     return f"{before}{_stem(word, 'ed')}ed{after}"
 
 
@@ -250,22 +435,33 @@ def _timing_slots() -> dict[str, _Draw]:
     small_seconds = "1 2 5 3 10 1.5 0.5 4 2.5"
     load = "80% 70% 60% 50% 75% 85% 40% 90% 65% 30% 25%"
     return {
-        "latency": _skewed(_interleave(_units(small_seconds, "second"), [f"{n} ms" for n in milliseconds.split()],
-                                       _units("100 200 500 50 20 250 150", "millisecond"))),
-        "duration": _skewed(_interleave(_units("5 10 2 15 30 1 3 20 45 60 90 8 4", "minute"),
-                                        _units("30 60 20 10 90 45 120", "second"),
-                                        _units("1 2 4 8 6 3", "hour"))),
+        "latency": _skewed(
+            _interleave(
+                _units(small_seconds, "second"),
+                [f"{n} ms" for n in milliseconds.split()],
+                _units("100 200 500 50 20 250 150", "millisecond"),
+            )
+        ),
+        "duration": _skewed(
+            _interleave(
+                _units("5 10 2 15 30 1 3 20 45 60 90 8 4", "minute"),
+                _units("30 60 20 10 90 45 120", "second"),
+                _units("1 2 4 8 6 3", "hour"),
+            )
+        ),
         "idle": _skewed(_units("10 5 15 30 3 2 20 1 60", "minute")),
         "worktime": _skewed(_interleave(_units("30 15 45 20 10 90", "minute"), _units("1 2 4 8 3 6", "hour"))),
         "period": _skewed(_interleave(_units("24 48 72 12 8 36 96", "hour"), _units("7 30 14 3 10 5 90 2", "day"))),
         "interval": _skewed(_interleave(_units("3 6 12 1 2 18", "month"), _units("30 90 60 180 45", "day"))),
         "retention": _skewed(_interleave(_units("5 10 2 3 7 1 15 30 25", "year"), _units("12 6 24 18 36", "month"))),
         "hours": _skewed(_units("10,000 20,000 50,000 5,000 8,760 25,000 100,000 40,000 15,000 2,000", "hour")),
-        "frequency": _skewed("10 Hz;1 Hz;50 Hz;100 Hz;5 Hz;2 Hz;20 Hz;25 Hz;200 Hz;1 kHz;4 Hz;0.5 Hz".split(";")),
-        "percent": _skewed("95% 99% 90% 98% 99.9% 99.5% 97% 85% 92% 96%".split()),
-        "uptime": _skewed("99.9% 99.5% 99.95% 99% 99.99% 99.8% 98.5% 99.999% 98%".split()),
+        "frequency": _skewed(
+            ["10 Hz", "1 Hz", "50 Hz", "100 Hz", "5 Hz", "2 Hz", "20 Hz", "25 Hz", "200 Hz", "1 kHz", "4 Hz", "0.5 Hz"]
+        ),
+        "percent": _skewed(["95%", "99%", "90%", "98%", "99.9%", "99.5%", "97%", "85%", "92%", "96%"]),
+        "uptime": _skewed(["99.9%", "99.5%", "99.95%", "99%", "99.99%", "99.8%", "98.5%", "99.999%", "98%"]),
         "load": _skewed(load.split()),
-        "tolerance": _skewed("5% 2% 1% 10% 3% 0.5% 15% 1.5% 4% 0.2% 8% 20% 2.5%".split()),
+        "tolerance": _skewed(["5%", "2%", "1%", "10%", "3%", "0.5%", "15%", "1.5%", "4%", "0.2%", "8%", "20%", "2.5%"]),
         "rate": _rate,
     }
 
@@ -276,70 +472,188 @@ def _rate(rng: random.Random) -> str:
 
 
 def _technical_slots() -> dict[str, _Draw]:
-    sizes = _interleave([f"{n} MiB" for n in (64, 128, 256, 512, 16, 32, 8, 48, 96)],
-                        [f"{n} GiB" for n in (1, 2, 4, 8)], [f"{n} KiB" for n in (512, 256, 64, 128, 768)])
+    sizes = _interleave(
+        [f"{n} MiB" for n in (64, 128, 256, 512, 16, 32, 8, 48, 96)],
+        [f"{n} GiB" for n in (1, 2, 4, 8)],
+        [f"{n} KiB" for n in (512, 256, 64, 128, 768)],
+    )
     return {
-        "few": _skewed("three two five four six eight ten".split()),
+        "few": _skewed(["three", "two", "five", "four", "six", "eight", "ten"]),
         "size": _skewed(sizes),
-        "ppm": _skewed("1 in 10,000;1 in 1,000;1 in 100,000;1 in a million;5 in 10,000;2 in 1,000".split(";")),
-        "complexity": _skewed("10 15 20 12 8 25".split()),
-        "training": _skewed("two hours;one day;half a day;one hour;four hours;two days;three days".split(";")),
-        "screen": _skewed("1024 768 360 1280 1920 480 320".split()),
-        "decibels": _skewed("65 dB(A);70 dB(A);60 dB(A);75 dB(A);55 dB(A);80 dB(A);45 dB(A)".split(";")),
-        "sil": _skewed("2 3 1 4".split()),
-        "crypto": _skewed("AES-256-GCM;AES-128-GCM;ChaCha20-Poly1305;AES-256-CBC with HMAC-SHA-256;AES-128-CCM".split(
-            ";")),
-        "protocol": _skewed("TLS 1.3;HTTPS;MQTT 5.0 over TLS 1.2;OPC UA;SFTP;gRPC over TLS 1.3;Modbus TCP;AMQP 1.0;"
-                            "WebSocket over TLS 1.3;SNMPv3;CoAP over DTLS 1.2;Syslog over TLS 1.2".split(";")),
-        "severity": _skewed("critical major high minor medium".split()),
+        "ppm": _skewed(["1 in 10,000", "1 in 1,000", "1 in 100,000", "1 in a million", "5 in 10,000", "2 in 1,000"]),
+        "complexity": _skewed(["10", "15", "20", "12", "8", "25"]),
+        "training": _skewed(["two hours", "one day", "half a day", "one hour", "four hours", "two days", "three days"]),
+        "screen": _skewed(["1024", "768", "360", "1280", "1920", "480", "320"]),
+        "decibels": _skewed(["65 dB(A)", "70 dB(A)", "60 dB(A)", "75 dB(A)", "55 dB(A)", "80 dB(A)", "45 dB(A)"]),
+        "sil": _skewed(["2", "3", "1", "4"]),
+        "crypto": _skewed(
+            ["AES-256-GCM", "AES-128-GCM", "ChaCha20-Poly1305", "AES-256-CBC with HMAC-SHA-256", "AES-128-CCM"]
+        ),
+        "protocol": _skewed(
+            [
+                "TLS 1.3",
+                "HTTPS",
+                "MQTT 5.0 over TLS 1.2",
+                "OPC UA",
+                "SFTP",
+                "gRPC over TLS 1.3",
+                "Modbus TCP",
+                "AMQP 1.0",
+                "WebSocket over TLS 1.3",
+                "SNMPv3",
+                "CoAP over DTLS 1.2",
+                "Syslog over TLS 1.2",
+            ]
+        ),
+        "severity": _skewed(["critical", "major", "high", "minor", "medium"]),
         "environment": _skewed(
-            "an ambient temperature of 40 degrees Celsius;a relative humidity of 95%, non-condensing;"
-            "a temperature between 0 and 50 degrees Celsius;an ambient temperature of -20 degrees Celsius;"
-            "an illumination of 500 lux;vibration of 2 g between 10 and 150 Hz;direct sunlight of 50,000 lux;"
-            "an altitude of 3,000 metres;a temperature between 15 and 30 degrees Celsius;salt mist and condensation;"
-            "a magnetic field of 30 A/m;a temperature change of 10 degrees Celsius per minute".split(";")),
-        "platform": _skewed("Ubuntu 22.04 LTS;Windows 11;Red Hat Enterprise Linux 9;Android 14;iOS 17;Windows 10 IoT;"
-                            "Debian 12;QNX 7.1;FreeRTOS 10.5;Zephyr 3.4;VxWorks 7;macOS 14".split(";")),
-        "browser": _skewed("Firefox ESR 115;Chrome 120;Edge 120;Safari 17;Chromium 118;Firefox 121".split(";")),
-        "format": _skewed("CSV;JSON;XML;PDF/A;CBOR;Apache Parquet;HL7 FHIR;plain text".split(";")),
-        "language": _skewed("German;French;Spanish;Italian;Polish;Portuguese;Japanese;Dutch;Finnish;Korean".split(";")),
-        "factor": _skewed("a password of at least 12 characters;a one-time code;a hardware token;a smart card;"
-                          "a fingerprint scan;a personal certificate;a PIN of at least six digits;"
-                          "a confirmation on a registered device".split(";")),
+            [
+                "an ambient temperature of 40 degrees Celsius",
+                "a relative humidity of 95%, non-condensing",
+                "a temperature between 0 and 50 degrees Celsius",
+                "an ambient temperature of -20 degrees Celsius",
+                "an illumination of 500 lux",
+                "vibration of 2 g between 10 and 150 Hz",
+                "direct sunlight of 50,000 lux",
+                "an altitude of 3,000 metres",
+                "a temperature between 15 and 30 degrees Celsius",
+                "salt mist and condensation",
+                "a magnetic field of 30 A/m",
+                "a temperature change of 10 degrees Celsius per minute",
+            ]
+        ),
+        "platform": _skewed(
+            [
+                "Ubuntu 22.04 LTS",
+                "Windows 11",
+                "Red Hat Enterprise Linux 9",
+                "Android 14",
+                "iOS 17",
+                "Windows 10 IoT",
+                "Debian 12",
+                "QNX 7.1",
+                "FreeRTOS 10.5",
+                "Zephyr 3.4",
+                "VxWorks 7",
+                "macOS 14",
+            ]
+        ),
+        "browser": _skewed(["Firefox ESR 115", "Chrome 120", "Edge 120", "Safari 17", "Chromium 118", "Firefox 121"]),
+        "format": _skewed(["CSV", "JSON", "XML", "PDF/A", "CBOR", "Apache Parquet", "HL7 FHIR", "plain text"]),
+        "language": _skewed(
+            ["German", "French", "Spanish", "Italian", "Polish", "Portuguese", "Japanese", "Dutch", "Finnish", "Korean"]
+        ),
+        "factor": _skewed(
+            [
+                "a password of at least 12 characters",
+                "a one-time code",
+                "a hardware token",
+                "a smart card",
+                "a fingerprint scan",
+                "a personal certificate",
+                "a PIN of at least six digits",
+                "a confirmation on a registered device",
+            ]
+        ),
     }
 
 
 # ------------------------------------------------------------------------------------------------------- paraphrase
 
 _SYNONYMS = (
-    "shall/shall/shall/must", "store/keep/retain/save", "stored/kept/retained/saved", "display/show/present",
-    "displayed/shown/presented", "displays/shows/presents", "recorded/logged/noted", "notify/inform/alert",
-    "notified/informed/alerted", "detect/notice/recognise/identify", "detected/noticed/recognised/identified",
-    "verify/check/confirm", "verified/checked/confirmed", "immediately/at once/without delay/straight away",
-    "prevent/avoid", "prevented/avoided", "reject/refuse/decline", "rejected/refused/declined", "allow/permit",
-    "allowed/permitted", "send/transmit/forward", "sent/transmitted/forwarded", "create/generate/produce",
-    "created/generated/produced", "delete/remove/erase", "deleted/removed/erased", "change/alter/modify",
-    "changed/altered/modified", "begin/start/commence", "begins/starts/commences", "restored/recovered/reinstated",
-    "faults/failures/malfunctions", "fault/failure/malfunction", "approved/authorised/signed off", "message/notice",
-    "at least/no less than/a minimum of", "no more than/at most/not more than", "during/in the course of/throughout",
-    "so that/in such a way that", "in order to/so as to", "when/whenever/once/as soon as", "while/as long as",
-    "When/Whenever/Once/As soon as/Every time", "While/As long as/For as long as", "If/In case/In the event that",
-    "unless/except where/except when", "previous/earlier/preceding/former", "additional/further/extra",
-    "necessary/required/needed", "automatically/without manual action/of its own accord", "together with/along with",
-    "regularly/periodically/at regular intervals", "clearly/plainly/unambiguously", "current/present/latest",
-    "completely/entirely/fully/in full", "correctly/properly/as intended", "quickly/rapidly/promptly",
-    "permanently/for good", "temporarily/for the time being", "directly/without detour", "exactly/precisely",
-    "available/at hand/ready for use", "damaged/harmed", "lost/missing", "separate/distinct", "entire/whole/complete",
-    "caused/brought about/triggered", "according to/in line with/in keeping with", "instead of/in place of/rather than",
-    "because/since/as", "several/a number of/various", "often/frequently", "usually/normally/as a rule",
-    "replaced/exchanged/swapped", "measured/determined", "stopped/halted/ended", "selected/chosen/picked",
-    "accepted/taken/admitted", "visible/apparent", "reduce/lower/decrease", "reduced/lowered/decreased",
-    "increase/raise", "exceed/go beyond/surpass", "remain/stay", "remains/stays", "must not/shall not",
+    "shall/shall/shall/must",
+    "store/keep/retain/save",
+    "stored/kept/retained/saved",
+    "display/show/present",
+    "displayed/shown/presented",
+    "displays/shows/presents",
+    "recorded/logged/noted",
+    "notify/inform/alert",
+    "notified/informed/alerted",
+    "detect/notice/recognise/identify",
+    "detected/noticed/recognised/identified",
+    "verify/check/confirm",
+    "verified/checked/confirmed",
+    "immediately/at once/without delay/straight away",
+    "prevent/avoid",
+    "prevented/avoided",
+    "reject/refuse/decline",
+    "rejected/refused/declined",
+    "allow/permit",
+    "allowed/permitted",
+    "send/transmit/forward",
+    "sent/transmitted/forwarded",
+    "create/generate/produce",
+    "created/generated/produced",
+    "delete/remove/erase",
+    "deleted/removed/erased",
+    "change/alter/modify",
+    "changed/altered/modified",
+    "begin/start/commence",
+    "begins/starts/commences",
+    "restored/recovered/reinstated",
+    "faults/failures/malfunctions",
+    "fault/failure/malfunction",
+    "approved/authorised/signed off",
+    "message/notice",
+    "at least/no less than/a minimum of",
+    "no more than/at most/not more than",
+    "during/in the course of/throughout",
+    "so that/in such a way that",
+    "in order to/so as to",
+    "when/whenever/once/as soon as",
+    "while/as long as",
+    "When/Whenever/Once/As soon as/Every time",
+    "While/As long as/For as long as",
+    "If/In case/In the event that",
+    "unless/except where/except when",
+    "previous/earlier/preceding/former",
+    "additional/further/extra",
+    "necessary/required/needed",
+    "automatically/without manual action/of its own accord",
+    "together with/along with",
+    "regularly/periodically/at regular intervals",
+    "clearly/plainly/unambiguously",
+    "current/present/latest",
+    "completely/entirely/fully/in full",
+    "correctly/properly/as intended",
+    "quickly/rapidly/promptly",
+    "permanently/for good",
+    "temporarily/for the time being",
+    "directly/without detour",
+    "exactly/precisely",
+    "available/at hand/ready for use",
+    "damaged/harmed",
+    "lost/missing",
+    "separate/distinct",
+    "entire/whole/complete",
+    "caused/brought about/triggered",
+    "according to/in line with/in keeping with",
+    "instead of/in place of/rather than",
+    "because/since/as",
+    "several/a number of/various",
+    "often/frequently",
+    "usually/normally/as a rule",
+    "replaced/exchanged/swapped",
+    "measured/determined",
+    "stopped/halted/ended",
+    "selected/chosen/picked",
+    "accepted/taken/admitted",
+    "visible/apparent",
+    "reduce/lower/decrease",
+    "reduced/lowered/decreased",
+    "increase/raise",
+    "exceed/go beyond/surpass",
+    "remain/stay",
+    "remains/stays",
+    "must not/shall not",
 )
 _ALTERNATIVES = {group.split("/")[0]: tuple(group.split("/")) for group in _SYNONYMS}
 # A word after an indefinite article stays, or the article would be wrong.
 _REPLACEABLE = re.compile(
-    r"(?<!\ba )(?<!\ban )\b(" + "|".join(sorted(map(re.escape, _ALTERNATIVES), key=len, reverse=True)) + r")\b(?! not\b)"
+    r"(?<!\ba )(?<!\ban )\b("
+    + "|".join(sorted(map(re.escape, _ALTERNATIVES), key=len, reverse=True))
+    + r")\b(?! not\b)"
 )
 # Words that may be nouns as well are taken for verbs after these only.
 _AMBIGUOUS = frozenset(("store", "display", "change", "increase", "show", "approach", "reject", "message", "remain"))
@@ -371,16 +685,40 @@ def _with_alternatives(literal: str, next_base: str) -> list[str | tuple[str, ..
 
 _SLOT = re.compile(r"\{([a-z]+)([0-9]?)(?::([a-z]+))?\}")
 _NOUNS = {"system": "systems", "component": "components", "actor": "actors", "data": "data", "event": "events"}
-_PLAIN = {"condition": "conditions", "hazard": "hazards", "standard": "standards", "verification": "verification",
-          "interface": "interfaces"}
+_PLAIN = {
+    "condition": "conditions",
+    "hazard": "hazards",
+    "standard": "standards",
+    "verification": "verification",
+    "interface": "interfaces",
+}
 
 
 # Nouns that name a process and need no article, and participles in -ing that do not name one.
-_PROCESS_NOUNS = frozenset((
-    "delivery", "service", "control", "operation", "guidance", "production", "supply", "protection", "surveillance",
-    "calibration", "throughput", "access", "authentication", "maintenance", "fertigation", "recovery", "support",
-    "initialisation", "entry", "exchange",
-))
+_PROCESS_NOUNS = frozenset(
+    (
+        "delivery",
+        "service",
+        "control",
+        "operation",
+        "guidance",
+        "production",
+        "supply",
+        "protection",
+        "surveillance",
+        "calibration",
+        "throughput",
+        "access",
+        "authentication",
+        "maintenance",
+        "fertigation",
+        "recovery",
+        "support",
+        "initialisation",
+        "entry",
+        "exchange",
+    )
+)
 _NOT_PROCESSES = frozenset(("pending", "awaiting", "outstanding", "missing"))
 
 
@@ -440,7 +778,7 @@ def compile_text(text: str, paraphrase: bool = False) -> Frame:
     pieces: list[str | tuple[str, ...] | Piece] = []
     end = 0
     for match in _SLOT.finditer(text):
-        literal = text[end:match.start()]
+        literal = text[end : match.start()]
         base, number, form = match.group(1), match.group(2) or "1", match.group(3) or ""
         if base in ("interface", "state") and not form and literal.lower().endswith("the "):
             form = "bare"  # the entry brings its own article, or gets one from `_state_forms`
@@ -468,8 +806,14 @@ def compile_domain(domain: dict) -> Domain:
     items.update({slot: tuple(_plain_forms(text) for text in domain[key]) for slot, key in _PLAIN.items()})
     items["state"] = tuple(_state_forms(text) for text in domain["states"])
     items["action"] = tuple(_action_forms(entry["verb"], entry["object"]) for entry in domain["actions"])
-    return Domain(domain["name"], domain["code"], items, tuple(domain["quantities"]),
-                  tuple(map(compile_text, domain["rationale"])), tuple(map(compile_text, domain["narrative"])))
+    return Domain(
+        domain["name"],
+        domain["code"],
+        items,
+        tuple(domain["quantities"]),
+        tuple(map(compile_text, domain["rationale"])),
+        tuple(map(compile_text, domain["narrative"])),
+    )
 
 
 def _noun_forms(text: str) -> dict[str, str]:
@@ -491,8 +835,15 @@ def _state_forms(text: str) -> dict[str, str]:
 
 def _action_forms(verb: str, target: str) -> dict[str, str]:
     past = participle(verb)
-    return {"": f"{verb} {target}", "ing": f"{gerund(verb)} {target}", "s": f"{third_person(verb)} {target}",
-            "object": target, "pp": past, "cap": _capital(f"{verb} {target}"), "passive": f"{target} shall be {past}"}
+    return {
+        "": f"{verb} {target}",
+        "ing": f"{gerund(verb)} {target}",
+        "s": f"{third_person(verb)} {target}",
+        "object": target,
+        "pp": past,
+        "cap": _capital(f"{verb} {target}"),
+        "passive": f"{target} shall be {past}",
+    }
 
 
 def _decimals(step: object) -> int:
@@ -520,9 +871,18 @@ def _quantity_forms(entry: dict, rng: random.Random) -> dict[str, str]:
     places = max(_decimals(step), _decimals(low))
     value, bottom, top = (f"{number:,.{places}f}" for number in (low + index * step, low, high))
     name = entry["name"]
-    return {"": name, "cap": _capital(name), "a": indefinite(name), "the": "the " + name, "unit": unit,
-            "value": _with_unit(value, unit), "low": _with_unit(bottom, unit), "high": _with_unit(top, unit),
-            "range": f"between {bottom} and {top} {unit}", "step": _with_unit(f"{step:.{_decimals(step)}f}", unit)}
+    return {
+        "": name,
+        "cap": _capital(name),
+        "a": indefinite(name),
+        "the": "the " + name,
+        "unit": unit,
+        "value": _with_unit(value, unit),
+        "low": _with_unit(bottom, unit),
+        "high": _with_unit(top, unit),
+        "range": f"between {bottom} and {top} {unit}",
+        "step": _with_unit(f"{step:.{_decimals(step)}f}", unit),
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- splitting
@@ -571,7 +931,7 @@ def split(domains: list[dict], frames: list[dict], seed: int) -> dict[str, Split
     by_split = _split_frames(frames, rng)
     order = sorted(domains, key=lambda domain: domain["code"])
     rng.shuffle(order)
-    held_calibration, held_test, shared_calibration, shared_test = (order[start:start + 2] for start in (0, 2, 4, 6))
+    held_calibration, held_test, shared_calibration, shared_test = (order[start : start + 2] for start in (0, 2, 4, 6))
     shared = shared_calibration + shared_test
     chosen = {
         "train": [_share(domain, False) for domain in shared] + order[8:],
@@ -600,21 +960,70 @@ class Layout:
 
 
 _LAYOUTS = (
-    Layout("{n} {text}\n", "{id} {text}", "  Rationale: {text}", "  Acceptance: {text}", "  {text}", "  Note: {text}",
-           "  - {text}", "\n", 0),
-    Layout("## {n}. {text}\n", "**{id}** {text}", "- Rationale: {text}", "- Acceptance: {text}", "- {text}",
-           "> Note: {text}", "  {letter}) {text}", "\n", 0),
-    Layout("{n}. {upper}", "[{id}] {text}", "    Why: {text}", "    Check: {text}", "    ({text})",
-           "    NOTE {text}", "    {letter}) {text}", "", 1),
-    Layout("{upper}\n", "ID: {id}\nRequirement: {text}", "Rationale: {text}", "Acceptance: {text}", "{text}",
-           "Note: {text}", "  * {text}", "\n", 2),
-    Layout("Section {n}: {text}\n", "{id}: {text}", "Rationale: {text}", "Acceptance criterion: {text}",
-           "Attributes: {text}", "Note: {text}", "  ({letter}) {text}", "\n", 1),
+    Layout(
+        "{n} {text}\n",
+        "{id} {text}",
+        "  Rationale: {text}",
+        "  Acceptance: {text}",
+        "  {text}",
+        "  Note: {text}",
+        "  - {text}",
+        "\n",
+        0,
+    ),
+    Layout(
+        "## {n}. {text}\n",
+        "**{id}** {text}",
+        "- Rationale: {text}",
+        "- Acceptance: {text}",
+        "- {text}",
+        "> Note: {text}",
+        "  {letter}) {text}",
+        "\n",
+        0,
+    ),
+    Layout(
+        "{n}. {upper}",
+        "[{id}] {text}",
+        "    Why: {text}",
+        "    Check: {text}",
+        "    ({text})",
+        "    NOTE {text}",
+        "    {letter}) {text}",
+        "",
+        1,
+    ),
+    Layout(
+        "{upper}\n",
+        "ID: {id}\nRequirement: {text}",
+        "Rationale: {text}",
+        "Acceptance: {text}",
+        "{text}",
+        "Note: {text}",
+        "  * {text}",
+        "\n",
+        2,
+    ),
+    Layout(
+        "Section {n}: {text}\n",
+        "{id}: {text}",
+        "Rationale: {text}",
+        "Acceptance criterion: {text}",
+        "Attributes: {text}",
+        "Note: {text}",
+        "  ({letter}) {text}",
+        "\n",
+        1,
+    ),
 )
 
-_TITLES = ("Software requirements specification: {system}", "Software Requirements Specification for the {system}",
-           "{system} - requirements specification", "{code} requirements baseline: {system}",
-           "Requirements for the {system} software")
+_TITLES = (
+    "Software requirements specification: {system}",
+    "Software Requirements Specification for the {system}",
+    "{system} - requirements specification",
+    "{code} requirements baseline: {system}",
+    "Requirements for the {system} software",
+)
 _STATUS = ("draft", "approved", "for review", "released", "under change control")
 _METHODS = ("test", "test", "test", "analysis", "inspection", "demonstration", "test and analysis", "review")
 _PRIORITIES = ("high", "medium", "high", "low", "medium", "essential", "desirable")
@@ -816,7 +1225,7 @@ def _introduction(writer: _Writer) -> None:
     wanted = min(int(rng.random() * 4), len(writer.frames.by_kind.get("definition", ())))
     definitions = [_sentence(writer, "definition", _scope(writer)) for _ in range(wanted)]
     as_list = rng.random() < 0.5
-    for letter, text in zip("abc", filter(None, definitions)):
+    for letter, text in zip("abc", filter(None, definitions), strict=False):
         writer.lines.append(writer.layout.item.format(letter=letter, text=text) if as_list else text)
     writer.lines.append("")
 
@@ -836,7 +1245,7 @@ def document(rng: random.Random, domain: Domain, frames: FrameSet, n_words: int 
     start = sum(len(line.split()) for line in writer.lines)
     weights = [2.5 if kind == "functional" else 0.6 + rng.random() for kind in ordered]
     for number, kind in enumerate(ordered):
-        _section(writer, number + 2, kind, start + (wanted - start) * sum(weights[:number + 1]) / sum(weights))
+        _section(writer, number + 2, kind, start + (wanted - start) * sum(weights[: number + 1]) / sum(weights))
     return "\n".join(writer.lines).rstrip("\n") + "\n"
 
 
