@@ -1,7 +1,7 @@
 # make          set up .venv, run the whole DAG as a Prefect flow, print the table and the report's path
 # make test     set up .venv, run every test
 # make ui       serve the Prefect UI with this project's runs (PORT=4200)
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= 4200
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
