@@ -6,14 +6,19 @@ no path is written in Python. It knows nothing of Prefect.
 
 Nothing half-written: outputs are written to a scratch folder and moved when all are complete. DVC removes a stage's
 outputs before it starts it, so after a failure the previous ones are checked out again from DVC's cache.
+
+A failure that a user can mend (a full disk, too little memory, an input altered by hand) becomes an InputError: one
+sentence. Any other error keeps its traceback.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import importlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -30,6 +35,18 @@ from tasks.algorithms.errors import InputError
 
 SCRATCH = Path("data/.scratch")
 """Unfinished outputs; on the same file system as data/ so that moving is atomic. Git and DVC ignore it."""
+DISK = {
+    errno.EACCES: "permission is denied; make it yours or change its permissions (`ls -ld`, `chmod`)",
+    errno.EDQUOT: "the disk quota is used up; free some space, then run again",
+    errno.EFBIG: "the largest file size allowed here is too small (`ulimit -f`); raise it, then run again",
+    errno.EIO: "the disk does not work; use another one",
+    errno.ENOSPC: "the disk is full; free some space, then run again",
+    errno.EPERM: "it is not permitted; make it yours or change its attributes (`lsattr`, `chattr`)",
+    errno.EROFS: "the folder is read-only; make it writable, or copy the project elsewhere",
+}
+"""What the machine can refuse any stage, and the way out; every other number would be a mistake of this project."""
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How safetensors and tokenizers tell an error number."""
 
 
 class Stage:
@@ -54,6 +71,7 @@ class Stage:
         self._inputs = list(dict.fromkeys(map(_relative, files)))  # one corpus may serve as two
         self.outs = [_relative(out) for out in self.dvc.outs if Path("data/lineage") not in _relative(out).parents]
         self.scratch = SCRATCH / address
+        self.published: list[Path] = []
 
     @property
     def enabled(self) -> bool:
@@ -110,6 +128,7 @@ class Stage:
             _remove(out)
             out.parent.mkdir(parents=True, exist_ok=True)
             os.replace(self.scratch / out, out)
+            self.published.append(out)
 
 
 class Progress:
@@ -157,49 +176,92 @@ def execute(address: str, *, run_ids: dict[str, str] | None = None) -> None:
         InputError: what a user can mend; the previous outputs are back in place.
     """
     _die_with_parent()
-    repo = Repo()
-    guard = _lock(address)
     started = time.time()
+    stage = None
     try:
-        stage = Stage(address, repo)
-        _remove(stage.scratch)
-        preflight.check_workspace(stage.everything, stage.address)
-        module = importlib.import_module(f"tasks.{stage.name}")
-        if stage.enabled:
-            module.run(stage)
-        else:
-            print(f"{address}: switched off, its input is passed on")
-            module.skip(stage)
-        stage.publish()
-        lineage.record(stage, started=started, run_ids=run_ids or {})
-        _remove(stage.scratch)
-    except BaseException as error:
-        _restore(repo, address)
-        if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-            raise InputError(_os_sentence(error)) from error
+        with _lock(address):
+            try:
+                stage = _load(address)
+                _perform(stage)
+                stage.publish()
+                lineage.record(stage, started=started, run_ids=run_ids or {})
+            except BaseException:
+                _restore(address, stage)
+                raise
+            finally:
+                _remove(SCRATCH / address)
+    except InputError:
         raise
-    finally:
-        guard.close()
+    except Exception as error:
+        if sentence := _sentence(error, address, stage):
+            raise InputError(sentence) from error
+        raise
 
 
-def _restore(repo: Repo, address: str) -> None:
-    """Check the previous outputs out again: DVC removed them before it started the stage, and the stage failed."""
-    _remove(SCRATCH / address)
+def _load(address: str) -> Stage:
     try:
-        outs = repo.stage.load_one(name=address).outs
+        return Stage(address, Repo())
+    except DvcException as error:  # no such stage, no DVC project, dvc.yaml broken
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def _perform(stage: Stage) -> None:
+    _remove(stage.scratch)  # of a run that was killed
+    preflight.check_workspace(stage.everything, stage.address)
+    module = importlib.import_module(f"tasks.{stage.name}")
+    if stage.enabled:
+        module.run(stage)
+    else:
+        print(f"{stage.address}: switched off, its input is passed on")
+        module.skip(stage)
+
+
+def _restore(address: str, stage: Stage | None) -> None:
+    """Check the previous outputs out again: DVC removed them before it started the stage, and the stage failed."""
+    try:
+        for out in stage.published if stage else ():  # not all are there, or not their record
+            _remove(out)
+        outs = Repo().stage.load_one(name=address).outs
     except (DvcException, OSError):
         return
     for out in outs:
-        if out.hash_info and out.use_cache and not out.exists:
-            try:
-                out.checkout(force=True)
-            except (DvcException, OSError) as error:  # the cache lost it, or the disk is full
-                print(f"{out}: the previous output could not be put back ({error})", file=sys.stderr)
+        if not out.hash_info or out.exists:
+            continue
+        if not out.use_cache:
+            print(f"{out}: `git checkout -- {out}` brings the previous one back", file=sys.stderr)
+            continue
+        try:
+            out.checkout(force=True)
+        except (DvcException, OSError) as error:  # the cache lost it, or the disk is full
+            print(f"{out}: `dvc checkout {out}` will bring the previous one back, now: {error}", file=sys.stderr)
 
 
-def _os_sentence(error: OSError) -> str:
-    where = error.filename or "an output"
-    return f"cannot use {where}: {error.strerror or error}; the stage's previous outputs are back in place"
+def _sentence(error: Exception, address: str, stage: Stage | None) -> str | None:
+    """What a user can do about an error; None where only a developer can do something."""
+    told = RUST_ERROR.search(str(error))
+    number = int(told[1]) if told else getattr(error, "errno", None)
+    if number in DISK:
+        where = getattr(error, "filename", None) or f"the outputs of stage {address}"
+        return f"cannot read or write {where}: {DISK[number]}"
+    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory", str(error)):
+        return (
+            f"stage {address} ran out of memory; end other programs, lower its batch, length or windows,"
+            " or take a smaller model"
+        )
+    if stage and (altered := _altered_inputs(stage)):
+        what = " ".join(str(error).split())[:200]
+        return (
+            f"{' and '.join(altered)} is not what its stage wrote, and can't be used"
+            f" ({type(error).__name__}: {what}); `dvc checkout {' '.join(altered)}` brings the right one back"
+        )
+    return None
+
+
+def _altered_inputs(stage: Stage) -> list[str]:
+    """The inputs that another stage made and that are no longer as dvc.lock has them."""
+    made = {out.fs_path: out for other in stage.dvc.repo.index.stages for out in other.outs}
+    inputs = (made.get(dep.fs_path) for dep in stage.dvc.deps)
+    return [str(out) for out in inputs if out and out.hash_info and lineage.md5(out) != out.hash_info.value]
 
 
 def _die_with_parent() -> None:
