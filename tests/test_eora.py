@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tasks import checkpoint, gptq, quantised
 from tasks import eora as stage_module
@@ -147,7 +148,7 @@ def test_the_stage_brings_the_model_closer_to_its_teacher_and_gptqmodel_loads_it
     rows = pd.read_csv(folder / "layers.csv")
     assert len(rows) == 21 and (rows["rank"] == 16).all()
     assert (rows["error_after"] < rows["error_before"]).all()
-    stored = checkpoint.load_file(folder / "model/eora/adapter_model.safetensors")
+    stored = load_file(folder / "model/eora/adapter_model.safetensors")
     assert rows["bytes"].sum() == sum(tensor.nbytes for tensor in stored.values())
     wanted = checkpoint.load_dense(files["lora/model"])
     if teacher == "fetch":
@@ -155,7 +156,7 @@ def test_the_stage_brings_the_model_closer_to_its_teacher_and_gptqmodel_loads_it
         for name, linear in families.block_linears(wanted).items():
             place = int(name.split(".")[2])
             linear.weight.data = fetched.get_submodule(name.replace(f".{place}.", f".{[0, 2, 3][place]}.", 1)).weight
-    ids = checkpoint.load_file(files["windows.safetensors"])["input_ids"].long()
+    ids = load_file(files["windows.safetensors"])["input_ids"].long()
     with torch.no_grad():
         target = wanted(input_ids=ids).logits
         before, after = (
@@ -170,12 +171,12 @@ def test_the_loaded_adapter_is_the_branch_that_was_computed(run, files):
     for path in files["gptq/model"].iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes()
     merged = quantised.load_dequantised(folder)
-    stored = checkpoint.load_file(folder / "eora/adapter_model.safetensors")
+    stored = load_file(folder / "eora/adapter_model.safetensors")
     for name, linear in families.block_linears(merged).items():
         a, b = (stored[f"base_model.model.{name}.lora_{side}.weight"].float() for side in "AB")
         assert a.shape == (4, linear.in_features) and b.shape == (linear.out_features, 4)
         linear.weight.data += b @ a
-    ids = checkpoint.load_file(files["windows.safetensors"])["input_ids"].long()
+    ids = load_file(files["windows.safetensors"])["input_ids"].long()
     model = quantised.load_model(folder)
     with torch.no_grad():
         assert torch.allclose(model(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-3)

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from gptqmodel.looper.named_module import NamedModule
+from safetensors.torch import load_file
 from torch import nn
 
 from tasks import checkpoint, quantised
@@ -282,7 +283,7 @@ def test_the_stage_keeps_masks_and_stock_gptqmodel_loads_its_folder(run, pruned,
         weight = masked_gptq.dequantised(linear)
         assert weight[~pruned.keep[name]].count_nonzero() == 0
         assert int((weight == 0).sum()) == zeros
-    tensors = checkpoint.load_file(folder / "model/model.safetensors")
+    tensors = load_file(folder / "model/model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16, torch.int32}
     assert torch.equal(tensors["model.embed_tokens.weight"], pruned.model.model.embed_tokens.weight.half())
 
