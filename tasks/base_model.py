@@ -3,8 +3,8 @@
 Run once; the stage is frozen and its weights are committed. Muon (Jordan et al. 2024, torch.optim.Muon) moves the
 matrices of the blocks, AdamW the embedding and the norms; the learning rate rises, holds and falls linearly to zero.
 The grammar's frames are few for a language model, so it is kept from learning them by heart: random tokens in the
-input (as many as the learning rate is high), label smoothing, weight decay, and of the measured points the best on the calibration split is kept.
-Windows are drawn by a seeded generator, documents are joined by a newline and no bos is set, as in the evaluation.
+input (fewer as the learning rate falls), label smoothing, weight decay, and of the measured points the best on the
+calibration split is kept. Windows are drawn by a seeded generator; documents are joined and cut as in the evaluation.
 Not bit-reproducible across machines: bfloat16 autocast and the thread count enter the sums.
 """
 
