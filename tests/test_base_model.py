@@ -86,5 +86,5 @@ def test_it_beats_a_5_gram_model_on_the_same_predictions(tokenizer) -> None:
     windows = perplexity.windows(test, 512, 512, 60)
     five_gram = KneserNey(train.numpy(), vocabulary=len(tokenizer)).perplexity(windows.numpy())
     own = perplexity.perplexity(checkpoint.load_dense(MODEL), windows, batch=4)
-    print(f"test perplexity: base model {own:.3f}, 5-gram Kneser-Ney {five_gram:.3f} on {windows[:, 1:].numel()} tokens")
+    print(f"test perplexity on {windows[:, 1:].numel()} tokens: base {own:.3f}, 5-gram Kneser-Ney {five_gram:.3f}")
     assert own < 0.8 * five_gram
