@@ -3,8 +3,8 @@
 Run once; the stage is frozen and its weights are committed. Muon (Jordan et al. 2024, torch.optim.Muon) moves the
 matrices of the blocks, AdamW the embedding and the norms; the learning rate rises, holds and falls linearly to zero.
 The grammar's frames are few for a language model, so it is kept from learning them by heart: random tokens in the
-input (fewer as the learning rate falls), label smoothing, weight decay, and of the measured points the best on the
-calibration split is kept. Windows are drawn by a seeded generator; documents are joined and cut as in the evaluation.
+input, label smoothing, weight decay, and of the measured points the best on the calibration split is kept.
+Windows are drawn by a seeded generator, documents are joined by a newline and no bos is set, as in the evaluation.
 Not bit-reproducible across machines: bfloat16 autocast and the thread count enter the sums.
 """
 
@@ -114,9 +114,7 @@ def train(
         for step in range(1, steps + 1):
             starts = torch.randint(len(tokens) - p.context, (p.batch,), generator=generator)
             batch = torch.stack([tokens[start : start + p.context] for start in starts.tolist()])
-            noise = torch.rand(batch.shape, generator=generator) < p.input_noise * _trapezoid(step - 1, steps, p)
-            random = torch.randint(p.vocabulary, batch.shape, generator=generator)
-            loss = _step(model.train(), torch.where(noise, random, batch), batch, optimisers, schedules, p)
+            loss = _step(model.train(), batch, optimisers, schedules, p, generator)
             progress.update(step, loss=loss)
             if step % max(1, steps // CURVE_POINTS) == 0 or step == steps:
                 model.eval()
@@ -148,10 +146,12 @@ def _optimisers(model: nn.Module, p: BaseModelParams) -> list[torch.optim.Optimi
 
 
 def _step(
-    model: nn.Module, noisy: Tensor, batch: Tensor, optimisers: list, schedules: list, p: BaseModelParams
+    model: nn.Module, batch: Tensor, optimisers: list, schedules: list, p: BaseModelParams, generator: torch.Generator
 ) -> float:
+    noise = torch.rand(batch.shape, generator=generator) < p.input_noise
+    random = torch.randint(p.vocabulary, batch.shape, generator=generator)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(input_ids=noisy).logits[:, :-1]
+        logits = model(input_ids=torch.where(noise, random, batch)).logits[:, :-1]
     loss = nn.functional.cross_entropy(
         logits.float().flatten(0, 1), batch[:, 1:].flatten(), label_smoothing=p.label_smoothing
     )

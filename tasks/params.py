@@ -61,7 +61,7 @@ class BaseModelParams(Section):
     weight_decay: Fraction
     """Muon's; per unit of learning rate."""
     input_noise: Fraction
-    """Share of the input tokens that are replaced by random ones, at the peak; it falls with the learning rate."""
+    """Share of the input tokens that are replaced by random ones."""
     label_smoothing: Fraction
     warmup: Fraction
     """Share of the steps with a rising learning rate."""
