@@ -12,6 +12,7 @@ Corpora become JSON lines of exactly {"text": str}, in their order; rows without
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -31,6 +32,8 @@ from tasks.algorithms.errors import InputError
 from tasks.params import CorpusSource, ModelSource
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from tasks.stage import Stage
 
 constants.HF_HUB_DISABLE_TELEMETRY = True  # the environment counts only before huggingface_hub's first import
@@ -72,14 +75,17 @@ def run(stage: Stage) -> None:
     folder, inside = _model_folder(stage, source)
     config = check_folder(folder, inside)
     _copy(folder, inside, _present(folder, SMALL), target)
-    tokenizer = _tokenizer_size(target)
-    preflight.check_tokenizer(tokenizer, config["vocab_size"])
+    tokenizer = _tokenizer(target)
+    size = _tokenizer_size(tokenizer)
+    preflight.check_tokenizer(size, config["vocab_size"])
     if source.hub is not None:  # of a local model everything was known before the stage started
-        preflight.check(stage.everything, config, tokenizer_size=tokenizer, stage="fetch")
+        preflight.check(stage.everything, config, tokenizer_size=size, stage="fetch")
 
     into = stage.output("corpora")
     into.mkdir(parents=True)
     corpora = {name: _corpus(stage, name, into / f"{name}.jsonl") for name in CORPORA}
+    for name, (tokens, keys) in preflight.tokens_needed(stage.everything).items():
+        _check_length(into / f"{name}.jsonl", tokenizer, tokens, keys)
 
     weights = _weights(source, folder, inside)
     _copy(folder, inside, weights, target)
@@ -241,12 +247,29 @@ def _refuse_names(verb: str, names: list[str]) -> None:
         raise InputError(f"the weights {verb} {_some(names)}; weights and config.json don't belong together")
 
 
-def _tokenizer_size(folder: Path) -> int:
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = checkpoint.load_tokenizer(folder)
-        return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)  # ids may have gaps
+        return checkpoint.load_tokenizer(folder)
     except Exception as error:  # any entry of an untrusted tokenizer can be wrong in its own way
         raise InputError(f"the tokenizer can't be loaded ({_line(error)}); take a model folder with one") from error
+
+
+def _tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)  # ids may have gaps
+
+
+def _check_length(corpus: Path, tokenizer: PreTrainedTokenizerBase, needed: int, keys: str) -> None:
+    """Refuse a corpus with fewer tokens than a later stage needs; only as much of it as necessary is tokenised."""
+    rows, tokens = 64, 0
+    while tokens < needed:
+        with open(corpus, encoding="utf-8") as file:
+            texts = [json.loads(line)["text"] for line in itertools.islice(file, rows)]
+        tokens = len(tokenizer("\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"])
+        if tokens < needed and len(texts) < rows:
+            raise InputError(
+                f"corpus {corpus.stem} has {tokens} tokens, {needed} are needed; name a longer one, or lower {keys}"
+            )
+        rows *= 4
 
 
 def _corpus(stage: Stage, name: str, target: Path) -> dict[str, Any]:

@@ -158,6 +158,19 @@ def check_tokenizer(size: int, vocabulary: int) -> None:
         )
 
 
+def tokens_needed(params: Params) -> dict[str, tuple[int, str]]:
+    """Per corpus: how many tokens the enabled stages need at least, and the parameters that say so."""
+    needs = {}
+    if params.calibrate.enabled:
+        tokens = params.calibrate.windows * params.calibrate.length
+        needs["calibration"] = (tokens, "calibrate.windows or calibrate.length")
+    if params.lora.enabled:
+        needs["train"] = (params.lora.length, "lora.length")
+    if params.evaluate.enabled:
+        needs["test"] = needs["test_ood"] = (params.evaluate.length, "evaluate.length")
+    return needs
+
+
 def check(
     params: Params,
     config: Mapping[str, Any],
@@ -330,7 +343,7 @@ def _memory_problems(params: Params, model: Shape, todo: list[str]) -> Iterator[
     available = available_memory()
     if needs[greedy] > available:
         yield (
-            f"{greedy} needs about {_gib(needs[greedy])} of memory, {_gib(available)} are available;"
+            f"{greedy} needs about {_size(needs[greedy])} of memory, {_size(available)} are available;"
             f" end other programs, lower its batch, length or windows, or take a smaller model"
         )
 
@@ -340,8 +353,8 @@ def _disk_problems(params: Params, model: Shape, todo: list[str]) -> Iterator[st
     free = shutil.disk_usage(".").free
     if needed > free:
         yield (
-            f"the stages still to run write about {_gib(needed)} (the workspace and DVC's cache), {_gib(free)} are free"
-            " on this folder's disk; free some, or take a smaller model"
+            f"the stages still to run write about {_size(needed)} (the workspace and DVC's cache), {_size(free)}"
+            " are free on this folder's disk; free some, or take a smaller model"
         )
 
 
@@ -412,8 +425,8 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
             waiting.extend(item)
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _raise(problems: Iterator[str] | list[str]) -> None:

@@ -23,15 +23,19 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from tasks import lineage, params, preflight
 from tasks.algorithms.errors import InputError
+
+if TYPE_CHECKING:
+    from dvc.output import Output
 
 SCRATCH = Path("data/.scratch")
 """Unfinished outputs; on the same file system as data/ so that moving is atomic. Git and DVC ignore it."""
@@ -45,8 +49,10 @@ DISK = {
     errno.EROFS: "the folder is read-only; make it writable, or copy the project elsewhere",
 }
 """What the machine can refuse any stage, and the way out; every other number would be a mistake of this project."""
-RUST_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How safetensors and tokenizers tell an error number."""
+TOLD = re.compile(r"(?:\(os error |\[Errno )(\d+)[)\]]")
+"""An error number in the words of safetensors, tokenizers (Rust) and shutil.copytree."""
+OUT_OF_MEMORY = re.compile(r"can(no|')t allocate memory|out of memory", re.IGNORECASE)
+"""How torch and the dynamic linker say it."""
 
 
 class Stage:
@@ -185,11 +191,12 @@ def execute(address: str, *, run_ids: dict[str, str] | None = None) -> None:
                 _perform(stage)
                 stage.publish()
                 lineage.record(stage, started=started, run_ids=run_ids or {})
-            except BaseException:
+                _remove(SCRATCH / address)
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # the model that filled the memory
+                _remove(SCRATCH / address)  # first: the disk may be full
                 _restore(address, stage)
                 raise
-            finally:
-                _remove(SCRATCH / address)
     except InputError:
         raise
     except Exception as error:
@@ -222,7 +229,10 @@ def _restore(address: str, stage: Stage | None) -> None:
         for out in stage.published if stage else ():  # not all are there, or not their record
             _remove(out)
         outs = Repo().stage.load_one(name=address).outs
-    except (DvcException, OSError):
+    except DvcException:  # no such stage, or dvc.yaml is broken: nothing was removed
+        return
+    except (OSError, MemoryError):
+        print(f"{address}: `dvc checkout` brings the previous outputs back from DVC's cache", file=sys.stderr)
         return
     for out in outs:
         if not out.hash_info or out.exists:
@@ -231,19 +241,35 @@ def _restore(address: str, stage: Stage | None) -> None:
             print(f"{out}: `git checkout -- {out}` brings the previous one back", file=sys.stderr)
             continue
         try:
-            out.checkout(force=True)
-        except (DvcException, OSError) as error:  # the cache lost it, or the disk is full
-            print(f"{out}: `dvc checkout {out}` will bring the previous one back, now: {error}", file=sys.stderr)
+            try:
+                out.checkout(force=True)
+            except OSError:
+                _link_back(out)
+        except (DvcException, OSError, MemoryError) as error:  # the cache lost it, or there is no room for a link
+            why = str(error) or type(error).__name__
+            print(f"{out}: `dvc checkout {out}` will bring the previous one back, now: {why}", file=sys.stderr)
+
+
+def _link_back(out: Output) -> None:
+    """`out.checkout` for a full disk: DVC's own first writes a file, to see which links work here."""
+    content = out.get_obj()
+    files = {(): out.hash_info} if content.hash_info.isdir is False else {key: found for key, _, found in content}
+    for key, found in files.items():
+        target = Path(out.fs_path, *key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        os.link(out.cache.oid_to_path(found.value), target)
 
 
 def _sentence(error: Exception, address: str, stage: Stage | None) -> str | None:
     """What a user can do about an error; None where only a developer can do something."""
-    told = RUST_ERROR.search(str(error))
+    told = TOLD.search(str(error))
     number = int(told[1]) if told else getattr(error, "errno", None)
     if number in DISK:
-        where = getattr(error, "filename", None) or f"the outputs of stage {address}"
+        named = getattr(error, "filename2", None) or getattr(error, "filename", None)
+        where = named or f"the outputs of stage {address}"
         return f"cannot read or write {where}: {DISK[number]}"
-    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory", str(error)):
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or OUT_OF_MEMORY.search(str(error)):
         return (
             f"stage {address} ran out of memory; end other programs, lower its batch, length or windows,"
             " or take a smaller model"
@@ -302,7 +328,7 @@ def _find(paths: list[Path], name: str, what: str) -> Path:
 
 def _link(source: str | Path, target: str | Path) -> None:
     try:
-        os.link(source, target)
+        shutil.copyfile(source, target)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)
 

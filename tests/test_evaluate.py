@@ -1,86 +1,169 @@
-"""Stage evaluate against naive loops: zeros, the densest group, perplexity, greedy completions."""
+"""evaluate: sizes add up to `stat`, zeros and completions agree with naive loops, perplexity with the definition."""
+
+from __future__ import annotations
 
 import json
+import math
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tasks import checkpoint, evaluate, tensor_files
+from tasks.algorithms.errors import InputError
+
+PARAMS = {
+    "length": 16,
+    "stride": 16,
+    "max_windows": 3,
+    "batch": 2,
+    "prompts": ["The pump", "User"],
+    "new_tokens": 7,
+}
 
 
-def test_sparsity_equals_a_loop() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(6, 32, generator=generator) for name in ("a", "b")}
-    for weight in weights.values():
-        weight[torch.rand(weight.shape, generator=generator) < 0.4] = 0
+def on_disk(folder: Path) -> int:
+    return sum(os.stat(Path(base) / name).st_size for base, _, names in os.walk(folder) for name in names)
+
+
+def test_components_of_a_dense_folder_add_up(model_folder: Path) -> None:
+    found = tensor_files.component_bytes(model_folder)
+    weights = load_file(model_folder / "model.safetensors")
+    blocks = sum(4 * w.numel() for name, w in weights.items() if ".layers." in name and w.dim() == 2)
+    assert sum(found.values()) == on_disk(model_folder) == tensor_files.stored_bytes(model_folder)
+    assert (found["blocks"], found["embedding"]) == (blocks, 96 * 32 * 4)
+    assert found["norms"] == (4 * 2 + 1) * 32 * 4
+    assert found["scales"] == found["adapter"] == 0 and found["metadata"] > 0
+
+
+def test_components_of_a_quantised_folder(tmp_path: Path) -> None:
+    q = "model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{q}.qweight": torch.zeros(4, 32, dtype=torch.int32),
+        f"{q}.scales": torch.zeros(1, 32, dtype=torch.float16),
+        f"{q}.qzeros": torch.zeros(1, 4, dtype=torch.int32),
+        f"{q}.g_idx": torch.zeros(32, dtype=torch.int32),
+        f"{q}.bias": torch.zeros(32, dtype=torch.float16),
+        "model.layers.0.self_attn.q_norm.weight": torch.zeros(8, dtype=torch.float16),
+        "model.norm.weight": torch.zeros(32, dtype=torch.float16),
+        "model.embed_tokens.weight": torch.zeros(96, 32, dtype=torch.float16),
+        "lm_head.weight": torch.zeros(96, 32, dtype=torch.bfloat16),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "eora").mkdir()
+    factors = {f"base_model.model.{q}.lora_A.weight": torch.zeros(2, 32), f"x.{q}.lora_B.weight": torch.zeros(32, 2)}
+    save_file(factors, tmp_path / "eora/adapter_model.safetensors")
+    (tmp_path / "config.json").write_text("{}" * 50)
+    found = tensor_files.component_bytes(tmp_path)
+    metadata = found.pop("metadata")
+    assert found == {
+        "blocks": 4 * 32 * 4 + 32 * 2,
+        "scales": 32 * 2 + 4 * 4 + 32 * 4,
+        "embedding": 2 * 96 * 32 * 2,
+        "norms": 8 * 2 + 32 * 2,
+        "adapter": 2 * 2 * 32 * 4,
+    }
+    assert metadata == on_disk(tmp_path) - sum(found.values()) > 100
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{x"])
+def test_a_damaged_file_is_a_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="model.safetensors is no safetensors file or is cut off"):
+        tensor_files.component_bytes(tmp_path)
+
+
+def test_a_folder_without_weights_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no .*safetensors file"):
+        tensor_files.component_bytes(tmp_path)
+
+
+def naive_densest(weight: torch.Tensor, of: int) -> int:
+    most = 0
+    for row in weight.tolist():
+        for start in range(0, len(row), of):
+            most = max(most, sum(value != 0 for value in row[start : start + of]))
+    return most
+
+
+@pytest.mark.parametrize("columns, measured", [(32, (4, 8, 16, 32)), (24, (4, 8)), (6, ())])
+def test_sparsity_as_a_loop_counts_it(columns: int, measured: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(columns)
+    weights = {name: torch.rand(5, columns, generator=draw) for name in "ab"}
+    weights = {name: weight * (torch.rand(5, columns, generator=draw) < 0.3) for name, weight in weights.items()}
     found = evaluate.sparsity(weights)
-    zeros, densest = 0, dict.fromkeys(evaluate.GROUPS, 0)
-    for weight in weights.values():
-        for row in weight.tolist():
-            zeros += sum(value == 0 for value in row)
-            for of in evaluate.GROUPS:
-                for start in range(0, 32, of):
-                    densest[of] = max(densest[of], sum(value != 0 for value in row[start : start + of]))
-    assert found["zeros"] == zeros
-    assert found["zero_fraction"] == zeros / found["block_parameters"] == zeros / (2 * 6 * 32)
-    assert found["max_kept"] == {str(of): count for of, count in densest.items()}
+    zeros = sum(value == 0 for weight in weights.values() for row in weight.tolist() for value in row)
+    assert (found["block_parameters"], found["zeros"]) == (2 * 5 * columns, zeros)
+    assert found["zero_fraction"] == zeros / (10 * columns)
+    for of in evaluate.GROUPS:
+        most = max(naive_densest(weight, of) for weight in weights.values()) if of in measured else None
+        assert found["max_kept"][str(of)] == most
 
 
-def test_groups_that_do_not_divide_have_no_count() -> None:
-    assert evaluate.sparsity({"a": torch.ones(2, 12)})["max_kept"] == {"4": 4, "8": None, "16": None, "32": None}
+def test_sparsity_of_a_2_of_4_pattern_and_of_a_dense_matrix() -> None:
+    two_of_four = torch.ones(3, 8) * torch.tensor([1.0, 0, 0, 1] * 2)
+    assert evaluate.sparsity({"a": two_of_four})["max_kept"]["4"] == 2
+    assert evaluate.sparsity({"a": two_of_four, "b": torch.ones(3, 8)})["max_kept"]["4"] == 4
+
+
+def test_completions_are_the_greedy_ones(model_folder: Path) -> None:
+    model, tokenizer = checkpoint.load_dense(model_folder), checkpoint.load_tokenizer(model_folder)
+    rows = evaluate.completions(model, tokenizer, SimpleNamespace(**PARAMS))
+    assert [row["prompt"] for row in rows] == PARAMS["prompts"]
+    for row in rows:
+        ids = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        for _ in range(PARAMS["new_tokens"]):
+            with torch.no_grad():
+                ids = [*ids, int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
+        assert row["completion"] == tokenizer.decode(ids[-PARAMS["new_tokens"] :], skip_special_tokens=True)
+    assert evaluate.completions(model, tokenizer, SimpleNamespace(**PARAMS)) == rows
 
 
 @pytest.fixture
-def evaluated(make_stage, model_folder, tmp_path):
-    """The stage's metrics and completions of a small random model."""
-    corpora = tmp_path / "corpora"
-    corpora.mkdir()
-    for split in evaluate.SPLITS:
-        rows = [json.dumps({"text": f"{split} sentence number {i}, with words"}) + "\n" for i in range(12)]
-        (corpora / f"{split}.jsonl").write_text("".join(rows))
-    values = {"length": 32, "stride": 32, "max_windows": 5, "batch": 2, "prompts": ["The pump"], "new_tokens": 6}
-    stage = make_stage(
-        {"evaluate": SimpleNamespace(**values)}, {"model": model_folder, "corpora": corpora}, item="wanda"
-    )
+def stage(tmp_path: Path, make_stage, model_folder: Path):
+    for split, text in (
+        ("test", "The pump must stop at once."),
+        ("test_ood", "It rained all day, and then some more."),
+    ):
+        row = json.dumps({"text": text}) + "\n"
+        (tmp_path / f"{split}.jsonl").write_text(row * 2, encoding="utf-8")
+    return make_stage({"evaluate": dict(PARAMS)}, {"model": model_folder, "corpora": tmp_path}, item="wanda")
+
+
+def test_metrics_agree_with_the_definitions(stage, model_folder: Path) -> None:
     evaluate.run(stage)
-    return tuple(json.loads((tmp_path / f"out/{name}.json").read_text()) for name in ("metrics", "completions"))
-
-
-def test_perplexity_equals_a_loop_over_tokens(evaluated, model_folder, tmp_path) -> None:
-    metrics, _ = evaluated
+    metrics = json.loads(stage.output("metrics.json").read_text())
     model, tokenizer = checkpoint.load_dense(model_folder), checkpoint.load_tokenizer(model_folder)
-    rows = (tmp_path / "corpora/test.jsonl").read_text().splitlines()
-    ids = tokenizer("\n".join(json.loads(row)["text"] for row in rows), add_special_tokens=False)["input_ids"]
-    losses = []
-    for start in range(0, 5 * 32, 32):
-        window = torch.tensor(ids[start : start + 32])
-        with torch.no_grad():
-            probabilities = model(input_ids=window[None]).logits[0].double().softmax(-1)
-        losses += [-float(probabilities[i, window[i + 1]].log()) for i in range(31)]
-    expected = torch.tensor(losses, dtype=torch.float64).mean().exp()
-    assert metrics["perplexity"]["test"] == pytest.approx(float(expected), rel=1e-5)
-    assert metrics["predictions"]["test"] == len(losses)
-    assert metrics["model"] == "wanda" and metrics["protocol"] == "joined-32-32-nobos-fp32"
+    assert (metrics["model"], metrics["evaluated"]) == ("wanda", True)
+    assert metrics["protocol"] == "joined-16-16-nobos-fp32"
+    for split in evaluate.SPLITS:
+        rows = (stage.input("corpora") / f"{split}.jsonl").read_text().splitlines()
+        ids = tokenizer("\n".join(json.loads(row)["text"] for row in rows), add_special_tokens=False)["input_ids"]
+        starts = range(0, min(len(ids) // 16, 3) * 16, 16)
+        losses = []
+        for start in starts:
+            window = torch.tensor([ids[start : start + 16]])
+            with torch.no_grad():
+                logits = model(window).logits[0].double()
+            losses += [-math.log(logits[at].softmax(-1)[window[0, at + 1]]) for at in range(15)]
+        assert metrics["predictions"][split] == len(losses)
+        assert metrics["perplexity"][split] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert metrics["parameters"] == sum(w.numel() for w in load_file(model_folder / "model.safetensors").values())
+    sizes = metrics["bytes"]
+    assert sizes.pop("total") == sum(sizes.values()) == on_disk(model_folder)
+    assert len(json.loads(stage.output("completions.json").read_text())) == 2
 
 
-def test_sizes_are_those_of_the_files(evaluated, model_folder) -> None:
-    metrics, _ = evaluated
-    assert metrics["bytes"]["total"] == sum(path.stat().st_size for path in model_folder.iterdir())
-    assert metrics["bytes"]["total"] == sum(metrics["bytes"][name] for name in tensor_files.COMPONENTS)
-    assert metrics["parameters"] == sum(w.numel() for w in checkpoint.load_dense(model_folder).parameters())
+def test_a_split_shorter_than_one_window_is_a_sentence(stage) -> None:
+    stage.params.evaluate.length = 512
+    with pytest.raises(InputError, match="the text has 55 tokens, one window needs 512"):
+        evaluate.run(stage)
 
 
-def test_completions_are_greedy(evaluated, model_folder) -> None:
-    _, completions = evaluated
-    model, tokenizer = checkpoint.load_dense(model_folder), checkpoint.load_tokenizer(model_folder)
-    ids = tokenizer("The pump", add_special_tokens=False)["input_ids"]
-    for _ in range(6):
-        with torch.no_grad():
-            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    assert completions == [{"prompt": "The pump", "completion": tokenizer.decode(ids[-6:], skip_special_tokens=True)}]
-
-
-def test_switched_off_it_says_so(make_stage, tmp_path) -> None:
-    evaluate.skip(make_stage({}, {}, item="lora"))
-    assert json.loads((tmp_path / "out/metrics.json").read_text()) == {"model": "lora", "evaluated": False}
+def test_off_says_that_nothing_was_measured(stage) -> None:
+    evaluate.skip(stage)
+    assert json.loads(stage.output("metrics.json").read_text()) == {"model": "wanda", "evaluated": False}
+    assert json.loads(stage.output("completions.json").read_text()) == []

@@ -6,6 +6,7 @@ import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy
@@ -16,10 +17,12 @@ from huggingface_hub import constants
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
-from tasks import checkpoint, fetch
+from tasks import checkpoint, fetch, params
 from tasks.algorithms.errors import InputError
 from tasks.params import Fetch
 
+ROOT = Path(__file__).resolve().parents[1]
+OFF = {name: SimpleNamespace(enabled=False) for name in ("calibrate", "lora", "evaluate")}
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 TEXTS = ["The pump must stop.", "", "  \n", "Straße, naïve, 水"]
 NO_HUB = {"hub": None, "revision": None}
@@ -52,7 +55,9 @@ def make_fetch(tmp_path: Path, make_stage, model_folder: Path, corpus: Path):
                 "corpora": {name: one | corpora.get(name, {}) for name in fetch.CORPORA},
             }
         )
-        return make_stage({"fetch": section}, AnyInput(), out=f"out{next(counter)}")
+        stage = make_stage({"fetch": section}, AnyInput(), out=f"out{next(counter)}")
+        stage.everything = params.load(ROOT / "params.yaml").model_copy(update=OFF)
+        return stage
 
     return make
 
@@ -345,6 +350,34 @@ def test_an_untied_head_must_be_there(make_fetch, model_folder: Path) -> None:
     assert refusal(make_fetch()).startswith("the weights lack lm_head.weight")
 
 
+@pytest.mark.parametrize("length, enough", [(36, True), (37, False)])  # one token per character, one for the newline
+def test_a_corpus_shorter_than_one_window(make_fetch, no_weights_read, monkeypatch, length: int, enough: bool) -> None:
+    stage = make_fetch()
+    evaluate = SimpleNamespace(enabled=True, length=length)
+    stage.everything = stage.everything.model_copy(update={"evaluate": evaluate})
+    if enough:
+        with pytest.raises(AssertionError, match="the weights were opened"):
+            fetch.run(stage)
+        return
+    assert refusal(stage) == "corpus test has 36 tokens, 37 are needed; name a longer one, or lower evaluate.length"
+
+
+def test_a_long_corpus_is_tokenised_only_as_far_as_needed(tmp_path: Path) -> None:
+    corpus, asked = tmp_path / "train.jsonl", []
+
+    def tokenizer(text: str, **_) -> dict:
+        asked.append(text.count("\n") + 1)
+        return {"input_ids": text.split()}
+
+    corpus.write_text(json.dumps({"text": "two words"}) + "\n", encoding="utf-8")
+    corpus.write_text(corpus.read_text(encoding="utf-8") * 10_000, encoding="utf-8")
+    fetch._check_length(corpus, tokenizer, 300, "lora.length")
+    assert asked == [64, 256]
+    with pytest.raises(InputError, match="has 20000 tokens, 20001 are needed"):
+        fetch._check_length(corpus, tokenizer, 20_001, "lora.length")
+    assert asked[-1] == 10_000
+
+
 class Hub(ThreadingHTTPServer):
     """As much of the hub's protocol as a snapshot needs: the tree of a commit, and its files."""
 
@@ -425,7 +458,6 @@ AT_HUB = {"hub": "a/model", "revision": REVISION}
 def no_preflight(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """The small model fits no params.yaml of the project; what preflight was asked is kept."""
     asked: list[dict] = []
-    monkeypatch.setattr(fetch.params, "load", lambda: None)
     monkeypatch.setattr(fetch.preflight, "check", lambda _, config, **named: asked.append({"config": config, **named}))
     return asked
 

@@ -1,73 +1,109 @@
-"""The folder to ship: its manifest against hashlib and stat, and a mask that no longer holds."""
+"""package: every file is in the manifest as it is on disk, and a weight that came back stops it."""
+
+from __future__ import annotations
 
 import hashlib
 import json
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tasks import checkpoint, package, tensor_files
+from tasks import checkpoint, package, params
+
+ROOT = Path(__file__).resolve().parents[1]
+PRUNED = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
 
 
 @pytest.fixture
-def inputs(model_folder, tmp_path):
-    """The model, a mask that its first linear holds, and the two records."""
-    model = checkpoint.load_dense(model_folder)
-    name = "model.layers.0.self_attn.q_proj"
-    keep = torch.rand(model.get_submodule(name).weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    with torch.no_grad():
-        model.get_submodule(name).weight.masked_fill_(~keep, 0)
-    checkpoint.save_dense(model, checkpoint.load_tokenizer(model_folder), model_folder)
-    checkpoint.save_masks(tmp_path / "masks.safetensors", {name: keep}, "unstructured")
-    for record in ("source.json", "removed.json"):
-        checkpoint.write_json(tmp_path / record, {"name": record})
-    files = {record: tmp_path / record for record in ("masks.safetensors", "source.json", "removed.json")}
-    return {"eora/model": model_folder, **files}
+def pruned_folder(model_folder: Path) -> Path:
+    """The small model with every second input of two matrices at zero."""
+    path = model_folder / "model.safetensors"
+    tensors = load_file(path)
+    for name in PRUNED:
+        tensors[f"{name}.weight"][:, 1::2] = 0
+    save_file(tensors, path, metadata={"format": "pt"})
+    (model_folder / "eora").mkdir()
+    (model_folder / "eora/adapter_config.json").write_text("{}")
+    return model_folder
 
 
-def section(**values):
-    return SimpleNamespace(model_dump=lambda: values)
+def masks(folder: Path) -> dict[str, torch.Tensor]:
+    weights = load_file(folder / "model.safetensors")
+    even = {name: torch.arange(weights[f"{name}.weight"].shape[1]) % 2 == 0 for name in PRUNED}
+    return {name: kept.expand_as(weights[f"{name}.weight"]) for name, kept in even.items()}
 
 
-def test_the_manifest_names_every_file_with_its_size_and_hash(make_stage, inputs, tmp_path) -> None:
-    package.run(make_stage({"wanda": section(keep=2)}, inputs))
-    folder = tmp_path / "out/package/model"
-    manifest = json.loads((folder / "manifest.json").read_text())
-    files = {path.name: path for path in folder.iterdir() if path.name != "manifest.json"}
-    assert set(manifest["files"]) == set(files) and "model.safetensors" in files
-    for name, entry in manifest["files"].items():
-        content = files[name].read_bytes()
+@pytest.fixture
+def make_package(tmp_path: Path, make_stage, pruned_folder: Path):
+    """make_package(out) -> the stage."""
+    sections = params.load(ROOT / "params.yaml")
+    inputs = {"eora/model": pruned_folder}
+    for name, text in (("source.json", '{"model": "here"}'), ("removed.json", '{"removed": [3]}')):
+        inputs[name] = tmp_path / name
+        inputs[name].write_text(text)
+    inputs["masks.safetensors"] = tmp_path / "masks.safetensors"
+    checkpoint.save_masks(inputs["masks.safetensors"], masks(pruned_folder), "1:2")
+    chosen = {name: getattr(sections, name) for name in ("package", "wanda", "lora")}
+    return lambda out="out": make_stage(chosen, inputs, out=out)
+
+
+def manifest(stage) -> dict:
+    return json.loads((stage.output("package/model") / "manifest.json").read_text())
+
+
+def test_the_manifest_describes_every_file(make_package, pruned_folder: Path, tmp_path: Path) -> None:
+    stage = make_package()
+    package.run(stage)
+    folder, found = stage.output("package/model"), manifest(stage)
+    originals = sorted(str(path.relative_to(pruned_folder)) for path in pruned_folder.rglob("*") if path.is_file())
+    assert sorted(found["files"]) == originals and "eora/adapter_config.json" in originals
+    for name, entry in found["files"].items():
+        content = (folder / name).read_bytes()
+        assert content == (pruned_folder / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert manifest["lineage"]["parameters"] == {"wanda": {"keep": 2}}
-    assert manifest["lineage"]["source"] == {"name": "source.json"}
+    assert (found["pattern"], found["pruned_matrices"]) == ("1:2", 2)
+    lineage = found["lineage"]
+    assert lineage["source"] == {"model": "here"}
+    assert lineage["parameters"]["wanda"] == stage.params.wanda.model_dump()
+    assert lineage["inputs"]["removed.json"] == hashlib.sha256(b'{"removed": [3]}').hexdigest()
 
 
-def test_a_weight_that_came_back_stops_the_package(make_stage, inputs) -> None:
-    folder = inputs["eora/model"]
-    model = checkpoint.load_dense(folder)
-    keep = checkpoint.load_masks(inputs["masks.safetensors"])[0]["model.layers.0.self_attn.q_proj"]
-    row, column = (~keep).nonzero()[0].tolist()
-    with torch.no_grad():
-        model.model.layers[0].self_attn.q_proj.weight[row, column] = 0.5
-    checkpoint.save_dense(model, checkpoint.load_tokenizer(folder), folder)
-    with pytest.raises(RuntimeError, match=r"'model.layers.0.self_attn.q_proj': 1"):
-        package.run(make_stage({}, inputs))
+def test_the_same_inputs_give_the_same_manifest(make_package) -> None:
+    one, other = make_package("one"), make_package("other")
+    package.run(one)
+    package.run(other)
+    first, second = (stage.output("package/model") / "manifest.json" for stage in (one, other))
+    assert first.read_bytes() == second.read_bytes()
 
 
-def test_switched_off_it_passes_the_files_on(make_stage, inputs, tmp_path) -> None:
-    package.skip(make_stage({}, inputs))
-    folder = tmp_path / "out/package/model"
-    for path in inputs["eora/model"].iterdir():
-        assert (folder / path.name).read_bytes() == path.read_bytes()
-    assert json.loads((folder / "manifest.json").read_text())["files"] == {}
+def test_a_weight_that_came_back_stops_the_package(make_package, pruned_folder: Path) -> None:
+    path = pruned_folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{PRUNED[1]}.weight"][3, 1] = 1e-30
+    tensors[f"{PRUNED[1]}.weight"][0, 5] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=f"not zero in the package: {{'{PRUNED[1]}': 2}}"):
+        package.run(make_package())
 
 
-def test_components_add_up_to_what_stat_says(inputs) -> None:
-    folder = inputs["eora/model"]
-    sizes = tensor_files.component_bytes(folder)
-    assert sum(sizes.values()) == sum(path.stat().st_size for path in folder.iterdir())
-    tensors = checkpoint.load_dense(folder).state_dict()
-    assert sizes["embedding"] == tensors["model.embed_tokens.weight"].numel() * 4  # tied: stored once
-    assert sizes["norms"] == sum(t.numel() * 4 for name, t in tensors.items() if "norm" in name)
-    assert sizes["scales"] == sizes["adapter"] == 0
+def test_revived_counts_as_a_loop_does() -> None:
+    draw = torch.Generator().manual_seed(0)
+    weights = {name: torch.randint(-1, 2, (5, 8), generator=draw).float() for name in "abc"}
+    keep = {name: torch.rand(5, 8, generator=draw) < 0.5 for name in "ab"}  # c is not pruned
+    weights["a"] *= keep["a"]
+    naive = sum(
+        weights["b"][row, column] != 0 and not keep["b"][row, column] for row in range(5) for column in range(8)
+    )
+    assert naive > 0
+    assert package.revived(weights, keep) == {"b": int(naive)}
+
+
+def test_off_passes_the_model_on(make_package, pruned_folder: Path) -> None:
+    stage = make_package()
+    package.skip(stage)
+    assert manifest(stage) == {"files": {}, "pattern": None, "pruned_matrices": 0, "lineage": {}}
+    for path in pruned_folder.iterdir():
+        if path.is_file():
+            assert (stage.output("package/model") / path.name).read_bytes() == path.read_bytes()

@@ -87,49 +87,117 @@ def test_stages_that_are_off_pass_the_same_files_on_without_taking_space(project
 
 
 BAD = {
-    "a typo": ({"wanda.kep": 2}, "wanda.kep"),
-    "an unknown section": ({"wandda": {}, "wanda.keep": 1}, "wandda"),
-    "out of range": ({"gptq.damp": 2.0}, "gptq.damp"),
+    "a typo": ({"wanda.kep": 2}, "unknown parameter `wanda.kep`"),
+    "an unknown section": ({"wandda": {}, "wanda.keep": 3}, "unknown parameter `wandda`"),
+    "out of range": ({"gptq.damp": 2.0}, "`gptq.damp` = 2.0: input should be less than 1"),
     "keep not below of": ({"wanda.keep": 4}, "keep = 4 must be below of = 4"),
-    "rank above the smallest dimension": ({"lora.rank": 1000}, "lora.rank"),
-    "more layers than are unprotected": ({"depth_prune.remove": 3}, "depth_prune.remove"),
-    "group size that does not divide": ({"gptq.group_size": 128}, "gptq.group_size"),
-    "an unknown device": ({"hardware_fit.device": "toaster"}, "toaster"),
+    "lora's rank above the smallest side": ({"lora.rank": 1000}, "lora.rank = 1000 is above the smallest side"),
+    "eora's rank above the smallest side": ({"eora.rank": 1000}, "eora.rank = 1000 is above the smallest side"),
+    "more layers than are unprotected": ({"depth_prune.remove": 3}, "1 + 1 protected ones leave only 2 to choose"),
+    "group size that does not divide": ({"gptq.group_size": 128}, "gptq.group_size = 128 does not divide the 64"),
+    "more memory than there is": ({"lora.batch": 10**7}, "lora needs about"),
+    "more windows than the corpus has": ({"calibrate.windows": 10**4}, "the calibration text has"),
+    "an unknown device": ({"hardware_fit.device": "toaster"}, "hardware_fit.device = toaster has no profile"),
 }
+
+
+def refused(project, words) -> None:
+    """One sentence and no traceback."""
+    done = project.repro(check=False)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stdout
+    assert len(re.findall(r"^error: ", done.stdout, re.MULTILINE)) == 1
+    assert re.search(rf"^error: .*{re.escape(words)}", done.stdout, re.MULTILINE), done.stdout
+
+
+def files(project) -> dict[str, bytes]:
+    """Every file below data/, locks of stages apart."""
+    paths = (path for path in (project.path / "data").rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {str(path.relative_to(project.path)): path.read_bytes() for path in paths}
+
+
+def unharmed(project, before) -> None:
+    """Mended, the project is where it was, and nothing has to be computed or restored."""
+    assert project.lock() == before
+    assert "up to date" in project(sys.executable, "-m", "dvc", "status", "--with-deps", "report").stdout
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_value_is_one_sentence_and_costs_no_output(project, name) -> None:
     values, words = BAD[name]
-    before, params = project.lock(), (project.path / "params.yaml").read_text(encoding="utf-8")
+    lock, outputs, params = project.lock(), files(project), (project.path / "params.yaml").read_text(encoding="utf-8")
     project.change(values)
     try:
-        done = project.repro(check=False)
+        refused(project, words)
+        assert files(project) == outputs
     finally:
         (project.path / "params.yaml").write_text(params, encoding="utf-8")
-    assert done.returncode != 0
-    assert "Traceback" not in done.stdout
-    assert re.search(rf"error: .*{re.escape(words)}", done.stdout), done.stdout
-    assert project.lock() == before
-    assert "up to date" in project(sys.executable, "-m", "dvc", "status", "report").stdout
-    assert not ran(project.repro().stdout)
+    unharmed(project, lock)
 
 
-def test_a_model_with_nan_is_refused_and_the_previous_outputs_stay(project) -> None:
-    from safetensors.torch import load_file, save_file
+def with_nan(weights: bytes) -> bytes:
+    from safetensors.torch import load, save
 
-    path = project.path / "source/model/model.safetensors"
-    good = path.read_bytes()
-    tensors = load_file(path)
+    tensors = load(weights)
     tensors["model.norm.weight"][3] = float("nan")
-    save_file(tensors, path, metadata={"format": "pt"})
+    return save(tensors, metadata={"format": "pt"})
+
+
+def with_more_tokens(tokenizer: bytes) -> bytes:
+    content = json.loads(tokenizer)
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {f"more{i}": len(vocabulary) + i for i in range(9)}
+    return json.dumps(content).encode()
+
+
+BAD_FILES = {
+    "an empty corpus": ("test.jsonl", lambda _: b"", "corpus test (source/test.jsonl) is empty"),
+    "a corpus shorter than one window": (
+        "test_ood.jsonl",
+        lambda _: b'{"text": "The pump shall stop."}\n',
+        "corpus test_ood has 20 tokens, 64 are needed",
+    ),
+    "no config": ("model/config.json", None, "source/model has no config.json, so it is no model folder"),
+    "a config cut off": ("model/config.json", lambda good: good[:9], "source/model/config.json is not valid JSON"),
+    "weights with NaN": ("model/model.safetensors", with_nan, "NaN or infinity in model.norm.weight (1 of 64 values)"),
+    "weights cut off": ("model/model.safetensors", lambda good: good[:999], "model.safetensors is no whole"),
+    "a tokenizer larger than the embedding": (
+        "model/tokenizer.json",
+        with_more_tokens,
+        "the tokenizer has 266 tokens, the model's embedding 257 rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_one_sentence_and_costs_no_output(project, name) -> None:
+    source, change, words = BAD_FILES[name]
+    path = project.path / "source" / source
+    lock, outputs, good = project.lock(), files(project), path.read_bytes()
+    path.unlink()
+    if change:
+        path.write_bytes(change(good))
+    try:
+        refused(project, words)
+        assert files(project) == outputs
+    finally:
+        path.write_bytes(good)
+    unharmed(project, lock)
+
+
+def test_a_missing_corpus_is_named_and_the_outputs_come_back_from_the_cache(project) -> None:
+    """DVC itself says so, after it has removed the outputs of fetch; its cache keeps them."""
+    path = project.path / "source/test.jsonl"
+    before, good = files(project), path.read_bytes()
+    path.unlink()
     try:
         done = project.repro(check=False)
     finally:
         path.write_bytes(good)
     assert done.returncode != 0 and "Traceback" not in done.stdout
-    assert "model.norm.weight" in done.stdout
+    assert re.search(r"^ERROR: failed to reproduce 'fetch': .*source/test.jsonl", done.stdout, re.MULTILINE)
     assert not ran(project.repro().stdout)
+    assert files(project) == before
 
 
 def test_an_altered_output_is_found_and_put_right(project) -> None:

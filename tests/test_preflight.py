@@ -230,7 +230,7 @@ def test_disk_has_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
     large = {"hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128256}
     (sentence,) = problems({}, large)
-    assert sentence.startswith("the stages still to run write about ") and ", 0.0 GiB are free" in sentence
+    assert sentence.startswith("the stages still to run write about ") and ", 3.0 MiB are free" in sentence
     assert problems({}, large, stage="report") == []
 
 
