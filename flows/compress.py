@@ -7,6 +7,7 @@ become artifacts of the run. `--force` runs every stage, STAGE ... only those an
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -14,10 +15,15 @@ from flows import settings
 
 settings.apply()
 
+from dvc.exceptions import DvcException  # noqa: E402
+from dvc.repo import Repo  # noqa: E402
 from prefect import flow  # noqa: E402  the settings must be in the environment before Prefect is imported
 from prefect.artifacts import create_link_artifact, create_table_artifact  # noqa: E402
+from prefect.exceptions import TerminationSignal  # noqa: E402
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings  # noqa: E402
 from prefect.states import Completed, Failed, State  # noqa: E402
 
+from flows import server  # noqa: E402
 from flows.reproduction import Reproduction  # noqa: E402
 from tasks import params, summary  # noqa: E402
 from tasks.algorithms.errors import InputError  # noqa: E402
@@ -28,15 +34,16 @@ REPORT = Path("data/report/report.html")
 @flow(name="compress", persist_result=False, validate_parameters=False)
 def compress(targets: list[str] | None = None, force: bool = False) -> State:
     """Bring every stage up to date; a failing stage fails the run with the stage's own sentence."""
+    if problem := _problem():
+        return Failed(message=problem)
     reproduction = Reproduction()
     failure = reproduction.run(targets, force)
     create_table_artifact(key="run", table=reproduction.rows, description="what each stage did, and DVC's key of it")
     if failure:
         return Failed(message=failure)
-    if rows := summary.rows():
-        create_table_artifact(key="stages", table=rows, description="the model after each stage")
-    if REPORT.exists():
-        create_link_artifact(key="report", link=REPORT.resolve().as_uri(), link_text=str(REPORT))
+    if _makes_report(targets):
+        create_table_artifact(key="stages", table=summary.rows(), description="the model after each stage")
+        create_link_artifact(key="report", link=REPORT.resolve().as_uri(), link_text=str(REPORT.resolve()))
     counts = [row["why"] for row in reproduction.rows]
     return Completed(message=f"{counts.count('ran')} of {len(counts)} stages ran")
 
@@ -47,17 +54,44 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("targets", nargs="*", metavar="STAGE", help="stages of dvc.yaml (default: all)")
     parser.add_argument("--force", action="store_true", help="run the stages even where nothing changed")
     chosen = parser.parse_args(arguments)
+    configured = os.environ.get("PREFECT_API_URL")
+    if configured and not settings.running_server():
+        return _fail(f"no Prefect server answers at {configured}: start it, or unset PREFECT_API_URL to do without")
+    if not configured and (problem := _problem()):  # no server that should hear of it: don't start one for that
+        return _fail(problem)
+    try:
+        url = None if configured else server.start_temporary()
+        with temporary_settings({PREFECT_API_URL: f"{url}/api", PREFECT_UI_URL: url} if url else {}):
+            state = compress(chosen.targets or None, chosen.force, return_state=True)
+    except InputError as error:
+        return _fail(str(error))
+    except (KeyboardInterrupt, TerminationSignal):
+        return _fail("interrupted; finished stages stay as they are, and the next run goes on from there")
+    if not state.is_completed():
+        return _fail(state.message or f"the flow run ended as {state.name}")
+    if _makes_report(chosen.targets):
+        print(f"\n{summary.table()}\n\n{state.message}; report: {REPORT.resolve()}")
+    return 0
+
+
+def _makes_report(targets: list[str] | None) -> bool:
+    """Whether a run of these stages brings the report up to date; a table of an older one would mislead."""
+    return not targets or REPORT.parent.name in targets
+
+
+def _problem() -> str | None:
+    """What hinders every stage, in a sentence a line; None if nothing does."""
     try:
         params.load()
-    except InputError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 1
-    state = compress(chosen.targets or None, chosen.force, return_state=True)
-    if not state.is_completed():
-        print(f"error: {state.message}", file=sys.stderr)
-        return 1
-    print(f"\n{summary.table()}\n\n{state.message}; report: {REPORT.resolve()}")
-    return 0
+        Repo().close()
+    except (InputError, DvcException) as error:
+        return str(error)
+    return None
+
+
+def _fail(message: str) -> int:
+    print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One run of DVC's pipeline with each stage as a cached Prefect task.
 
 DVC plans, locks, restores and writes dvc.lock; it calls back once per stage, and there the stage becomes a task run
-whose cache key is DVC's own run-cache key (command, hashes of the inputs, parameters). `refresh_cache` is DVC's "it
-changed", so a Prefect hit is only possible where DVC has verified the workspace.
+whose cache key is DVC's own run-cache key (command, hashes of the inputs, parameters). Only DVC says whether a stage is
+up to date, since it alone looks at the workspace: such a task run ends as Cached with DVC's reason.
 
 This is the only place that uses DVC's internals (dvc 3.67.1, pinned): the `repro_fn` argument of `Repo.reproduce`,
 `_reproduce_stage`, `_get_stage_hash` and `StageCache.restore`. DVC's experiments use `repro_fn` in the same way; the
@@ -11,16 +11,19 @@ public API has no hook per stage. tests/test_flow.py holds them to what is used 
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import json
 import logging
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import httpx
+import psutil
 from dvc.exceptions import DvcException, ReproductionError
 from dvc.repo import Repo
 from dvc.repo.reproduce import _reproduce_stage
@@ -32,11 +35,14 @@ from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed, Failed, State
 
+from flows import stage as stage_command
 from flows.stage import FLOW_RUN, LOG, TASK_RUN
 
 LOGS = Path("logs")
-PROGRESS = re.compile(r"\[progress\] (?P<what>\S+) (?P<done>\d+)/(?P<total>\d+)")
-ERROR = re.compile(r"error: (.*)")
+PROGRESS = re.compile(r"\[progress\] (?P<what>.+?) (?P<done>\d+)/(?P<total>[1-9]\d*)(?= |$)")
+ERROR = re.compile(rf"^{stage_command.ERROR}(.*)$", re.MULTILINE)
+GRACE = 15.0
+"""Seconds that a stage gets to put its previous outputs back when the flow is ended."""
 
 
 class RecordingCache(StageCache):
@@ -60,7 +66,7 @@ class Reproduction:
     """
 
     def __init__(self) -> None:
-        logging.getLogger("dvc").propagate = False  # else its lines come twice: Prefect's root logger prints them too
+        _quieten()
         self.repo = Repo(_wait_for_lock=True)  # else a stage that took an hour fails if the lock is held for 3 s
         self.cache = RecordingCache(self.repo)
         self.repo.stage_cache = self.cache
@@ -72,34 +78,33 @@ class Reproduction:
         try:
             self.repo.reproduce(targets, repro_fn=self._stage, force=force)
         except ReproductionError as error:
-            return str(error.__cause__ or error)
+            return _line(error.__cause__ or error)
         except DvcException as error:
-            return str(error)
+            return _line(error)
         return None
 
     def _stage(self, stage: Stage, upstream: list[Stage], force: bool = False, **kwargs: Any) -> Stage | None:
         stale = force or stage.changed(allow_missing=False, upstream=upstream)
         key = self._key(stage)
+
+        def body(parents: list[State]) -> dict | State:  # Prefect draws an arrow from each parent
+            failure = self._run(stage, upstream=upstream, force=force, **kwargs) if stale else None
+            return Failed(message=failure) if failure else self._record(stage, stale, key)
+
         step = task(
             name=stage.name,
             task_run_name=stage.addressing,
             cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda *_: key) if key else NO_CACHE,
-            refresh_cache=stale,
+            refresh_cache=True,  # DVC answers, and says why: a hit of Prefect's own has no message (3.8.8)
             persist_result=True,
             result_serializer="json",
-        )(self._body)
+        )(body)
         parents = [self.states[parent.addressing] for parent in upstream if parent.addressing in self.states]
-        state = step(stage, upstream, force, key, kwargs, parents, return_state=True)
-        self.states[stage.addressing] = state
-        row = {
-            "stage": stage.addressing,
-            "state": state.name or "",
-            "why": "ran" if state.name == "Completed" else state.message or "unchanged",
-            "key": (key or "")[:12],
-        }
-        self.rows.append(row)
-        if state.is_failed():
-            raise DvcException(state.message)
+        state = self.states[stage.addressing] = step(parents, return_state=True)
+        why = "ran" if state.name == "Completed" else state.message or ""
+        self.rows.append({"stage": stage.addressing, "state": state.name, "why": why, "key": (key or "")[:12]})
+        if not state.is_completed():
+            raise DvcException(why or f"stage {stage.addressing} ended as {state.name}")
         return stage if stale else None
 
     def _key(self, stage: Stage) -> str | None:
@@ -110,19 +115,21 @@ class Reproduction:
             return None
         return _get_stage_hash(probe) if _can_hash(probe) else None
 
-    def _body(
-        self, stage: Stage, upstream: list[Stage], force: bool, key: str | None, kwargs: dict, parents: list
-    ) -> dict | State:
+    def _run(self, stage: Stage, **kwargs: Any) -> str | None:
+        """Let DVC run or restore the stage; returns the failure's sentence, or None."""
         log = LOGS / f"{stage.addressing}.log"
         LOGS.mkdir(exist_ok=True)
-        log.write_text("", encoding="utf-8")
+        log.write_bytes(b"")
         kwargs["run_env"] = {FLOW_RUN: str(flow_run.id), TASK_RUN: str(task_run.id), LOG: str(log.resolve())}
         try:
-            with _followed(log, stage.addressing):
-                ran = _reproduce_stage(stage, upstream=upstream, force=force, **kwargs)
+            with _followed(log, stage.addressing), _ended_with_flow():
+                _reproduce_stage(stage, **kwargs)
         except DvcException as error:
-            return Failed(message=_sentence(log) or str(error))
-        why = "unchanged" if ran is None else "restored" if stage.addressing in self.cache.restored else "ran"
+            return _sentence(log) or f"{_line(error)}; all that it printed is in {log}"
+        return None
+
+    def _record(self, stage: Stage, stale: bool, key: str | None) -> dict | State:
+        why = "unchanged" if not stale else "restored" if stage.addressing in self.cache.restored else "ran"
         why = f"frozen, {why}" if stage.frozen else why
         record = {"why": why, "key": key, "outs": {out.def_path: out.hash_info.value for out in stage.outs}}
         _lineage_artifact(stage, record)
@@ -133,12 +140,27 @@ def _lineage_artifact(stage: Stage, record: dict) -> None:
     path = next((Path(out.fs_path) for out in stage.outs if Path(out.def_path).parent.name == "lineage"), None)
     lineage = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
     text = json.dumps({**lineage, **record}, indent=1, sort_keys=True)
-    create_markdown_artifact(key=artifact_key("lineage", stage.addressing), markdown=f"```json\n{text}\n```")
+    key = artifact_key("lineage", stage.addressing)
+    what = f"who made the outputs of {stage.addressing}, from what and when"
+    create_markdown_artifact(f"```json\n{text}\n```", key=key, description=what)
 
 
 def artifact_key(*words: str) -> str:
     """An artifact key of Prefect: lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower())
+
+
+def _quieten() -> None:
+    """Of DVC's own lines keep the warnings: the task runs' states say the rest, once."""
+    logger = logging.getLogger("dvc")
+    logger.propagate = False  # else its lines come twice: Prefect's root logger prints them too
+    logger.setLevel(logging.WARNING)
+    for name, known in (("dvc.repo.reproduce", "is frozen"), ("prefect.task_runs", "Task run failed with state")):
+        logging.getLogger(name).addFilter(lambda record, known=known: known not in str(record.msg))
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _sentence(log: Path) -> str | None:
@@ -147,11 +169,32 @@ def _sentence(log: Path) -> str | None:
     return "; ".join(found) or None
 
 
-@contextmanager
+@contextlib.contextmanager
+def _ended_with_flow() -> Iterator[None]:
+    """End the stage's process in peace when the flow is ended by a signal; left alone, it would be killed."""
+    try:
+        yield
+    except DvcException:
+        raise
+    except BaseException:
+        stages = [child for child in psutil.Process().children() if _is_stage(child)]
+        for child in stages:
+            child.terminate()
+        psutil.wait_procs(stages, timeout=GRACE)
+        raise
+
+
+def _is_stage(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any(stage_command.__name__ in word for word in process.cmdline())
+    return False
+
+
+@contextlib.contextmanager
 def _followed(log: Path, address: str) -> Iterator[None]:
     """Copy the growing log into the task run's log, and its progress lines into a progress artifact."""
-    logger, done = get_run_logger(), threading.Event()
-    follower = threading.Thread(target=contextvars.copy_context().run, args=(_follow, log, address, logger, done))
+    done = threading.Event()
+    follower = threading.Thread(target=contextvars.copy_context().run, args=(_follow, log, address, done))
     follower.start()
     try:
         yield
@@ -160,21 +203,31 @@ def _followed(log: Path, address: str) -> Iterator[None]:
         follower.join()
 
 
-def _follow(log: Path, address: str, logger: Any, done: threading.Event) -> None:
-    artifact, rest = None, ""
-    with log.open(encoding="utf-8", errors="replace") as file:
+def _follow(log: Path, address: str, done: threading.Event) -> None:
+    logger, artifact, rest = get_run_logger(), None, b""
+    with log.open("rb") as file:
         while True:
             last = done.wait(0.3)
-            *lines, rest = (rest + file.read()).split("\n")
-            for line in [*lines, rest] if last else lines:
+            *lines, rest = (rest + file.read()).split(b"\n")
+            percent, what = None, ""
+            for raw in [*lines, rest] if last else lines:
+                line = raw.rstrip(b"\r").rpartition(b"\r")[2].decode("utf-8", "replace")  # a bar's last state
                 if line.strip():
                     logger.info(line)
                 if found := PROGRESS.search(line):
-                    percent = 100 * int(found["done"]) / int(found["total"])
-                    if artifact is None:
-                        key = artifact_key("progress", address)
-                        artifact = create_progress_artifact(progress=percent, key=key, description=found["what"])
-                    else:
-                        update_progress_artifact(artifact, progress=percent)
+                    percent, what = 100 * int(found["done"]) / int(found["total"]), found["what"]
+            if percent is not None:
+                artifact = _show_progress(artifact, address, percent, what)
             if last:
                 return
+
+
+def _show_progress(artifact: UUID | None, address: str, percent: float, what: str) -> UUID | None:
+    """Create or update the task run's progress artifact; without one, the log still has the line."""
+    try:
+        if artifact is None:
+            return create_progress_artifact(percent, key=artifact_key("progress", address), description=what)
+        return update_progress_artifact(artifact, percent, description=what)
+    except (httpx.HTTPError, OSError) as error:
+        get_run_logger().warning("the progress artifact could not be written: %s", error)
+        return artifact

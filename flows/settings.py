@@ -6,14 +6,17 @@ The user's environment wins over everything here. Knows nothing of Prefect itsel
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
-import urllib.error
 import urllib.request
 from pathlib import Path
 
 HOME = Path(".prefect")
 SERVER_URL = HOME / "api-url"
 """`make ui` writes the running server's API URL here, so that every flow and stage of this project finds it."""
+PATIENCE = 2.0
+"""Seconds to wait for a server's answer: one that is busy is not gone. No server at all is known at once."""
 
 
 def apply() -> None:
@@ -25,8 +28,6 @@ def apply() -> None:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",  # DO_NOT_TRACK alone does not stop the server's (3.8.8)
         "PREFECT_SERVER_UI_V2_ENABLED": "false",  # its browser UI asks an analytics host all the same (3.8.8)
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",  # 20 s is too short on a busy small machine
         "PREFECT_CLI_PROMPT": "false",
         "DO_NOT_TRACK": "1",
         "DVC_NO_ANALYTICS": "1",
@@ -39,14 +40,26 @@ def apply() -> None:
 
 
 def running_server() -> str | None:
-    """The API URL of a Prefect server that is configured and answers, else None."""
-    url = os.environ.get("PREFECT_API_URL")
-    if not url and SERVER_URL.exists():
-        url = SERVER_URL.read_text(encoding="utf-8").strip()
-    if not url:
-        return None
+    """The API URL of a Prefect server that is configured and answers, else None.
+
+    Configured is what the environment names, or what `make ui` left in SERVER_URL. That file can be stale, and its port
+    in use by another project's server: this project's is the one that keeps its state here.
+    """
+    if url := os.environ.get("PREFECT_API_URL"):
+        return url if _get(f"{url}/health") is not None else None
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=0.5) as answer:
-            return url if answer.status == 200 else None
-    except (OSError, ValueError, urllib.error.URLError):
+        url = SERVER_URL.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = _get(f"{url}/admin/settings")
+    home = os.environ.get("PREFECT_HOME", str(HOME.resolve()))
+    return url if isinstance(found, dict) and found.get("home") == home else None
+
+
+def _get(url: str) -> object | None:
+    """The JSON that a GET of the URL answers; None where there is no such answer."""
+    try:
+        with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+            return json.load(answer)
+    except (OSError, ValueError, http.client.HTTPException):
         return None

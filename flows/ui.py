@@ -1,41 +1,52 @@
-"""`python -m flows.ui [PORT]`: serve Prefect's UI with this project's runs on 127.0.0.1."""
+"""`python -m flows.ui [PORT]`: serve Prefect's UI with this project's runs on 127.0.0.1, until Ctrl-C or SIGTERM.
+
+While it runs, the project's flows and stages register with it: they find its URL in settings.SERVER_URL.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
 import socket
-import subprocess
 import sys
 
 from flows import settings
+from flows.server import HOST, serve
 
-HOST = "127.0.0.1"
 
-
-def main(port: int) -> int:
+def main(arguments: list[str]) -> int:
     """Serve until interrupted; returns the exit code."""
-    if running := settings.running_server():
-        print(f"a server of this project already runs: {running.removesuffix('/api')}")
-        return 0
-    with socket.socket() as probe:
-        if probe.connect_ex((HOST, port)) == 0:
-            print(f"error: port {port} is taken; choose another one: make ui PORT={port + 1}", file=sys.stderr)
-            return 1
-    api = f"http://{HOST}:{port}/api"
+    parser = argparse.ArgumentParser(prog="python -m flows.ui", description="serve the Prefect UI of this project")
+    parser.add_argument("port", nargs="?", type=int, default=4200, help="0 takes any free one (default: 4200)")
+    port = parser.parse_args(arguments).port
     settings.apply()
-    os.environ["PREFECT_SERVER_UI_API_URL"] = api  # otherwise the browser asks port 4200, whatever --port says (3.8.8)
-    os.environ["PREFECT_API_URL"] = api
-    settings.HOME.mkdir(exist_ok=True)
-    settings.SERVER_URL.write_text(api + "\n", encoding="utf-8")
-    print(f"Prefect UI: http://{HOST}:{port}   (Ctrl-C ends it)", flush=True)
-    try:
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
-        return subprocess.run(command, check=False).returncode
-    except KeyboardInterrupt:
+    if running := settings.running_server():
+        print(f"a Prefect server for this project already runs: {running.removesuffix('/api')}")
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else uvicorn ends the process before the clean-up
+    try:
+        with socket.create_server((HOST, port)) as listener:
+            print("starting the Prefect server ...", flush=True)
+            serve(listener, started=_announce)
+    except KeyboardInterrupt:
+        print("stopped")
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or "it must be 0 to 65535"
+        print(f"error: cannot serve on port {port}: {why}; another one: make ui PORT=4300", file=sys.stderr)
+        return 1
     finally:
         settings.SERVER_URL.unlink(missing_ok=True)
+    return 0
+
+
+def _announce(url: str) -> None:
+    settings.HOME.mkdir(exist_ok=True)
+    unfinished = settings.SERVER_URL.with_suffix(".tmp")
+    unfinished.write_text(f"{url}/api\n", encoding="utf-8")
+    os.replace(unfinished, settings.SERVER_URL)
+    print(f"Prefect UI: {url}   (Ctrl-C ends it)", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 4200))
+    sys.exit(main(sys.argv[1:]))

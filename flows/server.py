@@ -1,0 +1,78 @@
+"""This project's Prefect server: for `make ui`, and one for the time of a flow where none runs.
+
+Prefect's own temporary server won't do (3.8.8): Ctrl-C in a terminal ends it before the flow, which then waits for
+minutes for an answer, and it outlives a flow that is killed. This one ends when the process that started it does,
+however that ends.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import IO
+
+from flows import settings
+from tasks.algorithms.errors import InputError
+
+HOST = "127.0.0.1"
+_started: list[subprocess.Popen] = []
+"""Keeps the pipes open: their end, when this process ends, ends the servers."""
+
+
+def serve(listener: socket.socket, started: Callable[[str], None], until: IO | None = None) -> None:
+    """Serve API and UI on a bound socket, until a signal (KeyboardInterrupt) or the end of `until`.
+
+    Args:
+        started: called with the server's URL (without /api) when it answers.
+        until: a stream; its end ends the server.
+    """
+    url = f"http://{HOST}:{listener.getsockname()[1]}"
+    os.environ["PREFECT_API_URL"] = f"{url}/api"
+    os.environ["PREFECT_SERVER_UI_API_URL"] = f"{url}/api"  # otherwise the browser asks port 4200 (3.8.8)
+
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            started(url)
+
+    server = Server(uvicorn.Config(create_app(final=True), log_level="warning"))
+
+    def wait() -> None:
+        until.read()
+        server.should_exit = True
+
+    if until:
+        threading.Thread(target=wait, daemon=True).start()
+    server.run(sockets=[listener])
+
+
+def start_temporary() -> str:
+    """Start a server that ends with this process, with the project's state; returns its URL (without /api).
+
+    It can't be ended earlier: Prefect sends its last log lines and events when the interpreter ends.
+
+    Raises:
+        InputError: it does not start.
+    """
+    command = [sys.executable, "-m", "flows.server"]
+    process = subprocess.Popen(  # in a session of its own: Ctrl-C is for the flow
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    url = process.stdout.readline().strip()
+    if not url:
+        raise InputError(f"the Prefect server did not start; `{' '.join(command)}` shows why")
+    _started.append(process)
+    return url
+
+
+if __name__ == "__main__":
+    settings.apply()
+    with socket.create_server((HOST, 0)) as any_port:
+        serve(any_port, started=lambda url: print(url, flush=True), until=sys.stdin)
