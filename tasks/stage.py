@@ -328,7 +328,7 @@ def _find(paths: list[Path], name: str, what: str) -> Path:
 
 def _link(source: str | Path, target: str | Path) -> None:
     try:
-        shutil.copyfile(source, target)
+        os.link(source, target)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)
 

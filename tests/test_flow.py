@@ -25,8 +25,12 @@ from dvc.repo import reproduce as dvc_reproduce
 from dvc.stage import Stage as DvcStage
 from dvc.stage.cache import StageCache
 
-from flows import reproduction, settings
+from flows import settings
 from tests.project import ROOT, clean_environment
+
+os.environ.setdefault("PREFECT_HOME", str(ROOT / settings.HOME))  # else importing Prefect makes a folder in ~
+
+from flows import reproduction  # noqa: E402
 
 STAGES = {
     "first": {
@@ -91,7 +95,7 @@ def run(folder, *command, check=True):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=300,
+        timeout=600,
     )
     assert not check or done.returncode == 0, done.stdout
     return done.stdout

@@ -74,16 +74,23 @@ def test_the_dag_elsewhere_gives_the_same_bytes(project, tiny_model, tmp_path) -
 
 def test_stages_that_are_off_pass_the_same_files_on_without_taking_space(project) -> None:
     off = ("depth_prune", "wanda", "lora", "gptq", "eora", "package", "hardware_fit")
+    before = project.lock()
     project.change({f"{name}.enabled": False for name in off})
-    project.repro()
-    files = [project.path / f"data/{name}/model/model.safetensors" for name in ("fetch", *off[:5])]
-    assert len({file.stat().st_ino for file in files}) == 1
-    metrics = [
-        json.loads((project.path / f"data/evaluate/{name}/metrics.json").read_text()) for name in ("fetch", "eora")
-    ]
-    assert metrics[0]["perplexity"] == metrics[1]["perplexity"]
-    project.change({f"{name}.enabled": True for name in off})
-    assert not ran(project.repro().stdout)
+    try:
+        project.repro()
+        paths = [project.path / f"data/{name}/model/model.safetensors" for name in off[:6]]
+        assert len({path.stat().st_ino for path in paths}) == 1  # one file, whatever the number of stages
+        lock = project.lock()
+        assert len({lock[name][f"data/{name}/model"] for name in ("fetch", *off[:5])}) == 1
+        fetched, last = (
+            json.loads((project.path / f"data/evaluate/{name}/metrics.json").read_text()) for name in ("fetch", "eora")
+        )
+        assert fetched["perplexity"] == last["perplexity"]
+    finally:
+        project.change({f"{name}.enabled": True for name in off})
+        output = project.repro().stdout
+    assert not ran(output)
+    assert project.lock() == before
 
 
 BAD = {
