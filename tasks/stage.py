@@ -51,8 +51,8 @@ DISK = {
 """What the machine can refuse any stage, and the way out; every other number would be a mistake of this project."""
 TOLD = re.compile(r"(?:\(os error |\[Errno )(\d+)[)\]]")
 """An error number in the words of safetensors, tokenizers (Rust) and shutil.copytree."""
-OUT_OF_MEMORY = re.compile(r"can(no|')t allocate memory|out of memory", re.IGNORECASE)
-"""How torch and the dynamic linker say it."""
+OUT_OF_MEMORY = re.compile(r"can(no|')t allocate memory|out of memory|can't start new thread", re.IGNORECASE)
+"""How torch, the dynamic linker and Python's threads say it."""
 
 
 class Stage:
