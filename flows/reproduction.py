@@ -118,6 +118,9 @@ class Reproduction:
     def _run(self, stage: Stage, **kwargs: Any) -> str | None:
         """Let DVC run or restore the stage; returns the failure's sentence, or None."""
         log = LOGS / f"{stage.addressing}.log"
+        if absent := [str(dep) for dep in stage.deps if not dep.exists and not stage.frozen]:
+            # DVC would remove the stage's outputs before it finds out
+            return f"{', '.join(absent)} is not there; name what is, or bring it back"
         LOGS.mkdir(exist_ok=True)
         log.write_bytes(b"")
         kwargs["run_env"] = {FLOW_RUN: str(flow_run.id), TASK_RUN: str(task_run.id), LOG: str(log.resolve())}
