@@ -29,8 +29,8 @@ def run(stage: Stage) -> None:
         InputError: the calibration text has fewer windows than asked.
     """
     params = stage.params.calibrate
-    model = checkpoint.load_dense(stage.input("fetch/model"))
-    tokenizer = checkpoint.load_tokenizer(stage.input("fetch/model"))
+    model = checkpoint.load_dense(stage.input("vocabulary/model"))
+    tokenizer = checkpoint.load_tokenizer(stage.input("vocabulary/model"))
     tokens = perplexity.tokenise(tokenizer, corpora.read(stage.input("fetch/corpora") / "calibration.jsonl"))
     input_ids = choose(tokens, params.windows, params.length, params.seed)
     available = len(tokens) // params.length

@@ -15,18 +15,25 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from tasks.comparison import PACKAGE, PLAIN_MODELS, title
+
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 """The version of Vega-Lite that the specifications are written for."""
 INK, GREY, FAINT, BLUE, RED = "#1d2433", "#8a8f99", "#d5d8dd", "#1f5f99", "#b3361e"
+GREEN, ORANGE = "#22683c", "#d98f1f"
 COMPONENTS = {
     "blocks": "#1f5f99",
+    "positions": "#b0588c",
+    "values": "#3f7fbd",
     "scales": "#86b3d9",
+    "zeros": "#c3d9ec",
     "embedding": "#d98f1f",
     "norms": "#6b4e8a",
     "adapter": "#3d8b57",
     "metadata": "#a9a294",
 }
-"""What a model folder's bytes are made of, and its colour."""
+"""What a model folder's bytes are made of, and its colour: `blocks` of unpacked folders is positions and values of
+packed ones, `zeros` are zero points."""
 ITEMS = {
     "weights": "#1f5f99",
     "metadata": "#a9a294",
@@ -35,15 +42,30 @@ ITEMS = {
     "scratch": "#6b4e8a",
 }
 KINDS = ("#1f5f99", "#86b3d9", "#3d8b57", "#9bc7a6", "#d98f1f", "#b3361e", "#6b4e8a", "#a9a294")
+LOSSES = {"loss": INK, "causal_lm": BLUE, "distillation": ORANGE, "hidden": GREEN}
 MIB = 2**20
+MARKS = {
+    "pipeline": ("circle", BLUE, 80),
+    "package": ("diamond", GREEN, 190),
+    "plain model": ("square", ORANGE, 110),
+}
+"""Shape, colour and area of a point that is a stage's model, the shipped one, or one that it is compared with."""
+BITS = {2: "#d5e4f2", 3: "#a3c4e2", 4: "#5b93c4", 8: "#1f5f99", 16: INK}
+DARK = 8
+"""From so many bits on the cell's text is white."""
 STEPS = 600
 """At most so many points of a training curve are drawn."""
 NEAR_X, NEAR_Y = 0.3, 0.05
-"""Points closer than these shares of the plot have one label together."""
+"""Points of the pipeline closer than these shares of the plot have one label together."""
+SHIFTS = {
+    "left": {"pipeline": 10, "package": 10, "plain model": -10},
+    "right": {"pipeline": 0, "package": 0, "plain model": 10},
+}
+"""How many pixels the label of a point on this side stands below it: close points keep their own names."""
 
 
 def perplexity_by_bytes(rows: pd.DataFrame, column: str, usable: int | None) -> dict[str, Any]:
-    """One point per stage, joined in the order of the stages.
+    """One point per model; those of the pipeline are joined in the order of the stages, plain ones stand apart.
 
     Args:
         rows: stage, bytes, and the perplexity in `column`.
@@ -53,30 +75,56 @@ def perplexity_by_bytes(rows: pd.DataFrame, column: str, usable: int | None) -> 
     data = data[data["perplexity"].map(math.isfinite).astype(bool)].assign(mib=lambda d: d["bytes"] / MIB)
     if data.empty:
         return {}
-    data["order"] = range(len(data))
-    logarithmic = data["perplexity"].max() > 4 * data["perplexity"].min()
-    low, high = _padded(data["mib"], 0.15)
+    data = data.assign(order=range(len(data)), kind=[_kind(stage) for stage in data["stage"]])
+    wide, logarithmic = (data[name].max() > 4 * data[name].min() for name in ("mib", "perplexity"))
+    low, high = _padded(data["mib"], 0.15, wide)
     bottom, top = _padded(data["perplexity"], 0.12, logarithmic)
-    x = alt.X("mib:Q", title="MiB in files", scale=alt.Scale(domain=[max(0, low), high], nice=False, zero=False))
-    kind = "log" if logarithmic else "linear"
-    scale = alt.Scale(type=kind, domain=[bottom, top], nice=False, zero=False)
+    across = _scale((max(0, low), high), wide)
+    axis = alt.Axis(tickCount=6, format=",.3~r", labelOverlap=True)
+    x = alt.X("mib:Q", title="MiB in files", scale=across, axis=axis)
+    scale = _scale((bottom, top), logarithmic)
     y = alt.Y("perplexity:Q", title="perplexity", scale=scale, axis=alt.Axis(tickCount=6, format=",.4~r"))
-    tooltip = ["stage", alt.Tooltip("bytes:Q", format=","), alt.Tooltip("perplexity:Q", format=",.4f")]
-    line = alt.Chart(data).mark_line(color=FAINT, strokeWidth=1.5).encode(x=x, y=y, order="order:O")
-    points = alt.Chart(data).mark_circle(size=80, color=BLUE, opacity=1).encode(x=x, y=y, tooltip=tooltip)
-    layers = [line, points, *_labels(data, x, y, (max(0, low), high), (bottom, top), logarithmic)]
+    joined = alt.Chart(data[data["kind"] != "plain model"]).mark_line(color=FAINT, strokeWidth=1.5)
+    labels = _labels(data, x, y, (max(0, low), high, wide), (bottom, top, logarithmic))
+    layers = [joined.encode(x=x, y=y, order="order:O"), *_points(data, x, y), *labels]
     if usable is not None and max(0, low) < usable / MIB < high:
         layers.insert(0, _limit(usable / MIB, f"usable for weights: {usable:,} bytes"))
     return _finish(alt.layer(*layers).properties(width="container", height=280))
+
+
+def _kind(stage: str) -> str:
+    return "plain model" if stage in PLAIN_MODELS else "package" if stage == PACKAGE else "pipeline"
+
+
+def _scale(ends: tuple[float, float], logarithmic: bool) -> alt.Scale:
+    kind = {"type": "log"} if logarithmic else {"type": "linear", "zero": False}
+    return alt.Scale(domain=ends, nice=False, **kind)
+
+
+def _points(data: pd.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
+    kinds = [kind for kind in MARKS if kind in set(data["kind"])]
+    shapes, colours = ([MARKS[kind][part] for kind in kinds] for part in range(2))
+    legend = alt.Legend(symbolType=alt.Undefined, symbolOpacity=1)
+    shape = alt.Shape("kind:N", scale=alt.Scale(domain=kinds, range=shapes), title=None, legend=legend)
+    colour = alt.Color("kind:N", scale=alt.Scale(domain=kinds, range=colours), title=None, legend=legend)
+    tooltip = ["stage", alt.Tooltip("bytes:Q", format=","), alt.Tooltip("perplexity:Q", format=",.4f")]
+    return [
+        alt.Chart(data[data["kind"] == kind])
+        .mark_point(filled=True, opacity=1, size=MARKS[kind][2])
+        .encode(x=x, y=y, shape=shape, color=colour, tooltip=tooltip)
+        for kind in kinds
+    ]
 
 
 def bytes_by_component(rows: pd.DataFrame, usable: int | None) -> dict[str, Any]:
     """Stacked bars, one per stage. `rows`: stage, component, bytes."""
     if rows.empty:
         return {}
-    names = list(dict.fromkeys(rows["component"]))
+    present = set(rows["component"])
+    names = [name for name in COMPONENTS if name in present] + sorted(present - set(COMPONENTS))
     palette = [COMPONENTS.get(name, GREY) for name in names]
-    data = rows.assign(mib=rows["bytes"] / MIB, order=[names.index(name) for name in rows["component"]])
+    order = [names.index(name) for name in rows["component"]]
+    data = rows.assign(stage=rows["stage"].map(title), mib=rows["bytes"] / MIB, order=order)
     bars = (
         alt.Chart(data)
         .mark_bar()
@@ -112,11 +160,11 @@ def importance(scores: pd.DataFrame, method: str, removed: list[int]) -> dict[st
 
 
 def training(history: pd.DataFrame) -> dict[str, Any]:
-    """Losses by step. `history`: step, loss, causal_lm, distillation."""
-    names = [name for name in ("loss", "causal_lm", "distillation") if history[name].notna().any()]
+    """Losses by step. `history`: step, loss, and its parts where there are any."""
+    names = [name for name in LOSSES if name in history and history[name].notna().any()]
     shown = history.iloc[:: max(1, math.ceil(len(history) / STEPS))]
     data = shown.melt(id_vars="step", value_vars=names, var_name="part", value_name="value").dropna()
-    colours = [INK, BLUE, "#d98f1f"][: len(names)]
+    colours = [LOSSES[name] for name in names]
     legend = alt.Legend(symbolType="stroke", symbolStrokeWidth=2)
     widths = alt.condition("datum.part == 'loss'", alt.value(2.0), alt.value(1.2))
     chart = (
@@ -124,7 +172,7 @@ def training(history: pd.DataFrame) -> dict[str, Any]:
         .mark_line(interpolate="linear")
         .encode(
             x=alt.X("step:Q", title="step"),
-            y=alt.Y("value:Q", title="loss (nats)", scale=alt.Scale(zero=False)),
+            y=alt.Y("value:Q", title="loss", scale=alt.Scale(zero=False)),
             color=alt.Color("part:N", scale=alt.Scale(domain=names, range=colours), title=None, legend=legend),
             strokeWidth=widths,
             tooltip=["step", "part", alt.Tooltip("value:Q", format=".5g")],
@@ -176,6 +224,22 @@ def compensation(layers: pd.DataFrame) -> dict[str, Any]:
     return _finish(alt.layer(lines, points).properties(width="container", height=240))
 
 
+def bit_widths(layers: pd.DataFrame) -> dict[str, Any]:
+    """Bits of every linear: blocks across, kinds down. `layers`: linear, bits, and if known sensitivity and bytes."""
+    data = pd.concat([layers, _running(layers["linear"])], axis=1)
+    widths, kinds = sorted(set(data["bits"].astype(int))), list(dict.fromkeys(data["kind"]))
+    scale = alt.Scale(domain=widths, range=[BITS.get(bits, GREY) for bits in widths])
+    tooltip = ["linear", "bits"] + [name for name in ("sensitivity", "bytes") if name in data]
+    base = alt.Chart(data).encode(
+        x=alt.X("block:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        y=alt.Y("kind:N", sort=kinds, title=None),
+    )
+    cells = base.mark_rect(stroke="white").encode(color=alt.Color("bits:O", scale=scale, legend=None), tooltip=tooltip)
+    colour = alt.condition(f"datum.bits >= {DARK}", alt.value("white"), alt.value(INK))
+    text = base.mark_text(fontSize=10).encode(text="bits:Q", color=colour)
+    return _finish(alt.layer(cells, text).properties(width="container", height=24 * len(kinds)))
+
+
 def placement(rows: pd.DataFrame) -> dict[str, Any]:
     """What lies in each memory as a share of what is usable there. `rows`: place, item, bytes, usable."""
     if rows.empty:
@@ -218,29 +282,42 @@ def _labels(
     data: pd.DataFrame,
     x: alt.X,
     y: alt.Y,
-    across: tuple[float, float],
-    up: tuple[float, float],
-    logarithmic: bool,
+    across: tuple[float, float, bool],
+    up: tuple[float, float, bool],
 ) -> list[alt.Chart]:
-    """Names beside the points, towards the middle of the plot; points that lie together share one."""
+    """Names beside the points, towards the middle of the plot; points of the pipeline that lie together share one.
+
+    Args:
+        across, up: ends of the axis, and whether it is logarithmic.
+    """
     groups: list[dict[str, Any]] = []
-    for stage, mib, perplexity in zip(data["stage"], data["mib"], data["perplexity"], strict=True):
-        place = _share(mib, across), _share(perplexity, up, logarithmic)
-        near = [g for g in groups if abs(g["at"][0] - place[0]) < NEAR_X and abs(g["at"][1] - place[1]) < NEAR_Y]
+    passed_on = data[["mib", "perplexity", "kind"]].eq(data[["mib", "perplexity", "kind"]].shift()).all(axis=1)
+    for row in data[~passed_on].itertuples():  # a stage that is off has its input's place
+        place = _share(row.mib, *across), _share(row.perplexity, *up)
+        near = [g for g in groups if g["kind"] == row.kind == "pipeline" and _near(g["at"], place)]
         if near:
-            near[0]["text"] += f", {stage}"
-            near[0]["mib"].append(mib)
+            near[0]["text"] += f", {row.stage}"
+            near[0]["mib"].append(row.mib)
         else:
-            groups.append({"text": stage, "mib": [mib], "perplexity": perplexity, "at": place})
+            group = {"text": row.stage, "mib": [row.mib], "perplexity": row.perplexity, "at": place, "kind": row.kind}
+            groups.append(group)
     charts = []
-    for align, dx, end in (("left", 9, max), ("right", -9, min)):
-        side = [group | {"mib": end(group["mib"])} for group in groups if (group["at"][0] > 0.5) == (align == "right")]
+    for (align, dx, end), kind in itertools.product((("left", 9, max), ("right", -9, min)), MARKS):
+        side = [
+            group | {"mib": end(group["mib"])}
+            for group in groups
+            if group["kind"] == kind and (group["at"][0] > 0.5) == (align == "right")
+        ]
         if side:
             table = alt.Chart(pd.DataFrame(side)[["text", "mib", "perplexity"]])
-            mark = {"align": align, "dx": dx, "baseline": "middle", "fontSize": 11}
+            mark = {"align": align, "dx": dx, "dy": SHIFTS[align][kind], "baseline": "middle", "fontSize": 11}
             halo = table.mark_text(**mark, stroke="white", strokeWidth=4, strokeJoin="round")
             charts += [each.encode(x=x, y=y, text="text:N") for each in (halo, table.mark_text(**mark, color=INK))]
     return charts
+
+
+def _near(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return abs(one[0] - other[0]) < NEAR_X and abs(one[1] - other[1]) < NEAR_Y
 
 
 def _padded(values: pd.Series, share: float, logarithmic: bool = False) -> tuple[float, float]:
@@ -252,19 +329,20 @@ def _padded(values: pd.Series, share: float, logarithmic: bool = False) -> tuple
     return (math.exp(low), math.exp(high)) if logarithmic else (low, high)
 
 
-def _share(value: float, span: tuple[float, float], logarithmic: bool = False) -> float:
-    low, high = (math.log(end) for end in span) if logarithmic else span
-    return ((math.log(value) if logarithmic else value) - low) / (high - low)
+def _share(value: float, low: float, high: float, logarithmic: bool) -> float:
+    if logarithmic:
+        value, low, high = math.log(value), math.log(low), math.log(high)
+    return (value - low) / (high - low)
 
 
 def _running(linears: pd.Series) -> pd.DataFrame:
-    """kind ("q_proj") and position: the block's number and the share of it that was run before the linear."""
+    """kind ("q_proj"), block, and position: the block's number plus the share of it that runs before the linear."""
     parsed = [re.search(r"\.(\d+)\.(?:.+\.)?([^.]+)$", str(name)) for name in linears]
     blocks = [int(match[1]) if match else 0 for match in parsed]
     kinds = [match[2] if match else str(name) for match, name in zip(parsed, linears, strict=True)]
     order = list(dict.fromkeys(kinds))
     positions = [block + order.index(kind) / len(order) for block, kind in zip(blocks, kinds, strict=True)]
-    return pd.DataFrame({"kind": kinds, "position": positions}, index=linears.index)
+    return pd.DataFrame({"kind": kinds, "block": blocks, "position": positions}, index=linears.index)
 
 
 def _block_axis(data: pd.DataFrame) -> alt.X:

@@ -5,6 +5,7 @@ Only safetensors are read or written, never a pickle, and no code of a model fol
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,9 @@ def parameter_count(model: PreTrainedModel) -> int:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whose bytes depend on its content alone."""
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,12 @@
-"""Stage eora: add a low-rank branch to every quantised linear that brings its output closer to a dense teacher's.
+"""Stage eora: add a low-rank branch to quantised linears that brings their output closer to a dense teacher's.
 
-The teacher is the recovered model (`lora`: it makes up for quantisation) or the fetched one (`fetch`: for pruning too;
-its blocks are found through the record of what depth pruning kept). The folder is the quantised one with the adapter in
-a subfolder, which gptqmodel loads: `GPTQModel.load(folder, adapter=Lora(rank=…, path=folder/eora))`.
+The teacher is the recovered model (`lora`: it makes up for quantisation) or the fetched one (`fetch`, with the trimmed
+vocabulary, if it is trimmed: for pruning too; its blocks are found through the record of what depth pruning kept).
+The folder is the quantised one with the adapter in a subfolder, which gptqmodel loads:
+`GPTQModel.load(folder, adapter=Lora(rank=…, path=folder/eora))`. The factors' codes are beside it in
+`adapter.safetensors`, for the stage package; the adapter holds their values.
+
+The branch is never merged, so the pattern of pruned weights is that of the quantised model; it is checked all the same.
 """
 
 from __future__ import annotations
@@ -14,52 +18,64 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from tasks import checkpoint, quantised
+from tasks import checkpoint, quantised, sparsity
 from tasks.algorithms import eora, families
 from tasks.algorithms.errors import InputError
 
 if TYPE_CHECKING:
+    from tasks.params import Eora
     from tasks.stage import Stage
 
-COLUMNS = ["linear", "error_before", "error_after", "rank", "bytes"]
-"""Errors are relative, of the linear's output on calibration inputs against the teacher's; bytes of both factors."""
+COLUMNS = ["linear", "error_before", "error_after", "rank", "bytes", "bits_per_weight_equivalent"]
+"""Errors are relative, of the linear's output on calibration inputs against the teacher's; bytes of both factors (codes
+and scales, or float16); the last is by how many bits each weight of the linear, pruned or not, could be longer instead.
+"""
 
 
 def run(stage: Stage) -> None:
-    """gptq/model + a teacher + windows -> model (with an adapter), layers.csv."""
+    """gptq/model + masks + a teacher + windows -> model (with an adapter), adapter.safetensors, two tables.
+
+    Raises:
+        InputError: a rank that a linear can't have, a budget below one rank, a teacher of other blocks; the quantised
+            weights break the pattern of the masks and it is enforced.
+    """
     chosen = stage.params.eora
     source, target = stage.input("gptq/model"), stage.output("model")
     described = checkpoint.config(source)
-    check_rank(families.linear_shapes(described), chosen.rank)
-    blocks = described["num_hidden_layers"]
-    if chosen.teacher == "lora":
-        teacher = teacher_weights(stage.input("lora/model"), range(blocks))
-    else:
-        kept = json.loads(stage.input("removed.json").read_text(encoding="utf-8"))["kept"]
-        teacher = teacher_weights(stage.input("fetch/model"), kept)
-    if len(teacher) != blocks * len(families.family(described).linears):
-        raise InputError(f"the teacher has {len(teacher)} linears for {blocks} blocks: run stage depth_prune again")
+    if chosen.rank is not None:
+        check_rank(families.linear_shapes(described), chosen.rank)
+    teacher = read_teacher(stage, described)
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
-    finished: list[str] = []
-    with stage.progress("eora", len(teacher)) as progress:
+    model = quantised.load_dequantised(source)
+    write_ledger(stage, model)
+    with stage.progress("eora", len(teacher) * (1 if chosen.budget_bytes is None else 2)) as progress:
+        finished: list[str] = []
 
         def done(name: str, error: float) -> None:
             finished.append(name)
             progress.update(len(finished), error=error)
 
-        model = quantised.load_dequantised(source)
-        branches = eora.compensate(model, windows, teacher, chosen.rank, done=done)
+        ranks = chosen.rank
+        if chosen.budget_bytes is not None:
+            sizes = {name: eora.rank_bytes(weight.shape, chosen.bits) for name, weight in teacher.items()}
+            ranks = eora.allocate(eora.gains(model, windows, teacher, done), sizes, chosen.budget_bytes)
+        branches = eora.compensate(model, windows, teacher, ranks, chosen.bits, done)
     stage.pass_on(source, target)
     quantised.save_adapter(target, {name: (branch.a, branch.b) for name, branch in branches.items()})
-    table(branches).to_csv(stage.output("layers.csv"), index=False, lineterminator="\n", float_format="%.9g")
+    save_codes(stage.output("adapter.safetensors"), branches, chosen.bits)
+    rows = table(branches, chosen.bits)
+    rows.to_csv(stage.output("layers.csv"), index=False, lineterminator="\n", float_format="%.9g")
+    print(summary(rows, sum(weight.numel() for weight in teacher.values()), chosen))
 
 
 def skip(stage: Stage) -> None:
-    """Pass the quantised model on; layers.csv has no rows."""
+    """Pass the quantised model on; the tables have no rows, adapter.safetensors no tensors."""
     stage.pass_on(stage.input("gptq/model"), stage.output("model"))
+    save_codes(stage.output("adapter.safetensors"), {}, eora.HALF)
     pd.DataFrame(columns=COLUMNS).to_csv(stage.output("layers.csv"), index=False, lineterminator="\n")
+    sparsity.write(pd.DataFrame(columns=sparsity.COLUMNS), stage.output("sparsity.csv"))
 
 
 def check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
@@ -71,6 +87,23 @@ def check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
     name, shape = min(shapes.items(), key=lambda item: min(item[1]))
     if rank > min(shape):
         raise InputError(f"eora.rank = {rank} is above {min(shape)}, the smaller side of {name}: choose at most that")
+
+
+def read_teacher(stage: Stage, described: Mapping) -> dict[str, Tensor]:
+    """`teacher_weights` of the teacher that eora.teacher names, for a model with this config.json.
+
+    Raises:
+        InputError: it hasn't the blocks of the model.
+    """
+    blocks = described["num_hidden_layers"]
+    if stage.params.eora.teacher == "lora":
+        teacher = teacher_weights(stage.input("lora/model"), range(blocks))
+    else:
+        kept = json.loads(stage.input("removed.json").read_text(encoding="utf-8"))["kept"]
+        teacher = teacher_weights(stage.input("vocabulary/model"), kept)
+    if len(teacher) != blocks * len(families.family(described).linears):
+        raise InputError(f"the teacher has {len(teacher)} linears for {blocks} blocks: run stage depth_prune again")
+    return teacher
 
 
 def teacher_weights(folder: Path, kept: list[int] | range) -> dict[str, Tensor]:
@@ -91,7 +124,55 @@ def teacher_weights(folder: Path, kept: list[int] | range) -> dict[str, Tensor]:
     }
 
 
-def table(branches: Mapping[str, eora.Branch]) -> pd.DataFrame:
+def write_ledger(stage: Stage, model: nn.Module) -> None:
+    """sparsity.csv of the quantised weights, the branches apart.
+
+    Raises:
+        InputError: they break the pattern, and wanda.enforce says that they must not.
+    """
+    keep, pattern = checkpoint.load_masks(stage.input("masks.safetensors"))
+    weights = {name: linear.weight.detach() for name, linear in families.block_linears(model).items()}
+    found = sparsity.ledger(weights, keep, pattern)
+    sparsity.write(found, stage.output("sparsity.csv"))
+    sparsity.check(found, "gptq", stage.params.wanda.enforce)
+
+
+def save_codes(path: Path, branches: Mapping[str, eora.Branch], bits: int) -> None:
+    """The factors as they are to be packed; no tensors at 16 bits, where the adapter itself has all there is.
+
+    Per linear with a branch: `<name>.a.codes` int8 [rank, in_features] and `<name>.b.codes` int8 [rank, out_features]
+    (B is stored transposed, so that groups run along the longer side), and `.a.scales`, `.b.scales`, float16
+    [rank, groups]. A group is the row's length divided by the number of scales.
+    """
+    tensors = {}
+    for name, branch in branches.items():
+        for side, coded in zip("ab", branch.coded or (), strict=False):
+            tensors |= {f"{name}.{side}.codes": coded.codes, f"{name}.{side}.scales": coded.scales}
+    checkpoint.save_tensors(path, tensors, {"bits": str(bits), "group_size": str(eora.GROUP_SIZE)})
+
+
+def table(branches: Mapping[str, eora.Branch], bits: int) -> pd.DataFrame:
     """One row per linear, in running order."""
-    rows = [(name, b.error_before, b.error_after, len(b.a), b.a.nbytes + b.b.nbytes) for name, b in branches.items()]
+    rows = []
+    for name, branch in branches.items():
+        rank, shape = len(branch.a), (len(branch.b), branch.a.shape[1])
+        size = rank * eora.rank_bytes(shape, bits)
+        rows.append((name, branch.error_before, branch.error_after, rank, size, 8 * size / (shape[0] * shape[1])))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def summary(rows: pd.DataFrame, weights: int, chosen: Eora) -> str:
+    """One line: what the branches cost and removed, and what their bytes are as bits of every weight.
+
+    What more bits would have left is a rule of thumb, printed where quantisation alone is compensated: a uniform
+    quantiser's error halves with each bit.
+    """
+    before, after = (float(rows[side].pow(2).mean() ** 0.5) for side in ("error_before", "error_after"))
+    size, ranks = int(rows["bytes"].sum()), rows["rank"]
+    extra = 8 * size / weights
+    of = "" if chosen.budget_bytes is None else f" of {chosen.budget_bytes}"
+    rule = f", which by rule would leave {before * 2**-extra:.4g}" if chosen.teacher == "lora" else ""
+    return (
+        f"ranks {ranks.min()} to {ranks.max()}, {size} bytes{of}: relative output error {before:.4g} -> {after:.4g} "
+        f"(root mean square over {len(rows)} linears); the same bytes are {extra:.3g} more bits per weight{rule}"
+    )

@@ -11,7 +11,6 @@ Corpora become JSON lines of exactly {"text": str}, in their order; rows without
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -92,7 +91,9 @@ def run(stage: Stage) -> None:
     tensors = check_weights(target, stage)
     record = {
         "model": _origin(source) | {"architecture": families.family(config).architecture, "tensors": tensors},
-        "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in target.iterdir()},
+        "files": {
+            file.name: {"bytes": file.stat().st_size, "sha256": checkpoint.sha256(file)} for file in target.iterdir()
+        },
         "corpora": corpora,
     }
     stage.output("source.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -292,7 +293,7 @@ def _corpus(stage: Stage, name: str, target: Path) -> dict[str, Any]:
         "rows": rows,
         "empty_rows_dropped": empty,
         "bytes": target.stat().st_size,
-        "sha256": _sha256(target),
+        "sha256": checkpoint.sha256(target),
     }
 
 
@@ -457,11 +458,6 @@ def _json(path: Path) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); fetch the model again") from error
     return value if isinstance(value, dict) else {}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -7,33 +7,32 @@ bytes: source, parameters of every stage, hashes. When, where and by which packa
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import checkpoint, quantised
+import pandas as pd
+
+from tasks import checkpoint, quantised, sparsity
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tasks.stage import Stage
 
 MANIFEST = "manifest.json"
 
 
 def run(stage: Stage) -> None:
-    """Link the model's files, check the masks on the weights as loaded from there, and write the manifest.
+    """Link the model's files, check the masks on the weights as loaded from there, write manifest and sparsity.csv.
 
     Raises:
-        RuntimeError: a pruned weight is no longer zero.
+        InputError: a pruned weight is no longer zero.
     """
     folder = stage.output("package/model")
     stage.pass_on(stage.input("eora/model"), folder)
     keep, pattern = checkpoint.load_masks(stage.input("masks.safetensors"))
-    broken = revived(quantised.block_weights(quantised.load_model(folder)), keep)
-    if broken:
-        raise RuntimeError(f"pruned weights are not zero in the package: {broken}")
+    table = sparsity.ledger(quantised.block_weights(quantised.load_model(folder)), keep, pattern)
+    sparsity.check(table, "package", enforce=True)
+    sparsity.write(table, stage.output("sparsity.csv"))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         "files": {str(path.relative_to(folder)): describe(path) for path in files},
@@ -53,22 +52,12 @@ def skip(stage: Stage) -> None:
     folder = stage.output("package/model")
     stage.pass_on(stage.input("eora/model"), folder)
     checkpoint.write_json(folder / MANIFEST, {"files": {}, "pattern": None, "pruned_matrices": 0, "lineage": {}})
-
-
-def revived(weights: dict[str, Tensor], keep: dict[str, Tensor]) -> dict[str, int]:
-    """Per matrix with any: how many weights outside its mask are not zero.
-
-    Args:
-        weights, keep: module name -> [out_features, in_features].
-    """
-    counts = {name: int(weights[name].masked_select(~mask).count_nonzero()) for name, mask in keep.items()}
-    return {name: count for name, count in counts.items() if count}
+    sparsity.write(pd.DataFrame(columns=sparsity.COLUMNS), stage.output("sparsity.csv"))
 
 
 def describe(path: Path) -> dict[str, Any]:
     """Size and sha256 of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": checkpoint.sha256(path)}
 
 
 def _lineage(stage: Stage) -> dict[str, Any]:

@@ -34,6 +34,8 @@ LIBRARIES = 700 * 2**20
 ACTIVATIONS = (16, 4)
 """Values kept for a backward pass per token and layer, in units of the hidden and of the MLP size."""
 CONTROL_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+FOLLOWS = {"baseline_lora": "lora"}
+"""Stages that pass their input on where another one is switched off."""
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
@@ -259,9 +261,19 @@ def _gptq(params: Params, model: Shape) -> Iterator[str]:
             " switch gptq and eora off, or take another model"
         )
 
+    if params.gptq.joint:
+        yield from _indivisible("gptq.joint.of", params.gptq.joint.of, model)
+    table = params.gptq.embedding
+    if table.bits < 16 and model.hidden % table.group_size:
+        yield (
+            f"gptq.embedding.group_size = {table.group_size} does not divide the {model.hidden} values of a"
+            f" token's embedding; choose a divisor of {model.hidden}"
+        )
+
 
 def _eora(params: Params, model: Shape) -> Iterator[str]:
-    yield from _rank_too_high("eora.rank", params.eora.rank, model)
+    if params.eora.rank is not None:
+        yield from _rank_too_high("eora.rank", params.eora.rank, model)
 
 
 RULES: dict[str, Callable[[Params, Shape], Iterator[str]]] = {
@@ -283,7 +295,8 @@ def _boundary(params: Params, model: Shape) -> int:
 
 def _lora_memory(params: Params, model: Shape) -> int:
     own = params.lora
-    models = 2 if own.distillation.weight > 0 else 1  # student; teacher
+    taught = own.distillation.weight > 0 or own.distillation.hidden > 0 or own.method == "block_reconstruction"
+    models = 2 if taught else 1  # student; teacher
     return models * model.dense + 4 * model.in_blocks + models * model.backward(own.batch * own.length)
 
 
@@ -313,14 +326,18 @@ MEMORY: dict[str, Callable[[Params, Shape], int]] = {
     "lora": _lora_memory,
     "gptq": _gptq_memory,
     "eora": _eora_memory,
+    "package": lambda params, model: model.dense,
+    "baseline_lora": _lora_memory,
     "evaluate": _evaluate_memory,
 }
 """Bytes that a stage holds at its peak, without the libraries."""
 
 
 def _quantised(params: Params, model: Shape) -> int:
-    codes = model.in_blocks * params.gptq.bits // 8 if params.gptq.enabled else 4 * model.in_blocks
-    return codes * 5 // 4 + 4 * model.outside  # scales and adapter: a quarter at most; embedding in fp32
+    widest = 8 if params.gptq.budget_bytes is not None else params.gptq.bits
+    codes = model.in_blocks * widest // 8 if params.gptq.enabled else 4 * model.in_blocks
+    adapter = params.eora.budget_bytes or 0
+    return codes * 5 // 4 + adapter + 4 * model.outside  # scales and adapter: a quarter at most; embedding in fp32
 
 
 DISK: dict[str, Callable[[Params, Shape], int]] = {
@@ -331,6 +348,7 @@ DISK: dict[str, Callable[[Params, Shape], int]] = {
     "gptq": _quantised,
     "eora": _quantised,
     "package": _quantised,
+    "baseline_lora": lambda params, model: model.dense,
 }
 """Bytes that a stage writes, at most; a stage that is switched off links its input."""
 
@@ -401,7 +419,9 @@ def _rank_too_high(key: str, rank: int, model: Shape, within: str = "") -> Itera
 
 
 def _enabled(params: Params, name: str) -> bool:
-    return getattr(getattr(params, name), "enabled", True)
+    """Whether a stage computes; the plain model has only what the compressed one has (`FOLLOWS`)."""
+    names = (name, FOLLOWS[name]) if name in FOLLOWS else (name,)
+    return all(getattr(getattr(params, each), "enabled", True) for each in names)
 
 
 def _position(stage: str) -> int:

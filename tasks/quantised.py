@@ -121,9 +121,16 @@ def save_quantised(model: Any, dense: Path, folder: Path) -> None:
 def save_adapter(folder: Path, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Add a low-rank adapter to a quantised model's folder, in the format of gptqmodel's `Lora` (that of PEFT).
 
+    A linear without a branch has factors of rank 0 in the file: gptqmodel gives every quantised linear an adapter and
+    refuses one without tensors. Where no linear has a branch, nothing is written.
+
     Args:
-        factors: full module name -> (A [rank, in_features], B [out_features, rank]), added as B A.
+        factors: full module name -> (A [rank, in_features], B [out_features, rank]), added as B A; of every quantised
+            linear. Ranks may differ.
     """
+    ranks = {name: len(a) for name, (a, _) in factors.items() if len(a)}
+    if not ranks:
+        return
     branch = folder / ADAPTER
     branch.mkdir()
     tensors = {}
@@ -131,10 +138,7 @@ def save_adapter(folder: Path, factors: dict[str, tuple[Tensor, Tensor]]) -> Non
         tensors[f"base_model.model.{name}.lora_A.weight"] = a
         tensors[f"base_model.model.{name}.lora_B.weight"] = b
     checkpoint.save_tensors(branch / "adapter_model.safetensors", tensors, {"format": "pt"})
-    rank = len(next(iter(factors.values()))[0])
-    targets = sorted({name.rpartition(".")[2] for name in factors})
-    described = {"r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
-    checkpoint.write_json(branch / "adapter_config.json", described | {"peft_type": "LORA", "task_type": "CAUSAL_LM"})
+    checkpoint.write_json(branch / "adapter_config.json", _adapter_config(ranks, whole=len(ranks) == len(factors)))
 
 
 def block_weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -146,6 +150,22 @@ def block_weights(model: PreTrainedModel) -> dict[str, Tensor]:
         else:
             found[name] = masked_gptq.dequantised(linear)
     return found
+
+
+def _adapter_config(ranks: dict[str, int], whole: bool) -> dict[str, Any]:
+    """PEFT's description; `whole`: every quantised linear has a branch, so that short names find them all."""
+    rank = max(ranks.values())  # gptqmodel compares it to the rank that a user gives, and takes shapes from the tensors
+    others = {name: own for name, own in ranks.items() if own != rank}
+    return {
+        "r": rank,
+        "lora_alpha": rank,  # PEFT scales by alpha / r: by 1, for each linear
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted({name.rpartition(".")[2] for name in ranks} if whole else ranks),
+        "bias": "none",
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+    }
 
 
 def _half(name: str, tensor: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""Stage report: everything the other stages measured, as one page, two tables and a few figures.
+"""Stage report: everything the other stages measured, as one page, a verdict, two tables and a few figures.
+
+Its first line is what the package scores against a plain model of its size (`tasks.comparison`).
 
 `report.html` is one file that needs no network: Vega and the specifications of its plots are inside, and its content
 security policy forbids every request and every script but its own. It has no time and no random name in it, so that the
@@ -23,16 +25,16 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
-from tasks import charts
+from tasks import charts, comparison, report_tables
+from tasks.comparison import BASE, BITS_PER_BYTE, PACKAGE, PERPLEXITY, PLAIN, RECOVERED, SPLITS
+from tasks.report_tables import is_broken, model_of
 
 if TYPE_CHECKING:
     from tasks.stage import Stage
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-SPLITS = ("test", "test_ood")
-COLUMNS = ["stage", "parameters", "zero_fraction", "bytes", "perplexity_test", "perplexity_test_ood", "protocol"]
-BYTES_COLUMNS = ["stage", "component", "bytes"]
-SCORES = ("magnitude", "taylor", "perplexity", "block_influence", "compound")
+LEDGERS = ("wanda", "lora", "gptq", "eora", "package")
+"""Stages that say what is left of the sparsity pattern, in the order of dvc.yaml."""
 FP32, BF16 = 4, 2
 """Bytes of a parameter."""
 STARTER = """
@@ -51,6 +53,9 @@ class Evidence:
     Attributes:
         metrics, completions: of the evaluated models by name, in the order of dvc.yaml.
         scores, masks, history, quantised, compensated: tables; without rows where the stage was switched off.
+        plain_history: of the recovery of the plain model; without rows where that was switched off.
+        ledgers: what each stage left of the sparsity pattern, per linear; without rows where it was switched off.
+        bits: of every linear of the plain model; without rows where the baseline was switched off.
     """
 
     metrics: dict[str, dict[str, Any]]
@@ -61,6 +66,9 @@ class Evidence:
     history: pd.DataFrame
     quantised: pd.DataFrame
     compensated: pd.DataFrame
+    plain_history: pd.DataFrame
+    ledgers: dict[str, pd.DataFrame]
+    bits: pd.DataFrame
     manifest: dict[str, Any]
     fit: dict[str, Any]
     edges: list[tuple[str, str]]
@@ -68,37 +76,52 @@ class Evidence:
 
 
 def run(stage: Stage) -> None:
-    """Write report.html, stages.csv, bytes.csv and metrics.json."""
+    """Write report.html, verdict.txt, stages.csv, bytes.csv and metrics.json."""
     evidence = read(stage)
-    rows, components = stage_rows(evidence.metrics), byte_rows(evidence.metrics)
+    rows, components = report_tables.stage_rows(evidence.metrics), report_tables.byte_rows(evidence.metrics)
     found = figures(evidence)
-    page = render(evidence, rows, components, found)
+    sentences = verdict(evidence, found)
+    page = render(evidence, rows, components, sentences)
     stage.output("report.html").write_bytes(page.encode("utf-8", "replace"))
-    _write(stage, rows, components, found)
-    for sentence in verdict(found, evidence.fit):
-        print(sentence)
+    _write(stage, rows, components, found, sentences)
+    print(*sentences, sep="\n")
 
 
 def skip(stage: Stage) -> None:
     """An empty page, tables without rows, no figures."""
-    page = "<!doctype html>\n<meta charset=utf-8>\n<title>edgepress</title>\n<p>The report is switched off.\n"
+    off = "The report is switched off."
+    page = f"<!doctype html>\n<meta charset=utf-8>\n<title>edgepress</title>\n<p>{off}\n"
     stage.output("report.html").write_text(page, encoding="utf-8")
-    _write(stage, pd.DataFrame(columns=COLUMNS), pd.DataFrame(columns=BYTES_COLUMNS), {})
+    _write(stage, report_tables.stage_rows({}), report_tables.byte_rows({}), {}, [off])
 
 
 def read(stage: Stage) -> Evidence:
-    """Load what the declared dependencies hold; the evaluated models are those that dvc.yaml names."""
+    """Load what the declared dependencies hold; the evaluated models are those that dvc.yaml names.
+
+    A plain model that was switched off is one that was not evaluated: its folder holds what the stage passed on.
+    """
     folders = stage.inputs_below("evaluate")
+    metrics = {folder.name: _json(folder / "metrics.json") for folder in folders}
+    completions = {folder.name: _json(folder / "completions.json") for folder in folders}
+    plain = stage.has_input("baseline/bits.csv")
+    bits = _table(stage.input("baseline/bits.csv")) if plain else pd.DataFrame()
+    plain_history = _table(stage.input("baseline_lora/history.csv"))
+    for name, table in ((PLAIN, bits), (RECOVERED, plain_history)):
+        if table.empty and name in metrics:
+            metrics[name], completions[name] = {"model": name, "evaluated": False}, []
     graph = stage.dvc.repo.index.graph  # an edge leads from a stage to one it depends on
     return Evidence(
-        metrics={folder.name: _json(folder / "metrics.json") for folder in folders},
-        completions={folder.name: _json(folder / "completions.json") for folder in folders},
+        metrics=metrics,
+        completions=completions,
         scores=_table(stage.input("importance/scores.csv")),
         removed=_json(stage.input("removed.json")),
         masks=_table(stage.input("wanda/layers.csv")),
         history=_table(stage.input("lora/history.csv")),
         quantised=_table(stage.input("gptq/layers.csv")),
         compensated=_table(stage.input("eora/layers.csv")),
+        plain_history=plain_history,
+        ledgers={name: _table(stage.input(f"{name}/sparsity.csv")) for name in LEDGERS},
+        bits=bits,
         manifest=_json(stage.input("manifest.json")),
         fit=_json(stage.input("fit.json")),
         edges=sorted((dependency.addressing, user.addressing) for user, dependency in graph.edges),
@@ -106,66 +129,47 @@ def read(stage: Stage) -> Evidence:
     )
 
 
-def stage_rows(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """One row per stage; the figures of one that was not evaluated are missing."""
-    rows = []
-    for name, found in metrics.items():
-        row = {key: found.get(key) for key in ("parameters", "zero_fraction", "protocol")}
-        row |= {"stage": name, "bytes": found.get("bytes", {}).get("total")}
-        row |= {f"perplexity_{split}": found.get("perplexity", {}).get(split) for split in SPLITS}
-        rows.append(row)
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    numbers = {name: float for name in ("zero_fraction", "perplexity_test", "perplexity_test_ood")}
-    return table.astype(numbers | {"parameters": "Int64", "bytes": "Int64"})
-
-
-def byte_rows(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """Bytes of every stage's model by component, the total left out."""
-    rows = [
-        (name, component, found["bytes"][component])
-        for name, found in metrics.items()
-        for component in _components(found.get("bytes", {}))
-    ]
-    return pd.DataFrame(rows, columns=BYTES_COLUMNS)
-
-
-def patterns(max_kept: dict[str, int | None]) -> list[str]:
-    """The "keep:of" patterns that hold everywhere; one that follows from a shorter one is left out.
-
-    Args:
-        max_kept: group length -> largest number of non-zeros in such a group, None where it divides no row.
-    """
-    holding: list[tuple[int, int]] = []
-    for of, keep in sorted((int(key), value) for key, value in max_kept.items()):
-        implied = any(of % short == 0 and kept * (of // short) <= (keep or 0) for kept, short in holding)
-        if keep is not None and keep < of and not implied:
-            holding.append((keep, of))
-    return [f"{keep}:{of}" for keep, of in holding]
-
-
 def figures(evidence: Evidence) -> dict[str, float | int | str | bool]:
-    """Flat scalars of the first and the last model; one that was not measured is left out."""
-    names = list(evidence.metrics)
-    base, final = evidence.metrics[names[0]], evidence.metrics[names[-1]]
-    found: dict[str, Any] = {"protocol": final.get("protocol")}
-    for split in SPLITS:
-        before, after = (side.get("perplexity", {}).get(split) for side in (base, final))
-        found |= {f"base_perplexity_{split}": before, f"package_perplexity_{split}": after}
-        if before and after and base["protocol"] == final["protocol"]:
-            found[f"perplexity_ratio_{split}"] = after / before
-    stored, shipped = (side.get("bytes", {}).get("total") for side in (base, final))
-    parameters = base.get("parameters")
-    found |= {"base_bytes": stored, "package_bytes": shipped}
-    found |= {"base_parameters": parameters, "package_parameters": final.get("parameters")}
-    found["package_zero_fraction"] = final.get("zero_fraction")
-    if stored and shipped and parameters:
-        found["compression_vs_stored"] = stored / shipped
-        found["compression_vs_fp32"] = FP32 * parameters / shipped
-        found["compression_vs_bf16"] = BF16 * parameters / shipped
+    """Flat scalars of the fetched, the shipped and the plain models; one that was not measured is left out."""
+    base, package = model_of(evidence, BASE), model_of(evidence, PACKAGE)
+    found: dict[str, Any] = {"protocol": package.get("protocol"), "base_parameters": base.get("parameters")}
+    for who, name in (("base", BASE), ("package", PACKAGE), ("baseline", PLAIN), ("baseline_lora", RECOVERED)):
+        model = model_of(evidence, name)
+        found[f"{who}_bytes"] = model.get("bytes", {}).get("total")
+        for measure in (PERPLEXITY, BITS_PER_BYTE):
+            found |= {f"{who}_{measure}_{split}": model.get(measure, {}).get(split) for split in SPLITS}
+    found |= {"package_parameters": package.get("parameters"), "package_zero_fraction": package.get("zero_fraction")}
+    found |= _ratios(base, package, "perplexity_ratio", "bits_per_byte_ratio")
+    found |= _ratios(model_of(evidence, PLAIN), package, "plain_ratio", "plain_bits_per_byte_ratio")
+    for share in comparison.recovery(evidence.metrics):
+        found[f"recovery_share_{share.reference}_{share.split}"] = share.closed
+    found |= _size_figures(found)
+    ledger = evidence.ledgers[PACKAGE]
+    if not ledger.empty:
+        found |= {f"package_{name}": int(ledger[name].sum()) for name in ("violations", "revived")}
     if checked(evidence.fit):
         found["fits"] = evidence.fit["verdict"] == "FITS"
         found["tokens_per_second_bound"] = evidence.fit["tokens_per_second"]["bound"]
     return {key: value for key, value in found.items() if value is not None and _finite(value)}
+
+
+def _ratios(reference: dict[str, Any], package: dict[str, Any], name: str, fallback: str) -> dict[str, float]:
+    """Package by reference per split, under `fallback` where only bits per byte can be compared."""
+    return {
+        f"{name if each.measure == PERPLEXITY else fallback}_{split}": each.package / each.plain
+        for split, each in comparison.compare(package, reference).items()
+    }
+
+
+def _size_figures(found: dict[str, Any]) -> dict[str, float]:
+    stored, shipped, parameters = (found[key] for key in ("base_bytes", "package_bytes", "base_parameters"))
+    if not (stored and shipped and parameters):
+        return {}
+    return {
+        "compression_vs_stored": stored / shipped,
+        "compression_vs_fp32": FP32 * parameters / shipped,
+        "compression_vs_bf16": BF16 * parameters / shipped,
+    }
 
 
 def checked(fit: dict[str, Any]) -> bool:
@@ -173,9 +177,10 @@ def checked(fit: dict[str, Any]) -> bool:
     return fit["verdict"] in ("FITS", "DOES_NOT_FIT")
 
 
-def verdict(found: dict[str, Any], fit: dict[str, Any]) -> list[str]:
-    """The result in plain sentences, the most important first: fit, size, perplexity, speed."""
-    sentences = [_fit_sentence(fit), _size_sentence(found), _perplexity_sentence(found)]
+def verdict(evidence: Evidence, found: dict[str, Any]) -> list[str]:
+    """The result in plain sentences, the most important first: against a plain model, fit, size, perplexity, speed."""
+    fit = evidence.fit
+    sentences = [_plain_sentence(evidence), _fit_sentence(fit), _size_sentence(found), _perplexity_sentence(evidence)]
     if checked(fit):
         speed, base = fit["tokens_per_second"], fit.get("fetched")
         bound = f"At most {number(speed['bound'], 0)} tokens per second there, limited by {speed['limited_by']}"
@@ -185,7 +190,30 @@ def verdict(found: dict[str, Any], fit: dict[str, Any]) -> list[str]:
             over, term = base["bytes_over"], base["limiting_term"]
             bound += f"; the fetched model in bf16 would be {number(over)} bytes over ({term})"
         sentences.append(bound + ".")
+    if is_broken(evidence.manifest):
+        sentences.append(pattern_sentence(evidence.manifest))
     return sentences
+
+
+def pattern_sentence(manifest: dict[str, Any]) -> str | None:
+    """What the package's sparsity is labelled as; None without a package."""
+    pattern = manifest.get("pattern")
+    if not pattern:
+        return None
+    if is_broken(manifest):
+        asked = manifest["asked"]
+        return f"{asked} was asked for, but a later stage broke it: the package is labelled and stored as {pattern}."
+    return (
+        "The package is dense." if pattern == "dense" else f"The package's sparsity pattern is {pattern}, and it holds."
+    )
+
+
+def _plain_sentence(evidence: Evidence) -> str:
+    parameters = evidence.manifest.get("lineage", {}).get("parameters", {})
+    size = int(evidence.bits["bytes"].sum()) if not evidence.bits.empty else None
+    same = evidence.history.empty or not evidence.plain_history.empty
+    changes = comparison.way_out(parameters, size)
+    return comparison.sentence(model_of(evidence, PACKAGE), model_of(evidence, PLAIN), changes, same)
 
 
 def _fit_sentence(fit: dict[str, Any]) -> str:
@@ -208,18 +236,22 @@ def _size_sentence(found: dict[str, Any]) -> str:
     )
 
 
-def _perplexity_sentence(found: dict[str, Any]) -> str:
-    parts = []
-    for split in SPLITS:
-        if f"perplexity_ratio_{split}" in found:
-            after, before = (number(found[f"{side}_perplexity_{split}"], 3) for side in ("package", "base"))
-            parts.append(f"{after} on {split} (fetched {before}, {change(found[f'perplexity_ratio_{split}'])})")
-    if not parts:
+def _perplexity_sentence(evidence: Evidence) -> str:
+    compared = comparison.compare(model_of(evidence, PACKAGE), model_of(evidence, BASE))
+    if not compared:
         return "Its perplexity was not measured, or not under the fetched model's protocol."
-    return f"Its perplexity is {' and '.join(parts)}, by protocol {found['protocol']}."
+    parts = []
+    for split, each in compared.items():
+        after, before = number(each.package, 3), number(each.plain, 3)
+        ratio = each.package / each.plain
+        rise = f", {change(ratio)}" if 0 < ratio < math.inf else ""
+        parts.append(f"{after} on {split} (fetched {before}{rise})")
+    measures = sorted({each.measure.replace("_", " ") for each in compared.values()})
+    protocol = model_of(evidence, PACKAGE)["protocol"]
+    return f"Its {' and '.join(measures)} is {' and '.join(parts)}, by protocol {protocol}."
 
 
-def render(evidence: Evidence, rows: pd.DataFrame, components: pd.DataFrame, found: dict[str, Any]) -> str:
+def render(evidence: Evidence, rows: pd.DataFrame, components: pd.DataFrame, sentences: list[str]) -> str:
     """The page.
 
     Raises:
@@ -232,25 +264,33 @@ def render(evidence: Evidence, rows: pd.DataFrame, components: pd.DataFrame, fou
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": number, "mebibytes": mebibytes, "change": change, "percent": percent}
+    environment.filters |= {"label": comparison.title, "over": over}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         bundle=Markup(bundle),
         starter=Markup(STARTER),
         integrity=[_integrity(bundle), _integrity(STARTER)],
-        verdict=verdict(found, evidence.fit),
-        stages=_stage_table(evidence, rows),
+        verdict=sentences,
+        stages=report_tables.stage_table(evidence, rows),
         protocols=sorted({value for value in rows["protocol"] if isinstance(value, str)}),
         plots=plots(evidence, rows, components),
         dag=charts.dag(evidence.nodes, evidence.edges),
         off=switched_off(evidence),
-        scores=score_table(evidence),
+        plain=report_tables.plain_table(evidence),
+        bounds=report_tables.bound_table(evidence),
+        scores=report_tables.score_table(evidence),
         removed=evidence.removed,
-        masks=_mask_summary(evidence),
+        masks=report_tables.mask_summary(evidence),
+        pattern=pattern_sentence(evidence.manifest),
+        ledgers=report_tables.ledger_table(evidence.ledgers),
+        linears={name: table.to_dict("records") for name, table in evidence.ledgers.items() if not table.empty},
         recovered=not evidence.history.empty,
-        violations=int(evidence.quantised["violations"].sum()) if not evidence.quantised.empty else None,
-        adapter=int(evidence.compensated["bytes"].sum()) if not evidence.compensated.empty else None,
+        shares=comparison.recovery(evidence.metrics),
+        widths=report_tables.bits_table(evidence),
+        quantised=not evidence.quantised.empty,
+        adapter=report_tables.adapter_summary(evidence),
         fit=evidence.fit if checked(evidence.fit) else None,
-        completions=completion_table(evidence),
+        completions=report_tables.completion_table(evidence),
         models=list(evidence.metrics),
         manifest=evidence.manifest,
         source=flatten(evidence.manifest.get("lineage", {}).get("source", {})),
@@ -272,11 +312,14 @@ def plots(evidence: Evidence, rows: pd.DataFrame, components: pd.DataFrame) -> d
     method = evidence.removed.get("method")
     if not evidence.scores.empty and method in evidence.scores:
         made["importance"] = charts.importance(evidence.scores, method, evidence.removed["removed"])
+    for name, table in report_tables.widths(evidence).items():
+        if table["bits"].nunique() > 1:
+            made[f"bits-{name}"] = charts.bit_widths(table)
     for name, draw, table in (
         ("training", charts.training, evidence.history),
         ("quantisation", charts.quantisation_error, evidence.quantised),
         ("compensation", charts.compensation, evidence.compensated),
-        ("placement", charts.placement, _placement_rows(evidence.fit)),
+        ("placement", charts.placement, report_tables.placement_rows(evidence.fit)),
     ):
         made[name] = draw(table) if not table.empty else {}
     return {name: spec for name, spec in made.items() if spec}
@@ -287,33 +330,12 @@ def switched_off(evidence: Evidence) -> list[str]:
     sections = evidence.manifest.get("lineage", {}).get("parameters", {})
     off = {name for name, section in sections.items() if section.get("enabled") is False}
     tables = {"importance": evidence.scores, "wanda": evidence.masks, "lora": evidence.history}
-    tables |= {"gptq": evidence.quantised, "eora": evidence.compensated}
+    tables |= {"gptq": evidence.quantised, "eora": evidence.compensated, PLAIN: evidence.bits}
+    tables |= {RECOVERED: evidence.plain_history}
     off |= {name for name, table in tables.items() if table.empty}
     off |= set() if evidence.manifest["files"] else {"package"}
     off |= set() if checked(evidence.fit) else {"hardware_fit"}
     return sorted(off | {f"evaluate@{name}" for name, found in evidence.metrics.items() if not found["evaluated"]})
-
-
-def score_table(evidence: Evidence) -> list[dict[str, Any]]:
-    """Per layer: whether it was removed, and value and rank (1 = least important) by every score."""
-    table, removed = evidence.scores, evidence.removed["removed"]
-    names = [name for name in SCORES if name in table]
-    ranks = table[names].rank(method="min")
-    return [
-        {
-            "layer": int(table["layer"][index]),
-            "removed": int(table["layer"][index]) in removed,
-            "scores": {name: (float(table[name][index]), int(ranks[name][index])) for name in names},
-        }
-        for index in table.index
-    ]
-
-
-def completion_table(evidence: Evidence) -> list[dict[str, Any]]:
-    """Per prompt the completion of every model, None where there is none."""
-    by_model = {name: {row["prompt"]: row["completion"] for row in rows} for name, rows in evidence.completions.items()}
-    prompts = dict.fromkeys(prompt for rows in by_model.values() for prompt in rows)
-    return [{"prompt": prompt, "texts": [rows.get(prompt) for rows in by_model.values()]} for prompt in prompts]
 
 
 def flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
@@ -342,62 +364,24 @@ def change(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.1f} %"
 
 
+def over(ratio: float) -> str:
+    """ "0.13 %" of a ratio of 1.0013."""
+    return f"{100 * (ratio - 1):.2f} %"
+
+
 def percent(share: float | None) -> str:
     """ "50.00 %"."""
     return "–" if share is None or math.isnan(share) else f"{100 * share:.2f} %"
-
-
-def _stage_table(evidence: Evidence, rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of stages.csv with what is only shown: the pattern that holds, and the change against the first row."""
-    table = rows.to_dict("records")
-    for row, found in zip(table, evidence.metrics.values(), strict=True):
-        row["evaluated"] = found["evaluated"]
-        row["patterns"] = patterns(found.get("max_kept", {}))
-        row["splits"] = []
-        for split in SPLITS:
-            value, first = row[f"perplexity_{split}"], table[0][f"perplexity_{split}"]
-            same = row["protocol"] == table[0]["protocol"] and row is not table[0] and first and not math.isnan(first)
-            row["splits"].append((value, value / first if same else None))
-    return table
-
-
-def _mask_summary(evidence: Evidence) -> dict[str, Any] | None:
-    masks = evidence.masks
-    if masks.empty:
-        return None
-    weights, alphas = int((masks["rows"] * masks["cols"]).sum()), masks["alpha"].dropna()
-    return {
-        "linears": len(masks),
-        "zeros": int(masks["zeros"].sum()),
-        "share": float(masks["zeros"].sum() / weights),
-        "alpha": (float(alphas.min()), float(alphas.max())) if len(alphas) else None,
-    }
-
-
-def _placement_rows(fit: dict[str, Any]) -> pd.DataFrame:
-    """What the packaged and the fetched model put into each memory that they use."""
-    results = [("packaged", fit), ("fetched, bf16", fit.get("fetched") or {})]
-    results = [(who, result) for who, result in results if "placement" in result]
-    rows = [
-        (f"{place['tier']}: {who}", item, size, place["usable"])
-        for places in zip(*[result["placement"] for _, result in results], strict=True)
-        for (who, _), place in zip(results, places, strict=True)
-        for item, size in place["items"].items()
-        if place["usable"] > 0
-    ]
-    return pd.DataFrame(rows, columns=["place", "item", "bytes", "usable"])
 
 
 def _usable_for_weights(fit: dict[str, Any]) -> int | None:
     return next((place["usable"] for place in fit.get("placement", []) if "weights" in place["items"]), None)
 
 
-def _components(sizes: dict[str, int]) -> list[str]:
-    known = [name for name in charts.COMPONENTS if name in sizes]
-    return known + sorted(set(sizes) - set(known) - {"total"})
-
-
-def _write(stage: Stage, rows: pd.DataFrame, components: pd.DataFrame, found: dict[str, Any]) -> None:
+def _write(
+    stage: Stage, rows: pd.DataFrame, components: pd.DataFrame, found: dict[str, Any], sentences: list[str]
+) -> None:
+    stage.output("verdict.txt").write_bytes("".join(f"{line}\n" for line in sentences).encode("utf-8", "replace"))
     rows.to_csv(stage.output("stages.csv"), index=False, lineterminator="\n", float_format="%.9g")
     components.to_csv(stage.output("bytes.csv"), index=False, lineterminator="\n")
     stage.output("metrics.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -417,4 +401,7 @@ def _json(path: Path) -> Any:
 
 
 def _table(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path) if path.stat().st_size else pd.DataFrame()
+    try:
+        return pd.read_csv(path)
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()

@@ -1,7 +1,7 @@
-"""`python -m tasks.summary`: the report's table for the terminal, with the seconds that each stage took.
+"""`python -m tasks.summary`: the report's table and verdict for the terminal, with the seconds that each stage took.
 
-Figures are those of stages.csv; seconds come from the stages' lineage records, since outputs hold no time. Where these
-files lie is asked of DVC. It runs nothing.
+Figures are those of stages.csv, the sentence is the first of verdict.txt, seconds come from the stages' lineage records
+(outputs hold no time). Where these files lie is asked of DVC. It runs nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,19 @@ import pandas as pd
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from tasks import lineage
+from tasks import comparison, lineage
 
+SHOWN = (
+    ("parameters", "parameters", ",.0f"),
+    ("zeros", "zero_fraction", ".1%"),
+    ("bytes", "bytes", ",.0f"),
+    ("ppl test", "perplexity_test", ",.3f"),
+    ("ppl ood", "perplexity_test_ood", ",.3f"),
+    ("bpb test", "bits_per_byte_test", ".4f"),
+    ("bpb ood", "bits_per_byte_test_ood", ".4f"),
+    ("seconds", "seconds", ",.1f"),
+)
+"""Heading, column of `rows`, and format of what stands beside a stage's name (ppl: perplexity, bpb: bits per byte)."""
 NOTHING = "There is no report yet: `dvc repro` makes it."
 
 
@@ -26,34 +37,43 @@ def rows() -> list[dict[str, Any]]:
     A missing value is None; no row where there is no report yet.
     """
     with Repo() as repo:
-        path = next((path for path in _outs(repo, "report") if path.name == "stages.csv"), None)
-        if path is None or not path.exists():
+        path = _report(repo, "stages.csv")
+        if path is None:
             return []
         table = pd.read_csv(path).astype(object)
         records = table.where(table.notna(), None).to_dict("records")
         return [record | {"seconds": _seconds(repo, record["stage"])} for record in records]
 
 
+def verdict() -> str:
+    """What the package scores against a plain model of its size, in a sentence; empty where there is no report."""
+    with Repo() as repo:
+        path = _report(repo, "verdict.txt")
+        return path.read_text(encoding="utf-8").partition("\n")[0] if path else ""
+
+
 def table() -> str:
-    """The rows as text, and the protocol of the perplexities below; a sentence where there is no report."""
+    """The rows as text, plain models below a rule; then the protocol and the verdict. Without a report a sentence."""
     found = rows()
     if not found:
         return NOTHING
     shown = pd.DataFrame(
-        {
-            "stage": [row["stage"] for row in found],
-            "parameters": [_text(row["parameters"], ",.0f") for row in found],
-            "zeros": [_text(row["zero_fraction"], ".1%") for row in found],
-            "bytes": [_text(row["bytes"], ",.0f") for row in found],
-            "ppl test": [_text(row["perplexity_test"], ",.3f") for row in found],
-            "ppl ood": [_text(row["perplexity_test_ood"], ",.3f") for row in found],
-            "seconds": [_text(row["seconds"], ",.1f") for row in found],
-        }
+        {"stage": [comparison.title(row["stage"]) for row in found]}
+        | {title: [_text(row.get(name), form) for row in found] for title, name, form in SHOWN}
     )
     width = shown["stage"].str.len().max()
-    text = shown.to_string(index=False, formatters={"stage": f"{{:<{width}}}".format})
+    lines = shown.to_string(index=False, formatters={"stage": f"{{:<{width}}}".format}).splitlines()
+    plain = [row["stage"] in comparison.PLAIN_MODELS for row in found]
+    if any(plain):
+        lines.insert(1 + plain.index(True), "-" * len(lines[0]))
     protocols = sorted({row["protocol"] for row in found if row["protocol"]})
-    return f"{text}\nperplexity by protocol {', '.join(protocols)}" if protocols else f"{text}\nnot evaluated"
+    lines.append(f"perplexity by protocol {', '.join(protocols)}" if protocols else "not evaluated")
+    return "\n".join([*lines, *filter(None, [verdict()])])
+
+
+def _report(repo: Repo, name: str) -> Path | None:
+    """The report's output of this name, None where it was not made yet."""
+    return next((path for path in _outs(repo, "report") if path.name == name and path.exists()), None)
 
 
 def _outs(repo: Repo, name: str) -> list[Path]:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
-from tasks import checkpoint
+from tasks import checkpoint, sparsity
 from tasks.algorithms import families, wanda
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ COLUMNS = ["linear", "rows", "cols", "zeros", "alpha"]
 
 
 def run(stage: Stage) -> None:
-    """Write the pruned model, the masks and layers.csv: linear, rows, cols, zeros, alpha.
+    """Write the pruned model, the masks, sparsity.csv and layers.csv: linear, rows, cols, zeros, alpha.
 
     `zeros` counts the weights that are 0, those included that were 0 before. `alpha` is wanda_alpha's, else empty.
 
@@ -38,9 +38,9 @@ def run(stage: Stage) -> None:
     tokenizer = checkpoint.load_tokenizer(stage.input("depth_prune/model"))
     checkpoint.save_dense(model, tokenizer, stage.output("wanda/model"))
     pattern = _pattern(chosen)
-    checkpoint.save_masks(
-        stage.output("masks.safetensors"), {name: each.keep for name, each in selections.items()}, pattern
-    )
+    keep = {name: each.keep for name, each in selections.items()}
+    checkpoint.save_masks(stage.output("masks.safetensors"), keep, pattern)
+    _ledger(stage, model, keep, pattern)
     table = _table(model, selections)
     _write(stage, table)
     _print(table, pattern, chosen.method, input_ids.numel())
@@ -49,6 +49,7 @@ def run(stage: Stage) -> None:
 def skip(stage: Stage) -> None:
     """The depth-pruned model as it is, no masks."""
     stage.pass_on(stage.input("depth_prune/model"), stage.output("wanda/model"))
+    _ledger(stage, checkpoint.load_dense(stage.input("depth_prune/model")), {}, "dense")
     checkpoint.save_masks(stage.output("masks.safetensors"), {}, "dense")
     _write(stage, pd.DataFrame(columns=COLUMNS))
 
@@ -59,6 +60,13 @@ SELECTS = {
     ("wanda_alpha", "unstructured"): lambda chosen: partial(wanda.cumulative, sparsity=chosen.sparsity),
 }
 """(method, pattern) -> from the parameters to what selects the weights that stay."""
+
+
+def _ledger(stage: Stage, model: nn.Module, keep: dict[str, Tensor], pattern: str) -> None:
+    weights = {name: linear.weight.detach() for name, linear in families.block_linears(model).items()}
+    table = sparsity.ledger(weights, keep, pattern)
+    sparsity.check(table, "wanda", enforce=True)
+    sparsity.write(table, stage.output("sparsity.csv"))
 
 
 def _pattern(chosen: Wanda) -> str:

@@ -43,7 +43,7 @@ def ready(model_folder, make_stage, tmp_path):
     (tmp_path / "corpora").mkdir()
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     (tmp_path / "corpora/calibration.jsonl").write_text(lines)
-    inputs = {"fetch/model": model_folder, "fetch/corpora": tmp_path / "corpora"}
+    inputs = {"vocabulary/model": model_folder, "fetch/corpora": tmp_path / "corpora"}
 
     def make(out="out", **changes):
         return make_stage({"calibrate": {"seed": 0, "windows": 5, "length": 16, **changes}}, inputs, out)

@@ -112,7 +112,7 @@ def ready(model_folder, make_stage, make_windows, tmp_path):
     table = {method: importance.score(model, ids[:2], method).numpy() for method in (*importance.SCORES, "compound")}
     pd.DataFrame({"layer": range(4), **table}).to_csv(tmp_path / "scores.csv", index=False)
     names = ("windows.safetensors", "scores.csv")
-    inputs = {"fetch/model": model_folder, **{name: tmp_path / name for name in names}}
+    inputs = {"vocabulary/model": model_folder, **{name: tmp_path / name for name in names}}
 
     def make(out="out", method="block_influence", **params):
         params = {"remove": 2, "protect_first": 1, "protect_last": 0, "schedule": "one_shot", **params}

@@ -119,7 +119,7 @@ def test_a_broken_model_is_refused(method, make_model, make_windows):
 def test_the_stage_writes_every_score_of_the_first_windows(model_folder, make_stage, make_windows, tmp_path, capsys):
     ids = make_windows(4, 16)
     checkpoint.save_tensors(tmp_path / "windows.safetensors", {"input_ids": ids.int()}, {})
-    inputs = {"fetch/model": model_folder, "windows.safetensors": tmp_path / "windows.safetensors"}
+    inputs = {"vocabulary/model": model_folder, "windows.safetensors": tmp_path / "windows.safetensors"}
     params = {"importance": {"windows": 2, "method": "taylor"}}
     for out in ("a", "b"):
         stage_module.run(make_stage(params, inputs, out))

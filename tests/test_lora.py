@@ -1,4 +1,4 @@
-"""LoRA recovery against independent answers: dense products, hand-computed losses, PEFT's own merge."""
+"""LoRA recovery against independent answers: dense products, naive losses, PEFT's own merge, the stage's files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasks import checkpoint, lora
-from tasks.algorithms import families, masked_lora
+from tasks import baseline_lora, checkpoint, lora, recovery
+from tasks.algorithms import depth_prune, distillation, families, layers, masked_lora
 from tasks.algorithms.errors import InputError
 from tasks.params import Distillation, Lora
 
@@ -29,12 +30,12 @@ RECIPE = masked_lora.Recipe(
 )
 
 
-def llama(seed: int = 0) -> LlamaForCausalLM:
+def llama(seed: int = 0, blocks: int = 2, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -218,14 +219,125 @@ def test_first_loss_is_the_mean_negative_log_likelihood(pruned):
 def test_distillation_is_the_hand_computed_divergence():
     student = torch.tensor([[[0.0, 0.0], [math.log(3.0), 0.0]]])
     teacher = torch.tensor([[[math.log(9.0), 0.0], [0.0, 0.0]]])
+    ids = torch.zeros(1, 2, dtype=torch.int64)
     # At T = 2 the odds are their square roots: teacher 3:1 against 1:1, then 1:1 against sqrt(3):1.
     root = math.sqrt(3.0)
     first = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     second = 0.5 * math.log(0.5 / (root / (1 + root))) + 0.5 * math.log(0.5 / (1 / (1 + root)))
-    got = masked_lora.distillation_loss(student, masked_lora.log_probabilities(teacher, 2.0), 2.0)
-    assert float(got) == pytest.approx(4 * (first + second) / 2, rel=1e-6)
-    same = masked_lora.distillation_loss(teacher, masked_lora.log_probabilities(teacher, 3.0), 3.0)
-    assert float(same) == pytest.approx(0.0, abs=1e-7)
+    got = distillation.token_losses(student, ids, teacher, 1.0, 2.0)
+    assert float(got.distilled) == float(got.loss) == pytest.approx(4 * (first + second) / 2, rel=1e-6)
+    assert float(got.causal) == pytest.approx(math.log(2.0), rel=1e-6)
+    same = distillation.token_losses(teacher, ids, teacher, 0.5, 3.0)
+    assert float(same.distilled) == pytest.approx(0.0, abs=1e-7)
+    alone = distillation.token_losses(student, ids, None, 0.5, 3.0)
+    assert float(alone.loss) == float(alone.causal) and math.isnan(alone.distilled)
+
+
+@pytest.mark.parametrize("weight", [None, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("chunk", [1, 40, 2**18])
+def test_token_losses_and_their_gradient_are_autograds_of_the_plain_formula(weight, chunk, monkeypatch):
+    monkeypatch.setattr(distillation, "CHUNK", chunk)  # logits: one row, 3 rows, or all 15 at once
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(13, (3, 5), generator=generator)
+    student = (torch.randn(3, 5, 13, generator=generator) * 3).requires_grad_()
+    teacher = None if weight is None else torch.randn(3, 5, 13, generator=generator) * 3
+    plain = student.detach().clone().double().requires_grad_()
+    causal = F.cross_entropy(plain[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    expected = causal
+    if teacher is not None:
+        p, q = ((each.double() / 1.7).softmax(-1) for each in (teacher, plain))
+        divergence = 1.7**2 * (p * (p / q).log()).sum(-1).mean()
+        expected = (1 - weight) * causal + weight * divergence
+    (2.5 * expected).backward()
+    got = distillation.token_losses(student, ids, teacher, weight or 0.0, 1.7)
+    (2.5 * got.loss).backward()
+    torch.testing.assert_close(got.loss.double(), expected.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got.causal.double(), causal.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(student.grad.double(), plain.grad, rtol=1e-4, atol=1e-7)
+
+
+def boundaries(model: nn.Module, ids: Tensor) -> list[Tensor]:
+    """The hidden states before each block and after the last one, by the walk that calibrations use."""
+    seen: list[Tensor] = []
+    final = layers.walk(model, ids, lambda index, block, inputs: seen.append(inputs.hidden.clone()))
+    return [*seen, final]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_hidden_loss_is_the_naive_one_at_the_corresponding_blocks(weight, make_model):
+    """A corpus of exactly one window; the student has lost blocks 0 and 2 of four, so the last ones match."""
+    teacher = make_model(seed=1)
+    student = copy.deepcopy(depth_prune.without(teacher, [0, 2]))
+    keep = prune(student)
+    ids = torch.randint(96, (16,), generator=torch.Generator().manual_seed(0))
+    wanted, got = boundaries(teacher, ids[None]), boundaries(student, ids[None])
+    errors = [
+        sum((a - b) ** 2 for a, b in zip(got[i + 1].flatten().tolist(), wanted[j + 1].flatten().tolist(), strict=True))
+        / sum(b**2 for b in wanted[j + 1].flatten().tolist())
+        for i, j in enumerate((1, 3))
+    ]
+    recipe = masked_lora.Recipe(**vars(RECIPE) | {"hidden": 10.0, "distillation": weight})
+    history = masked_lora.train(attach(student, keep), ids, recipe, teacher=teacher, kept=[1, 3])
+    first = history[0]
+    assert first["hidden"] == pytest.approx(sum(errors) / 2, rel=1e-4)
+    tokens = (1 - weight) * first["causal_lm"] + (weight * first["distillation"] if weight else 0.0)
+    assert first["loss"] == pytest.approx(tokens + 10 * first["hidden"], rel=1e-5)
+    assert math.isnan(first["distillation"]) == (weight == 0)
+    assert history[-1]["hidden"] < first["hidden"]  # it has a gradient
+
+
+def test_a_removed_block_that_does_nothing_costs_nothing(make_model):
+    teacher = make_model(seed=1)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        teacher.model.layers[1].get_submodule(name).weight.data.zero_()
+    student = copy.deepcopy(depth_prune.without(teacher, [1]))
+    ids = torch.randint(96, (16,), generator=torch.Generator().manual_seed(0))
+    recipe = masked_lora.Recipe(**vars(RECIPE) | {"hidden": 1.0, "distillation": 1.0, "steps": 1})
+    for kept, fits in (([0, 2, 3], True), ([0, 1, 2], False)):
+        adapted = attach(copy.deepcopy(student), {})
+        row = masked_lora.train(adapted, ids, recipe, teacher=teacher, kept=kept)[0]
+        assert (row["hidden"] < 1e-10) == fits
+        assert row["distillation"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_eora_start_is_the_masked_product_of_its_factors(make_model, make_windows):
+    """W_pruned + M * P with the P that minimises the energy of (W_fetched - W_pruned - P) X over rank-4 matrices."""
+    fetched, ids = make_model(seed=2), make_windows(8, 16)
+    model = copy.deepcopy(fetched)
+    keep = prune(model)
+    teacher = {name: linear.weight.detach() for name, linear in families.block_linears(fetched).items()}
+    first = "model.layers.0.self_attn.q_proj"
+    pruned = {name: linear.weight.detach().clone() for name, linear in families.block_linears(model).items()}
+    x = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids)).flatten(0, 1).double()
+    # Oracle without an eigenbasis of X^T X: the best rank-4 outputs are X D^T's own SVD, and P^T their preimage.
+    outputs = x @ (teacher[first] - pruned[first]).double().T
+    u, s, v = torch.linalg.svd(outputs, full_matrices=False)
+    product = (torch.linalg.pinv(x) @ (u[:, :4] * s[:4]) @ v[:4]).T
+    adapted = attach(model, keep, rank=4, alpha=6.0)
+    masked_lora.start_from_eora(adapted, teacher, ids, batch=2)
+    assert not adapted.training
+    layer = model.get_submodule(first)
+    factors = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * (6.0 / 4)
+    torch.testing.assert_close(factors.detach().double(), product, rtol=1e-3, atol=1e-4)
+    unmerged = logits_of(adapted, ids)
+    merged = masked_lora.merge(adapted, keep)
+    expected = pruned[first] + keep[first] * product.float()
+    torch.testing.assert_close(merged.get_submodule(first).weight.detach(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits_of(merged, ids), unmerged, rtol=1e-4, atol=1e-4)
+
+
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def test_eora_start_without_a_loss_stays_pefts(make_model, make_windows):
+    model = make_model()
+    teacher = {name: linear.weight.detach().clone() for name, linear in families.block_linears(model).items()}
+    adapted = attach(model, {})
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    masked_lora.start_from_eora(adapted, teacher, make_windows(2, 8), batch=1)
+    assert all(torch.equal(before[name], value) for name, value in adapted.state_dict().items())
 
 
 def test_learning_rate_rises_linearly_then_follows_half_a_cosine():
@@ -300,8 +412,11 @@ def test_what_a_user_can_get_wrong(pruned):
     adapted = attach(copy.deepcopy(model), keep)
     with pytest.raises(InputError, match="has 15 tokens, less than one window of 16"):
         masked_lora.train(adapted, text_tokens()[:15], RECIPE)
-    with pytest.raises(ValueError, match="without a teacher"):
-        masked_lora.train(adapted, text_tokens(), masked_lora.Recipe(**vars(RECIPE) | {"distillation": 0.5}))
+    for change in ({"distillation": 0.5}, {"hidden": 0.5}):
+        with pytest.raises(ValueError, match="without a teacher"):
+            masked_lora.train(adapted, text_tokens(), masked_lora.Recipe(**vars(RECIPE) | change))
+    with pytest.raises(ValueError, match="with a teacher"):
+        masked_lora.train(adapted, text_tokens(), RECIPE, teacher=llama())
     model.model.norm.weight.data.fill_(math.inf)
     with pytest.raises(InputError, match=re.escape("loss of step 1 is nan at a learning rate of 0.00667")):
         masked_lora.train(attach(model, keep), text_tokens(), RECIPE)
@@ -310,15 +425,18 @@ def test_what_a_user_can_get_wrong(pruned):
 class FakeStage:
     """What a stage module sees of tasks.stage.Stage, over folders of a test."""
 
-    def __init__(self, folder: Path, params: Lora, run: str = "run") -> None:
-        self.folder, self.params, self.out = folder, SimpleNamespace(lora=params), folder / run
+    def __init__(self, folder: Path, params: Lora, run: str = "run", name: str = "lora") -> None:
+        self.folder, self.out, self.name = folder, folder / run, name
+        self.params = SimpleNamespace(lora=params, wanda=SimpleNamespace(enforce=True))
         self.updates: list[tuple[int, float]] = []
+        self.total = 0
 
     def input(self, name: str) -> Path:
-        return self.folder / {"masks.safetensors": "wanda/masks.safetensors"}.get(name, name)
+        below = {"masks.safetensors": "wanda/masks.safetensors", "removed.json": "depth_prune/removed.json"}
+        return self.folder / below.get(name, name)
 
     def output(self, name: str) -> Path:
-        path = self.out / {"model": "lora/model", "history.csv": "lora/history.csv"}.get(name, name)
+        path = self.out / (name if "/" in name else f"{self.name}/{name}")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -326,7 +444,7 @@ class FakeStage:
         shutil.copytree(source, target)
 
     def progress(self, description: str, total: int) -> FakeStage:
-        assert (description, total) == ("lora", self.params.lora.steps)
+        self.total = total
         return self
 
     def __enter__(self) -> FakeStage:
@@ -339,10 +457,14 @@ class FakeStage:
         self.updates.append((done, loss))
 
 
+def distil(weight: float = 0.5, hidden: float = 0.0) -> Distillation:
+    return Distillation(weight=weight, temperature=2.0, hidden=hidden)
+
+
 def params(**changes: object) -> Lora:
     settings = {"enabled": True, "seed": 0, "rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear"}
     settings |= {"steps": 5, "batch": 2, "length": 32, "learning_rate": 0.01, "warmup": 0.2}
-    settings["distillation"] = Distillation(weight=0.5, temperature=2.0)
+    settings |= {"method": "masked", "start": "zeros", "distillation": distil()}
     return Lora(**settings | changes)
 
 
@@ -356,14 +478,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The stage's inputs: a bf16 teacher, its pruned copy with masks, a corpus of 40 short documents."""
+    """The stage's inputs: a bf16 teacher of three blocks, without its second and pruned, masks, 40 short documents."""
     tokenizer = byte_tokenizer()
-    model = llama().bfloat16()
-    checkpoint.save_dense(model, tokenizer, tmp_path / "fetch/model")
+    model = llama(blocks=3).bfloat16()
+    checkpoint.save_dense(model, tokenizer, tmp_path / "vocabulary/model")
+    model = depth_prune.without(model, [1])
     keep = prune(model)
     checkpoint.save_dense(model, tokenizer, tmp_path / "wanda/model")
     checkpoint.save_masks(tmp_path / "wanda/masks.safetensors", keep, "2:4")
-    (tmp_path / "fetch/corpora").mkdir()
+    (tmp_path / "depth_prune").mkdir()
+    checkpoint.write_json(tmp_path / "depth_prune/removed.json", {"removed": [1], "kept": [0, 2]})
+    (tmp_path / "fetch/corpora").mkdir(parents=True)
     rows = [json.dumps({"text": f"The pump must report {n} litres."}) + "\n" for n in range(40)]
     (tmp_path / "fetch/corpora/train.jsonl").write_text("".join(rows), encoding="utf-8")
     return tmp_path
@@ -373,8 +498,24 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_stage_writes_a_stock_checkpoint_with_the_masks_and_dtype_kept(folder):
-    stage = FakeStage(folder, params())
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+ARMS = {
+    "masked": {},
+    "hidden": {"distillation": distil(0.5, 1.0)},
+    "eora": {"start": "eora"},
+    "remasked": {"method": "remasked"},
+    "remasked_eora": {"method": "remasked", "start": "eora"},
+    "block": {"method": "block_reconstruction"},
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_stage_writes_a_stock_checkpoint_with_the_masks_and_dtype_kept(folder, arm):
+    stage = FakeStage(folder, params(**ARMS[arm]))
     lora.run(stage)
     keep, _ = checkpoint.load_masks(folder / "wanda/masks.safetensors")
     model = AutoModelForCausalLM.from_pretrained(stage.out / "lora/model", dtype="auto")
@@ -385,36 +526,95 @@ def test_stage_writes_a_stock_checkpoint_with_the_masks_and_dtype_kept(folder):
     names = set(families.block_linears(model))
     for (name, old), new in zip(before.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(old, new) != (name.removesuffix(".weight") in names), name
-    with open(stage.out / "lora/history.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows] == [step for step, _ in stage.updates] == [1, 2, 3, 4, 5]
-    assert tuple(rows[0]) == masked_lora.COLUMNS
-    assert float(rows[-1]["loss"]) == pytest.approx(stage.updates[-1][1], rel=1e-8)
+    history = rows(stage.out / "lora/history.csv")
+    steps = 10 if arm == "block" else 5  # per block
+    assert [int(row["step"]) for row in history] == [step for step, _ in stage.updates] == list(range(1, steps + 1))
+    assert stage.total == steps
+    assert tuple(history[0]) == masked_lora.COLUMNS
+    assert float(history[-1]["loss"]) == pytest.approx(stage.updates[-1][1], rel=1e-8)
+    ledger = rows(stage.out / "lora/sparsity.csv")
+    assert [row["linear"] for row in ledger] == list(families.block_linears(model))
+    assert all(row["revived"] == row["violations"] == "0" and int(row["groups"]) > 0 for row in ledger)
 
 
-def test_stage_repeats_its_bytes(folder):
-    for run in ("one", "two"):
-        lora.run(FakeStage(folder, params(dropout=0.1), run))
+@pytest.mark.parametrize("arm", ["eora", "block", "remasked"])
+def test_stage_repeats_its_bytes(folder, arm):
+    for run, seed in (("one", 1), ("two", 2)):
+        torch.manual_seed(seed)
+        lora.run(FakeStage(folder, params(dropout=0.1, **ARMS[arm]), run))
     assert files(folder / "one") == files(folder / "two")
 
 
+def test_remasked_is_pefts_merge_and_then_the_masks(folder):
+    """The oracle trains with PEFT's stock layer and merges with PEFT's own merge."""
+    stage = FakeStage(folder, params(method="remasked", distillation=distil(0.0)))
+    keep, _ = checkpoint.load_masks(folder / "wanda/masks.safetensors")
+    model = checkpoint.load_dense(folder / "wanda/model")
+    torch.manual_seed(0)
+    plain = get_peft_model(model, LoraConfig(r=4, lora_alpha=8.0, lora_dropout=0.0, target_modules=list(keep)))
+    tokens = recovery.perplexity.tokenise(byte_tokenizer(), [f"The pump must report {n} litres." for n in range(40)])
+    masked_lora.train(plain.base_model, tokens, recovery._recipe(stage.params.lora))
+    merged = plain.merge_and_unload()
+    assert all(masked_lora.revived(merged, {name: mask}) for name, mask in keep.items())  # plain LoRA fills the zeros
+    recovered = recovery.recover(stage, folder / "wanda/model", keep, [0, 2])
+    for name, linear in families.block_linears(recovered.model).items():
+        expected = torch.where(keep[name], merged.get_submodule(name).weight.detach(), 0.0).bfloat16()
+        torch.testing.assert_close(linear.weight.detach(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_plain_model_is_its_own_teacher_and_needs_no_masks(folder, arm):
+    stage = FakeStage(folder, params(**ARMS[arm]), name="baseline_lora")
+    baseline_lora.run(stage)
+    first = rows(stage.out / "baseline_lora/history.csv")[0]
+    assert float(first["hidden"] or 0) == 0
+    assert float(first["distillation"] or 0) == pytest.approx(0.0, abs=1e-6)
+    before, after = (
+        families.block_linears(checkpoint.load_dense(path / "model"))
+        for path in (folder / "vocabulary", stage.out / "baseline_lora")
+    )
+    # Reconstruction has nothing to do; the others learn the corpus.
+    assert all(torch.equal(before[name].weight, after[name].weight) == (arm == "block") for name in before)
+
+
 def test_stage_without_distillation_needs_no_teacher(folder):
-    shutil.rmtree(folder / "fetch/model")
-    stage = FakeStage(folder, params(distillation=Distillation(weight=0.0, temperature=1.0), targets="mlp"))
+    shutil.rmtree(folder / "vocabulary/model")
+    stage = FakeStage(folder, params(distillation=distil(0.0), targets="mlp"))
     lora.run(stage)
-    assert (stage.out / "lora/history.csv").read_text().splitlines()[1].split(",")[3] == ""
+    first = rows(stage.out / "lora/history.csv")[0]
+    assert first["distillation"] == first["hidden"] == ""
 
 
 def test_stage_names_what_does_not_fit(folder):
     with pytest.raises(InputError, match="length = 65 is above the model's context of 64"):
         lora.run(FakeStage(folder, params(length=65)))
+    with pytest.raises(InputError, match=r"lora\.start = eora .* set lora\.start to zeros"):
+        lora.run(FakeStage(folder, params(start="eora", method="block_reconstruction")))
+    for kept in ([0], [0, 3]):
+        checkpoint.write_json(folder / "depth_prune/removed.json", {"kept": kept})
+        with pytest.raises(InputError, match=rf"{len(kept)} of the teacher's 3 blocks .* run stage depth_prune again"):
+            lora.run(FakeStage(folder, params()))
+    checkpoint.write_json(folder / "depth_prune/removed.json", {"kept": [0, 2]})
+    checkpoint.save_dense(llama(blocks=3, vocabulary=250), byte_tokenizer(), folder / "vocabulary/model")
+    with pytest.raises(InputError, match="the model has 256 tokens, its teacher 250"):
+        lora.run(FakeStage(folder, params()))
     (folder / "fetch/corpora/train.jsonl").write_text('{"text": "Pump."}\n')
     with pytest.raises(InputError, match="has 5 tokens, less than one window of 32"):
-        lora.run(FakeStage(folder, params()))
+        lora.run(FakeStage(folder, params(distillation=distil(0.0))))
+
+
+@pytest.mark.parametrize("method", ["masked", "remasked", "block_reconstruction"])
+def test_a_model_of_other_masks_is_refused(folder, method):
+    model = checkpoint.load_dense(folder / "wanda/model")
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(1.0)
+    checkpoint.save_dense(model, byte_tokenizer(), folder / "wanda/model")
+    with pytest.raises(InputError, match=r"pruned weights of model\.layers\.0\.mlp\.up_proj are not zero"):
+        lora.run(FakeStage(folder, params(method=method)))
 
 
 def test_skip_passes_the_model_on(folder):
     stage = FakeStage(folder, params(enabled=False))
     lora.skip(stage)
     assert files(stage.out / "lora/model") == files(folder / "wanda/model")
-    assert (stage.out / "lora/history.csv").read_text() == "step,loss,causal_lm,distillation,learning_rate\n"
+    assert (stage.out / "lora/history.csv").read_text() == ",".join(masked_lora.COLUMNS) + "\n"
+    assert {row["revived"] for row in rows(stage.out / "lora/sparsity.csv")} == {"0"}

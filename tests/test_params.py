@@ -54,7 +54,7 @@ SECTIONS = tuple(params.Params.model_fields)
 
 
 def test_fields_are_found() -> None:
-    assert len(FIELDS) > 60 and len(SECTIONS) == 14
+    assert len(FIELDS) > 60 and len(SECTIONS) == 16
 
 
 def test_no_field_has_a_default() -> None:
@@ -68,8 +68,9 @@ def test_a_missing_parameter(key: str) -> None:
 
 @pytest.mark.parametrize("key", FIELDS)
 def test_a_value_of_the_wrong_type(key: str) -> None:
-    (sentence,) = sentences({key: {"a": 1}})
-    assert sentence.startswith(f"params.yaml: `{key}` = {{'a': 1}}: ")
+    wrong = 7.5 if key == "gptq.joint" else {"a": 1}  # joint is null or a section of its own
+    (sentence,) = sentences({key: wrong})
+    assert sentence.startswith(f"params.yaml: `{key}` = {wrong}: ")
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,34 @@ BAD = [
         {"importance.windows": 11, "calibrate.windows": 10},
         "params.yaml: importance.windows = 11 is above calibrate.windows = 10",
     ),
+    (
+        {"gptq.masked": False, "wanda.enforce": True},
+        "params.yaml: gptq.masked = false breaks wanda's pattern: set wanda.enforce to false, too",
+    ),
+    (
+        {"gptq.joint": {"keep": 2, "of": 4}, "wanda.enabled": True},
+        "params.yaml: gptq.joint chooses the masks itself: switch wanda off",
+    ),
+    (
+        {"gptq.joint": {"keep": 4, "of": 4}, "wanda.enabled": False},
+        "params.yaml: gptq.joint: keep = 4 must be below of = 4: otherwise nothing is pruned",
+    ),
+    (
+        {"gptq.joint": {"keep": 2, "of": 4}, "gptq.masked": False, "wanda.enforce": False, "wanda.enabled": False},
+        "params.yaml: gptq: joint chooses masks, so it needs masked: true",
+    ),
+    (
+        {"eora.rank": 4, "eora.budget_bytes": 1000},
+        "params.yaml: eora: give either `rank` or `budget_bytes`, and null for the other",
+    ),
+    (
+        {"eora.rank": None, "eora.budget_bytes": None},
+        "params.yaml: eora: give either `rank` or `budget_bytes`, and null for the other",
+    ),
+    out_of_range("gptq.act_order", True, "input should be 'none', 'descending' or 'group_aware'"),
+    out_of_range("gptq.embedding.bits", 3, "input should be 4, 8 or 16"),
+    out_of_range("gptq.scale_steps", 0, ONE),
+    out_of_range("lora.distillation.hidden", -0.1, ZERO),
 ]
 
 

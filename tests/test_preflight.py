@@ -238,7 +238,7 @@ def test_only_what_is_still_to_run_needs_memory(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(preflight, "available_memory", lambda: 2**30)
     crowded = {"lora.batch": 4096}
     assert problems(crowded)[0].startswith("lora needs about")
-    assert problems(crowded, stage="gptq") == []
+    assert problems(crowded, stage="evaluate") == []
     assert problems(crowded | {"lora.enabled": False}) == []
 
 

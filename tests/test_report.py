@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import html
 import json
@@ -15,20 +16,28 @@ import networkx as nx
 import pandas as pd
 import pytest
 
-from tasks import charts, report, summary
+from tasks import charts, comparison, report, report_tables, summary
 
-MODELS = ("fetch", "depth_prune", "wanda", "lora", "gptq", "eora", "package")
+PIPELINE = ("fetch", "vocabulary", "depth_prune", "wanda", "lora", "gptq", "eora", "package")
+MODELS = (*PIPELINE, "baseline_lora", "baseline")
 SIZES = {"blocks": 4_100_000, "scales": 0, "embedding": 524_288, "norms": 6_400, "adapter": 0, "metadata": 140_000}
 SMALL = {"blocks": 900_000, "scales": 140_000, "embedding": 524_288, "norms": 5_376, "adapter": 0, "metadata": 151_000}
+PACKED = {"positions": 281_000, "values": 430_000, "scales": 107_520, "zeros": 0, "embedding": 262_144}
+PACKED |= {"norms": 2_688, "adapter": 30_720, "metadata": 36_000}
+PLAIN = PACKED | {"positions": 0, "values": 739_000, "adapter": 0, "metadata": 37_028}
 PERPLEXITY = {
     "fetch": (3.1234, 310.5),
+    "vocabulary": (3.1234, 310.5),
     "depth_prune": (4.2, 402.25),
     "wanda": (9.75, 640.125),
     "lora": (3.6789, 355.5),
     "gptq": (3.9012, 371.25),
     "eora": (3.81, 366.75),
     "package": (3.81, 366.75),
+    "baseline_lora": (2.95, 300.25),
+    "baseline": (4.2, 362.0),
 }
+BITS_PER_BYTE = {"test": 0.75, "test_ood": 2.25}
 LINEARS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -44,26 +53,29 @@ class Node(NamedTuple):
     addressing: str
 
 
+def sizes(name):
+    if name in ("package", "baseline"):
+        return dict(PACKED if name == "package" else PLAIN)
+    return dict(SMALL) | {"adapter": 61_440 if name == "eora" else 0} if name in ("gptq", "eora") else dict(SIZES)
+
+
 def metrics(name):
-    compressed = name in ("gptq", "eora", "package")
-    sizes = dict(SMALL if compressed else SIZES)
-    if name in ("eora", "package"):
-        sizes["adapter"] = 61_440
-    sparse = name not in ("fetch", "depth_prune")
+    sparse = name in ("wanda", "lora", "gptq", "eora", "package")
     test, ood = PERPLEXITY[name]
-    blocks = 2_064_384 if name == "fetch" else 1_720_320
+    blocks = 1_720_320 if name in PIPELINE[2:] else 2_064_384
     return {
         "model": name,
         "evaluated": True,
         "protocol": "joined-512-512-nobos-fp32",
         "perplexity": {"test": test, "test_ood": ood},
+        "bits_per_byte": {split: value + 0.01 * MODELS.index(name) for split, value in BITS_PER_BYTE.items()},
         "predictions": {"test": 30_660, "test_ood": 9_198},
         "parameters": blocks + 265_344,
         "block_parameters": blocks,
         "zeros": blocks // 2 if sparse else 0,
         "zero_fraction": 0.5 if sparse else 0.0,
         "max_kept": {"4": 2, "8": 4, "16": 8, "32": 16} if sparse else {"4": 4, "8": 8, "16": 16, "32": 32},
-        "bytes": sizes | {"total": sum(sizes.values())},
+        "bytes": sizes(name) | {"total": sum(sizes(name).values())},
     }
 
 
@@ -129,46 +141,76 @@ def manifest():
     return {
         "files": {"model.safetensors": {"bytes": 1_500_000, "sha256": "ab" * 32}},
         "pattern": "2:4",
+        "bound": {
+            "positions": 277_971.5,
+            "values": 430_000.0,
+            "scales": 107_520.0,
+            "embedding": 262_144.0,
+            "metadata": 0,
+        },
         "lineage": {
             "source": {"model": {"kind": "local", "path": "data/base_model/model", "<b>": "x"}, "corpora": {}},
-            "parameters": {"wanda": {"enabled": True, "keep": 2, "of": 4}, "lora": {"enabled": True, "rank": 16}},
+            "parameters": {
+                "depth_prune": {"enabled": True, "remove": 2},
+                "wanda": {"enabled": True, "keep": 2, "of": 4},
+                "lora": {"enabled": True, "rank": 16},
+                "gptq": {"enabled": True, "bits": 4, "budget_bytes": None, "joint": None},
+                "eora": {"enabled": True, "rank": 4},
+            },
             "inputs": {"source.json": "cd" * 32},
         },
     }
 
 
+def linears(blocks):
+    return [f"model.layers.{block}.{kind}" for block in range(blocks) for kind in LINEARS]
+
+
+def history():
+    return pd.DataFrame(
+        {
+            "step": range(1, 201),
+            "loss": [3 - 0.005 * step for step in range(200)],
+            "causal_lm": [2 - 0.003 * step for step in range(200)],
+            "distillation": [4 - 0.007 * step for step in range(200)],
+            "hidden": None,
+            "learning_rate": 1e-3,
+        }
+    )
+
+
+def ledger(zeros=8192, revived=0, violations=0):
+    """60 linears of 128 x 128 weights in 4096 groups; the second one is broken, if any."""
+    table = pd.DataFrame(
+        {"linear": linears(10), "weights": 16384, "zeros": zeros, "groups": 4096, "violations": 0, "revived": 0}
+    )
+    table.loc[1, ["violations", "revived"]] = violations, revived
+    return table
+
+
 def tables():
     layers = range(12)
     scores = {
-        name: [0.02 + 0.01 * ((layer * step) % 7) for layer in layers] for step, name in enumerate(report.SCORES, 2)
+        name: [0.02 + 0.01 * ((layer * step) % 7) for layer in layers]
+        for step, name in enumerate(report_tables.SCORES, 2)
     }
-    linears = [f"model.layers.{block}.{kind}" for block in range(10) for kind in LINEARS]
-    count = len(linears)
+    count = len(linears(10))
     before = [0.05 + 0.002 * (index % 9) for index in range(count)]
+    masks = {"linear": linears(10), "rows": 128, "cols": 128, "zeros": 8192, "alpha": [None] * count}
+    quantised = {"linear": linears(10), "bits": 4, "error": before, "zeros": 8192, "violations": 0}
+    eora = {"linear": linears(10), "error_before": before, "error_after": [0.7 * value for value in before], "rank": 2}
+    bits = [(3, 6784), (4, 8832), (2, 4736), (8, 17024), (4, 8832), (3, 6784)] * 12
+    plain = {"linear": linears(12), "weights": 16384, "bits": [b for b, _ in bits], "bytes": [size for _, size in bits]}
     return {
         "importance/scores.csv": pd.DataFrame({"layer": layers, **scores}),
-        "wanda/layers.csv": pd.DataFrame(
-            {"linear": linears, "rows": 128, "cols": 128, "zeros": 8192, "alpha": [None] * count}
-        ),
-        "lora/history.csv": pd.DataFrame(
-            {
-                "step": range(1, 201),
-                "loss": [3 - 0.005 * step for step in range(200)],
-                "causal_lm": [2 - 0.003 * step for step in range(200)],
-                "distillation": [4 - 0.007 * step for step in range(200)],
-                "learning_rate": 1e-3,
-            }
-        ),
-        "gptq/layers.csv": pd.DataFrame({"linear": linears, "error": before, "zeros": 8192, "violations": 0}),
-        "eora/layers.csv": pd.DataFrame(
-            {
-                "linear": linears,
-                "error_before": before,
-                "error_after": [0.7 * value for value in before],
-                "rank": 8,
-                "bytes": 4096,
-            }
-        ),
+        "wanda/layers.csv": pd.DataFrame(masks),
+        "lora/history.csv": history(),
+        "gptq/layers.csv": pd.DataFrame(quantised),
+        "eora/layers.csv": pd.DataFrame(eora).assign(bytes=512, bits_per_weight_equivalent=0.25),
+        **{f"{name}/sparsity.csv": ledger() for name in ("wanda", "lora")},
+        **{f"{name}/sparsity.csv": ledger(zeros=8300) for name in ("gptq", "eora", "package")},
+        "baseline_lora/history.csv": history(),
+        "baseline/bits.csv": pd.DataFrame(plain).assign(sensitivity=0.001),
     }
 
 
@@ -197,7 +239,9 @@ def results(tmp_path):
 
 
 @pytest.fixture
-def make(make_stage, results, tmp_path):
+def make(make_stage, results, tmp_path, monkeypatch):
+    monkeypatch.setattr(report.vl_convert, "javascript_bundle", lambda vl_version: bundle())
+
     def stage(out="out"):
         made = make_stage({"report": {"enabled": True}}, results, out)
         graph = nx.DiGraph()
@@ -210,7 +254,9 @@ def make(make_stage, results, tmp_path):
     return stage
 
 
-CHAIN = ("base_model", "fetch", "calibrate", "importance", *MODELS[1:])
+AGAINST, STAGES = 0, 1
+"""Which of the page's tables they are."""
+CHAIN = ("base_model", "fetch", "vocabulary", "calibrate", "importance", *MODELS[2:])
 EDGES = [
     *zip(CHAIN[1:], CHAIN, strict=False),
     ("base_model", "corpus"),
@@ -264,7 +310,7 @@ def cells(text):
 
 def test_tables_hold_the_stages_own_numbers(make):
     stage = make()
-    shown = {row[0]: row for row in cells(page(stage))[0][1:]}
+    shown = {row[0]: row for row in cells(page(stage))[STAGES][1:]}
     written = pd.read_csv(stage.output("stages.csv")).set_index("stage")
     assert list(written.index) == list(MODELS)
     for name in MODELS:
@@ -272,11 +318,14 @@ def test_tables_hold_the_stages_own_numbers(make):
         assert written.loc[name, "parameters"] == given["parameters"]
         assert written.loc[name, "bytes"] == given["bytes"]["total"]
         assert (written.loc[name, "perplexity_test"], written.loc[name, "perplexity_test_ood"]) == PERPLEXITY[name]
-        row = shown[name]
+        spread = [written.loc[name, f"bits_per_byte_{split}"] for split in BITS_PER_BYTE]
+        assert spread == pytest.approx(list(given["bits_per_byte"].values()))
+        row = shown[comparison.title(name)]
         assert row[1] == f"{given['parameters']:,}"
         assert row[4].split()[0] == f"{given['bytes']['total']:,}"
         assert [cell.split()[0] for cell in row[5:7]] == [f"{value:.3f}" for value in PERPLEXITY[name]]
-        assert row[7] == given["protocol"]
+        assert [cell.split()[0] for cell in row[7:9]] == [f"{value:.4f}" for value in spread]
+    assert [row for row in shown if row.startswith("plain")] == ["plain: baseline_lora", "plain: baseline"]
     assert shown["wanda"][2:4] == ["50.00 %", "2:4"]
     assert shown["fetch"][2:4] == ["0.00 %", "none"]
     assert shown["package"][5] == "3.810 +22.0 %"  # 3.81 / 3.1234 = 1.2198
@@ -294,20 +343,245 @@ def test_metrics_are_flat_and_right(make):
     report.run(stage)
     found = json.loads(stage.output("metrics.json").read_text())
     assert all(isinstance(value, (int, float, str)) for value in found.values())
-    stored, shipped = sum(SIZES.values()), sum(SMALL.values()) + 61_440
+    stored, shipped = 4_770_688, 1_150_072  # sums of the components above, by hand
     assert found["compression_vs_stored"] == pytest.approx(stored / shipped)
     assert found["compression_vs_fp32"] == pytest.approx(4 * 2_329_728 / shipped)
     assert found["compression_vs_bf16"] == pytest.approx(2 * 2_329_728 / shipped)
     assert found["perplexity_ratio_test_ood"] == pytest.approx(366.75 / 310.5)
+    assert (found["baseline_bytes"], found["package_bytes"]) == (1_148_380, 1_150_072)
+    assert (found["baseline_perplexity_test"], found["baseline_perplexity_test_ood"]) == (4.2, 362.0)
+    assert found["plain_ratio_test"] == pytest.approx(0.9071429)  # 3.81 / 4.2
+    assert found["plain_ratio_test_ood"] == pytest.approx(1.0131215)  # 366.75 / 362
+    assert found["baseline_bits_per_byte_test"] == pytest.approx(0.84)
+    assert found["package_violations"] == found["package_revived"] == 0
     assert found["fits"] is True
     assert found["tokens_per_second_bound"] == 6543.21
 
 
-def test_verdict_is_the_first_line(make):
-    text = page(make())
+def test_the_first_line_is_what_a_plain_model_scores(make):
+    stage = make()
+    text = page(stage)
     first = re.search(r"<h1>(.*?)</h1>", text)[1]
-    assert first == "The packaged model fits siracusa: 1,992,769 bytes stay free (mram: weights)."
+    assert first == (
+        "Better than plain quantisation of equal size in domain, worse out of domain: perplexity 3.810 in 1,150,072 "
+        "bytes, plain GPTQ 4.200 in 1,148,380 bytes (test; out of domain 366.8 against 362.0)."
+    )
+    assert stage.output("verdict.txt").read_text().splitlines()[0] == first
+    assert "The packaged model fits siracusa: 1,992,769 bytes stay free (mram: weights)." in text
     assert "3.810 on test (fetched 3.123, +22.0 %) and 366.750 on test_ood (fetched 310.500, +18.1 %)" in text
+    against = {row[0]: row[1:] for row in cells(text)[AGAINST]}
+    assert against["bytes"] == ["1,150,072", "1,148,380", "+0.1 %"]
+    assert against["perplexity, test_ood"] == ["366.750", "362.000", "+1.3 %"]
+
+
+def evaluation(test, ood, size=1000, **given):
+    return {
+        "evaluated": True,
+        "protocol": "p",
+        "perplexity": {"test": test, "test_ood": ood},
+        "bits_per_byte": {"test": 2.0, "test_ood": 2.01},
+        "predictions": {"test": 7, "test_ood": 7},
+        "bytes": {"total": size},
+    } | given
+
+
+@pytest.mark.parametrize(
+    ("package", "plain", "expected"),
+    [
+        (
+            evaluation(42.3, 278.0, 812_345),
+            evaluation(47.1, 301.0, 811_900),
+            "Better than plain quantisation of equal size: perplexity 42.30 in 812,345 bytes, plain GPTQ 47.10 in"
+            " 811,900 bytes (test; out of domain 278.0 against 301.0).",
+        ),
+        (
+            evaluation(47.1, 301.0, 812_345),
+            evaluation(42.3, 278.0, 811_900),
+            "Worse than plain quantisation of equal size: perplexity 47.10 in 812,345 bytes, plain GPTQ 42.30 in"
+            " 811,900 bytes (test; out of domain 301.0 against 278.0); plain quantisation is better here:"
+            " wanda.enabled false, depth_prune.remove 0.",
+        ),
+        (
+            evaluation(100.0, 200.0),
+            evaluation(100.4, 199.1),  # 0.4 % and 0.45 %
+            "No difference to plain quantisation of equal size: perplexity 100.0 in 1,000 bytes, plain GPTQ 100.4 in"
+            " 1,000 bytes (test; out of domain 200.0 against 199.1).",
+        ),
+        (
+            evaluation(100.0, 201.1),  # 0.55 %: the plain one is better there, and nowhere worse
+            evaluation(100.4, 200.0),
+            "No difference to plain quantisation of equal size in domain, worse out of domain: perplexity 100.0 in"
+            " 1,000 bytes, plain GPTQ 100.4 in 1,000 bytes (test; out of domain 201.1 against 200.0); plain"
+            " quantisation is better here: wanda.enabled false, depth_prune.remove 0.",
+        ),
+        (
+            evaluation(12_345.6, float("inf")),
+            evaluation(0.5, float("inf"), 880),
+            "Worse than plain quantisation in 12.0 % fewer bytes: perplexity 12,346 in 1,000 bytes, plain GPTQ 0.5000"
+            " in 880 bytes (test); plain quantisation is better here: wanda.enabled false, depth_prune.remove 0.",
+        ),
+        (
+            evaluation(5.0, 5.0),
+            evaluation(4.0, 6.0, bits_per_byte={"test": 2.5, "test_ood": 2.02}, predictions={"test": 8, "test_ood": 7}),
+            "Better than plain quantisation of equal size: bits per byte 2.000 in 1,000 bytes, plain GPTQ 2.500 in"
+            " 1,000 bytes (test; out of domain perplexity 5.000 against 6.000).",
+        ),
+        (
+            evaluation(5.0, 5.0),
+            {"evaluated": False},
+            "Not compared with a plain model of equal size.",
+        ),
+        (
+            {"evaluated": False},
+            {"evaluated": False},
+            "Not compared with a plain model (evaluate is switched off).",
+        ),
+        (
+            evaluation(5.0, 5.0),
+            evaluation(4.0, 4.0, protocol="another"),
+            "Not compared with a plain model (the two have no common measure).",
+        ),
+    ],
+)
+def test_the_sentence_names_the_better_one(package, plain, expected):
+    assert comparison.sentence(package, plain, ["wanda.enabled false", "depth_prune.remove 0"], True) == expected
+
+
+def test_a_plain_model_without_the_package_s_recovery_is_named_so():
+    text = comparison.sentence(evaluation(4.0, 4.0), evaluation(5.0, 5.0), [], False)
+    assert "plain GPTQ without recovery 5.000 in" in text
+
+
+def test_where_plain_wins_the_first_line_says_what_to_change(make, tmp_path):
+    worst = metrics("package")
+    worst["perplexity"] = {"test": 4.3, "test_ood": 370.0}
+    (tmp_path / "data/evaluate/package/metrics.json").write_text(json.dumps(worst))
+    first = re.search(r"<h1>(.*?)</h1>", page(make()))[1]
+    assert first.startswith("Worse than plain quantisation of equal size: perplexity 4.300 in")
+    budget = 12 * (6784 + 8832 + 4736 + 17024 + 8832 + 6784)  # bytes of the plain model's linears
+    assert first.endswith(
+        "; plain quantisation is better here: wanda.enabled false, depth_prune.remove 0, eora.enabled false, "
+        f"gptq.budget_bytes {budget}."
+    )
+
+
+def test_the_way_out_names_only_what_is_on():
+    off = {"wanda": {"enabled": False}, "depth_prune": {"enabled": True, "remove": 0}, "eora": {"enabled": False}}
+    assert comparison.way_out(off | {"gptq": {"enabled": True, "budget_bytes": 77, "joint": None}}, 77) == []
+    joint = off | {"gptq": {"enabled": True, "budget_bytes": 76, "joint": {"keep": 2, "of": 4}}}
+    assert comparison.way_out(joint, 77) == ["gptq.joint null", "gptq.budget_bytes 77"]
+    assert comparison.way_out({}, None) == []
+
+
+def test_a_baseline_that_is_off_has_no_figures(make, results):
+    """Its folder holds the model that the stage passed on; evaluate measured that one."""
+    results["baseline/bits.csv"].write_text("linear,weights,bits,bytes,sensitivity\n")
+    stage = make()
+    text = page(stage)
+    assert "<h1>Not compared with a plain model of equal size.</h1>" in text
+    shown = {row[0]: row for row in cells(text)[STAGES - 1]}
+    assert shown["plain: baseline"] == ["plain: baseline", "not evaluated (switched off)"]
+    assert shown["plain: baseline_lora"][5].startswith("2.950")
+    found = json.loads(stage.output("metrics.json").read_text())
+    assert not [key for key in found if key.startswith(("plain", "baseline_")) and "lora" not in key]
+    assert found["baseline_lora_perplexity_test"] == 2.95
+    assert "baseline" not in set(pd.read_csv(stage.output("bytes.csv"))["stage"])
+
+
+def test_recovery_is_measured_against_both_references(make):
+    stage = make()
+    shares = {tuple(row[:2]): row[2:] for row in table_after(page(stage), "<h2>Recovery</h2>")[1:]}
+    # (9.75 - 3.6789) / (9.75 - 3.1234) and / (9.75 - 2.95); (640.125 - 355.5) / (640.125 - 310.5) and / (… - 300.25)
+    assert shares["test", "as fetched"] == ["9.750", "3.679", "3.123", "91.62 %"]
+    assert shares["test", "recovered dense"] == ["9.750", "3.679", "2.950", "89.28 %"]
+    assert shares["test_ood", "as fetched"][3] == "86.35 %"
+    assert shares["test_ood", "recovered dense"][3] == "83.74 %"
+    found = json.loads(stage.output("metrics.json").read_text())
+    assert found["recovery_share_fetch_test"] == pytest.approx(0.916171, abs=1e-6)
+    assert found["recovery_share_baseline_lora_test_ood"] == pytest.approx(0.837440, abs=1e-6)
+
+
+def test_recovery_past_the_reference_and_no_gap():
+    models = {"wanda": evaluation(10.0, 5.0), "lora": evaluation(6.0, 4.0), "fetch": evaluation(8.0, 5.0)}
+    above, none = comparison.recovery(models)
+    assert (above.split, above.closed) == ("test", 2.0)
+    assert (none.split, none.closed) == ("test_ood", None)
+    models["fetch"] = evaluation(8.0, 5.0, predictions={"test": 9, "test_ood": 9})  # another vocabulary
+    assert [share.measure for share in comparison.recovery(models)] == ["bits_per_byte"] * 2
+    assert comparison.recovery({"lora": evaluation(6.0, 4.0)}) == []
+
+
+def test_ledgers_are_summed_per_stage_and_listed_per_linear(make, results):
+    ledger(zeros=8000, revived=37, violations=21).to_csv(results["gptq/sparsity.csv"], index=False)
+    ledger(violations=1).to_csv(results["lora/sparsity.csv"], index=False)
+    ledger(revived=1).to_csv(results["eora/sparsity.csv"], index=False)
+    text = page(make())
+    shown = {row[0]: row[1:] for row in table_after(text, "What each stage left of the pattern")}
+    assert shown["wanda"] == ["983,040", "491,520 50.00 %", "245,760", "0", "0", "unbroken"]
+    assert shown["gptq"] == ["983,040", "480,000 48.83 %", "245,760", "21", "37", "broken in 1 of 60 linears"]
+    assert [shown[name][5] for name in ("lora", "eora")] == ["broken in 1 of 60 linears"] * 2
+    assert shown["package"][5] == "unbroken"
+    linears_of_gptq = table_after(text, "<summary>gptq: every linear</summary>")
+    assert len(linears_of_gptq) == 61
+    assert linears_of_gptq[2] == ["model.layers.0.self_attn.k_proj", "16,384", "8,000", "4,096", "21", "37"]
+
+
+def test_a_pattern_that_was_asked_for_and_broken_is_labelled_dense(make, results, tmp_path):
+    results["manifest.json"].write_text(json.dumps(manifest() | {"pattern": "dense", "asked": "2:4"}))
+    dense = metrics("package") | {"max_kept": {"4": 4, "8": 8, "16": 16, "32": 32}}
+    (tmp_path / "data/evaluate/package/metrics.json").write_text(json.dumps(dense))
+    text = page(make())
+    assert {row[0]: row for row in cells(text)[STAGES]}["package"][3] == "dense (asked 2:4)"
+    sentence = "2:4 was asked for, but a later stage broke it: the package is labelled and stored as dense."
+    assert text.count(sentence) == 2  # in the verdict and with the ledgers
+    results["manifest.json"].write_text(json.dumps(manifest() | {"asked": "2:4"}))
+    assert "was asked for" not in page(make("again"))
+
+
+def test_bytes_stand_beside_what_they_must_hold(make):
+    shown = {row[0]: row[1:] for row in table_after(page(make()), "The package against what it must hold")}
+    assert shown["positions"] == ["281,000", "277,971.5", "1.09 %"]
+    assert shown["values"] == ["430,000", "430,000.0", "0.00 %"]
+    assert shown["metadata"] == ["36,000", "–", "–"]
+    assert shown["all that have a bound"] == ["1,080,664", "1,077,635.5", "0.28 %"]
+
+
+def test_bits_per_linear_where_they_are_mixed(make):
+    text = page(make())
+    shown = {row[0]: row[1:] for row in table_after(text, "<h2>Quantisation and its compensation</h2>")}
+    assert shown["gptq"] == ["0", "0", "60", "0", "4.000"]
+    assert shown["plain: baseline"] == ["12", "24", "24", "12", "4.000"]  # (3 + 4 + 2 + 8 + 4 + 3) / 6
+    assert 'id="spec-bits-baseline"' in text and 'id="spec-bits-gptq"' not in text
+
+
+def test_branches_are_priced_in_bits_per_weight(make):
+    text = page(make())
+    # 60 branches of 512 bytes over 60 x 16384 weights
+    assert "30,720 bytes, which would buy 0.250 bits more per weight" in text
+    assert table_after(text, "What the low-rank branches cost")[1][1:] == [
+        "2",
+        "0.05",
+        "0.035",
+        "512",
+        "0.250",
+    ]
+
+
+def test_plain_models_stand_beside_the_line():
+    rows = report_tables.stage_rows({name: metrics(name) for name in MODELS})
+    layers = charts.perplexity_by_bytes(rows.astype({"bytes": "int64"}), "perplexity_test", None)
+    data = [layer["data"]["name"] for layer in layers["layer"]]
+    line, *points = (layers["datasets"][name] for name in data[:4])
+    assert [row["stage"] for row in line] == list(PIPELINE)
+    assert {row["stage"]: row["kind"] for rows in points for row in rows} == dict.fromkeys(PIPELINE, "pipeline") | {
+        "package": "package",
+        "baseline_lora": "plain model",
+        "baseline": "plain model",
+    }
+
+
+def table_after(text, mark):
+    return cells(text[text.index(mark) :])[0]
 
 
 def test_what_models_wrote_is_text(make):
@@ -333,15 +607,21 @@ def test_page_refers_to_nothing_outside_it(make):
     assert re.search(r"script-src ([^;]*)", policy)[1].split() == allowed
 
 
+ORIGINAL = report.vl_convert.javascript_bundle
+
+
+@functools.cache
 def bundle():
-    return report.vl_convert.javascript_bundle(vl_version=charts.VEGA_LITE)
+    """Vega's script, once for many pages: it takes most of their time."""
+    return ORIGINAL(vl_version=charts.VEGA_LITE)
 
 
-def test_same_inputs_give_the_same_bytes(make):
+def test_same_inputs_give_the_same_bytes(make, monkeypatch):
     one, other = make("one"), make("other")
+    monkeypatch.setattr(report.vl_convert, "javascript_bundle", ORIGINAL)
     report.run(one)
     report.run(other)
-    for name in ("report.html", "stages.csv", "bytes.csv", "metrics.json"):
+    for name in ("report.html", "verdict.txt", "stages.csv", "bytes.csv", "metrics.json"):
         assert one.output(name).read_bytes() == other.output(name).read_bytes()
     assert one.output("report.html").stat().st_size < 2_000_000
 
@@ -376,7 +656,7 @@ def test_a_model_that_does_not_fit_and_an_infinite_perplexity(make, results, tmp
     stage = make()
     text = page(stage)
     assert "does not fit siracusa: 225,127 bytes over (mram: weights)." in text
-    assert {row[0]: row for row in cells(text)[0]}["wanda"][5].startswith("infinite")
+    assert {row[0]: row for row in cells(text)[STAGES]}["wanda"][5] == "infinite"
     assert json.loads(stage.output("metrics.json").read_text())["fits"] is False
 
 
@@ -384,7 +664,8 @@ def test_skip_writes_empty_outputs(make):
     stage = make()
     report.skip(stage)
     assert "switched off" in stage.output("report.html").read_text()
-    assert list(pd.read_csv(stage.output("stages.csv"))) == report.COLUMNS
+    assert list(pd.read_csv(stage.output("stages.csv"))) == report_tables.COLUMNS
+    assert stage.output("verdict.txt").read_text() == "The report is switched off.\n"
     assert json.loads(stage.output("metrics.json").read_text()) == {}
 
 
@@ -399,7 +680,7 @@ def test_skip_writes_empty_outputs(make):
     ],
 )
 def test_patterns_name_the_shortest(max_kept, expected):
-    assert report.patterns(max_kept) == expected
+    assert report_tables.patterns(max_kept) == expected
 
 
 def test_dag_draws_every_stage_once_and_every_edge_downwards():
@@ -443,19 +724,31 @@ def test_summary_joins_seconds_from_the_records(make, tmp_path, monkeypatch):
     records = tmp_path / "data/lineage"
     records.mkdir(parents=True)
     (records / "wanda.json").write_text(json.dumps({"seconds": 12.345}))
-    outs = {"report": [stage.output("stages.csv")], "wanda": [records / "wanda.json"], "lora": [records / "lora.json"]}
+    outs = {"wanda": [records / "wanda.json"], "lora": [records / "lora.json"]}
+    outs["report"] = [stage.output("stages.csv"), stage.output("verdict.txt")]
     monkeypatch.setattr(summary, "Repo", repo_with(outs, tmp_path))
     rows = {row["stage"]: row for row in summary.rows()}
     assert list(rows) == list(MODELS)
     assert rows["wanda"]["seconds"] == 12.345 and rows["lora"]["seconds"] is None and rows["gptq"]["seconds"] is None
     assert rows["package"]["perplexity_test"] == 3.81
     lines = summary.table().splitlines()
-    assert lines[0].split() == ["stage", "parameters", "zeros", "bytes", "ppl", "test", "ppl", "ood", "seconds"]
-    assert lines[3].split() == ["wanda", "1,985,664", "50.0%", "4,770,688", "9.750", "640.125", "12.3"]
-    assert lines[-1].endswith("joined-512-512-nobos-fp32")
+    assert lines[0].split() == [
+        *("stage", "parameters", "zeros", "bytes", "ppl", "test", "ppl", "ood", "bpb", "test", "bpb", "ood", "seconds")
+    ]
+    figures = ["1,985,664", "50.0%", "4,770,688", "9.750", "640.125", "0.7800", "2.2800", "12.3"]
+    assert lines[4].split() == ["wanda", *figures]
+    assert [line.split("  ")[0].strip() for line in lines[8:12]] == [
+        "package",
+        "-" * len(lines[0]),
+        "plain: baseline_lora",
+        "plain: baseline",
+    ]
+    assert lines[-2].endswith("joined-512-512-nobos-fp32")
+    assert lines[-1] == stage.output("verdict.txt").read_text().splitlines()[0]
 
 
 def test_summary_without_a_report_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "Repo", repo_with({"report": [tmp_path / "stages.csv"]}, tmp_path))
     assert summary.rows() == []
     assert summary.table() == summary.NOTHING
+    assert summary.verdict() == ""

@@ -3,22 +3,31 @@
 GPTQ (Frantar et al., arXiv 2210.17323) quantises a matrix column by column and moves each column's error to the columns
 that follow; so it also moves pruned weights off zero. Here a pruned weight is quantised to zero whatever it has become,
 and the error of that is moved on like any other, which is what SparseGPT (arXiv 2301.00774) does with a fixed mask.
+On request the mask is chosen in the same sweep (`tasks.algorithms.sparsegpt`), and scales are powers of a root of two.
 
-gptqmodel has no such option. This module holds every work-around for it, written against version 7.6.0, each inside a
-context manager that puts the library back; `LIBRARY_VERSION` is compared at import. It chooses no mask, writes no file
-(`tasks.checkpoint` does) and quantises neither embedding nor head.
+Each linear's calibration inputs have gone through the quantised linears that run before it: gptqmodel quantises a
+block in the order (q k v), (o), (gate up), (down), runs the block again after each, and hands the quantised block's
+outputs to the next one.
+
+gptqmodel knows no masks. This module holds every work-around for it, written against version 7.6.0, each inside a
+context manager that puts the library back; `LIBRARY_VERSION` is compared at import. It writes no file
+(`tasks.checkpoint` does) and quantises neither embedding nor head (`tasks.algorithms.embedding` does).
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import importlib.metadata
 import io
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,10 +37,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tasks.algorithms import masks, rounding, sparsegpt
 from tasks.algorithms.errors import InputError
 
 LIBRARY_VERSION = "7.6.0"
 """The work-arounds reach into gptqmodel's internals: another version needs them read again, and the tests run."""
+
+WIDTHS = (2, 3, 4, 8)
+"""Bits per code that gptqmodel packs into 32-bit words."""
 
 Done = Callable[[str, float], None]
 """Called after each linear with its name and error."""
@@ -59,6 +72,7 @@ def _import_library() -> ModuleType:
 
 gptqmodel = _import_library()
 _gptq = importlib.import_module("gptqmodel.quantization.gptq")
+_gar = importlib.import_module("gptqmodel.quantization.gar")
 _logger = importlib.import_module("gptqmodel.utils.logger")
 _looper = importlib.import_module("gptqmodel.looper.loop_processor")
 _torch_linear = importlib.import_module("gptqmodel.nn_modules.qlinear.torch")
@@ -73,29 +87,54 @@ class LayerResult:
     Attributes:
         error: ||X W^T - X Q^T||_F / ||X W^T||_F on the calibration inputs X, which earlier quantised layers produced.
         damp: share of the Hessian's mean diagonal that was added; above the one asked for where that was too small.
+        keep: bool [out_features, in_features], the mask where `joint` chose one.
     """
 
     error: float
     damp: float
+    keep: Tensor | None = None
 
 
-def config(bits: int, group_size: int, symmetric: bool, damp: float, act_order: bool) -> Any:
-    """gptqmodel's QuantizeConfig, with everything off that would make a result depend on more than these five.
+def config(
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    damp: float,
+    act_order: str,
+    mse: float = 0.0,
+    widths: Mapping[str, int] | None = None,
+) -> Any:
+    """gptqmodel's QuantizeConfig, with everything off that would make a result depend on more than these seven.
 
     Args:
         bits: 2, 3, 4 or 8.
         group_size: inputs that share a scale; -1 is the whole row.
         symmetric: zero is the middle code; else each group has its own integer zero point (zero is exact in both).
         damp: share of the Hessian's mean diagonal added to it.
-        act_order: quantise the inputs with the largest Hessian diagonal first; adds an index per input to the file.
+        act_order: which columns are quantised first: "none", the leftmost; "descending", those with the largest
+            Hessian diagonal, which adds an index per input to the file; "group_aware", the same, but groups stay
+            together (Gafni et al., arXiv 2505.14638), which adds nothing.
+        mse: norm of the error that a grid search of each scale minimises; 0 takes the range.
+        widths: full module name -> bits, of all linears; `bits` is then without effect.
+
+    Raises:
+        InputError: "group_aware" without groups.
     """
+    if act_order == "group_aware" and group_size == -1:
+        raise InputError("gptq.act_order = group_aware orders groups, and gptq.group_size = -1 has one: choose another")
+    dynamic = None
+    if widths:
+        bits = _most_common(widths.values())
+        dynamic = {f"+:^{re.escape(name)}$": {"bits": width} for name, width in widths.items() if width != bits}
     return gptqmodel.QuantizeConfig(
         bits=bits,
+        dynamic=dynamic or None,
         group_size=group_size,
         sym=symmetric,
-        desc_act=act_order,
-        act_group_aware=False,  # on by default; another order of columns that nobody asked for
+        desc_act=act_order == "descending",
+        act_group_aware=act_order == "group_aware",  # None would be on
         damp_percent=damp,
+        mse=mse,
         device="cpu",  # the bytes must not depend on what accelerator there is
         offload_to_disk=False,
         fallback=None,  # the default answers NaN or few samples with round-to-nearest, silently
@@ -117,12 +156,17 @@ def check_shapes(shapes: Mapping[str, tuple[int, int]], bits: int, group_size: i
             raise InputError(
                 f"{name} has {cols} inputs, not divisible by gptq.group_size = {group_size}: choose a divisor or -1"
             )
-        word = 32 if bits == 3 else 32 // bits  # codes per packed word, or per three words of 3 bit
+        word = _per_word(bits)
         for side, size in (("outputs", rows), ("inputs", cols)):
             if size % word:
                 raise InputError(
                     f"{name} has {size} {side}, not divisible by {word}: gptq.bits = {bits} can't be packed"
                 )
+
+
+def packable(shape: tuple[int, int], widths: Iterable[int] = WIDTHS) -> list[int]:
+    """Those of the widths whose codes of a matrix (out_features, in_features) fill 32-bit words."""
+    return [bits for bits in widths if not any(size % _per_word(bits) for size in shape)]
 
 
 @contextlib.contextmanager
@@ -169,11 +213,19 @@ def loading_in_float32() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def keeping_masks(keep: Mapping[str, Tensor], done: Done | None = None) -> Iterator[dict[str, LayerResult]]:
+def keeping_masks(
+    keep: Mapping[str, Tensor],
+    done: Done | None = None,
+    scale_steps: int | None = None,
+    joint: tuple[int, int] | None = None,
+) -> Iterator[dict[str, LayerResult]]:
     """Within this context gptqmodel's GPTQ quantises pruned weights to zero. Yields the results, filled as it runs.
 
     Args:
         keep: full module name -> bool [out_features, in_features], True where kept. Modules without one are not pruned.
+        done: called after each linear.
+        scale_steps: scales are powers of 2 ** (1 / scale_steps); None: any float16.
+        joint: (keep, of): the masks are chosen in the sweep, `keep` of every `of` consecutive inputs.
 
     Raises:
         InputError: (in the looper) a mask of another shape, a pruned weight that isn't zero, a Hessian that can't be
@@ -183,7 +235,7 @@ def keeping_masks(keep: Mapping[str, Tensor], done: Done | None = None) -> Itera
     solve = _gptq.GPTQ.quantize
 
     def create_quantizer(self: Any, name: str) -> _MaskedQuantizer:
-        return _MaskedQuantizer(qcfg=self.qcfg, name=name)
+        return _MaskedQuantizer(self.qcfg, name, scale_steps)
 
     def quantize(self: Any, blocksize: int = 128) -> tuple[Any, ...]:
         name = self._named_module.full_name
@@ -191,11 +243,11 @@ def keeping_masks(keep: Mapping[str, Tensor], done: Done | None = None) -> Itera
         weight = self.module.weight.detach().clone()  # [out, in]
         if name in keep:
             self.quantizer.mask = _checked(name, keep[name], weight)[:, _order(hessian, self.qcfg)]
-        answer = solve(self, blocksize)
+        answer, chosen = _solve_jointly(self, *joint) if joint else (solve(self, blocksize), None)
         quantised, loss, damp = answer[0], answer[5], answer[6]
         if not isinstance(loss, float) or not np.isfinite(loss) or damp >= 1:
             raise InputError(f"the Hessian of {name} can't be inverted even with more damping: raise gptq.damp")
-        results[name] = LayerResult(relative_error(weight - quantised, weight, hessian), float(damp))
+        results[name] = LayerResult(relative_error(weight - quantised, weight, hessian), float(damp), chosen)
         if done:
             done(name, results[name].error)
         return answer
@@ -205,7 +257,12 @@ def keeping_masks(keep: Mapping[str, Tensor], done: Done | None = None) -> Itera
 
 
 def quantise(
-    model: Any, input_ids: Tensor, keep: Mapping[str, Tensor], done: Done | None = None
+    model: Any,
+    input_ids: Tensor,
+    keep: Mapping[str, Tensor],
+    done: Done | None = None,
+    scale_steps: int | None = None,
+    joint: tuple[int, int] | None = None,
 ) -> dict[str, LayerResult]:
     """Quantise a model that gptqmodel loaded with `config`, in place.
 
@@ -213,13 +270,16 @@ def quantise(
         model: gptqmodel's wrapper of a dense model.
         input_ids: [windows, length]; every token counts, in this order.
         keep: full module name -> bool [out_features, in_features], True where kept.
+        done, scale_steps, joint: as `keeping_masks`.
 
     Returns:
         name -> result, sorted by name.
 
     Raises:
-        InputError: as `keeping_masks`; or windows that gptqmodel would drop or cut.
+        InputError: as `keeping_masks`; windows that gptqmodel would drop or cut; `joint` with an order of columns.
     """
+    if joint and (model.quantize_config.desc_act or model.quantize_config.act_group_aware):
+        raise InputError("gptq.joint counts consecutive inputs, in their own order: set gptq.act_order to none")
     windows, length = input_ids.shape
     limit = model.model.config.max_position_embeddings
     if not 10 < length <= limit:
@@ -228,7 +288,7 @@ def quantise(
             f"model's {limit} positions: choose 11 to {limit}"
         )
     rows = [{"input_ids": ids.tolist(), "attention_mask": [1] * length} for ids in input_ids]
-    with contained(), keeping_masks(keep, done) as results:
+    with contained(), keeping_masks(keep, done, scale_steps, joint) as results:
         model.quantize(rows, batch_size=1, calibration_sort=None)
     unknown = sorted(set(keep) - set(results))
     if unknown:
@@ -237,6 +297,34 @@ def quantise(
     if used != {windows * length}:
         raise RuntimeError(f"gptqmodel used {sorted(used)} of {windows * length} calibration tokens")
     return dict(sorted(results.items()))
+
+
+def nearest(
+    weight: Tensor, keep: Tensor | None, quantisation: Any, bits: int, scale_steps: int | None = None
+) -> Tensor:
+    """Round to nearest on the grid that GPTQ would have at its start: no Hessian, nothing compensated.
+
+    Args:
+        weight: [out_features, in_features], 0 where pruned.
+        keep: bool of the same shape, or None.
+        quantisation: of `config`; group size, symmetry and mse are taken from it.
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        float32 [out_features, in_features].
+    """
+    weight = weight.detach().float()
+    size = weight.shape[1] if quantisation.group_size == -1 else quantisation.group_size
+    settings = copy.copy(quantisation)
+    settings.bits = bits
+    quantiser = _MaskedQuantizer(settings, "", scale_steps)
+    quantiser.mask = keep
+    quantiser.configure(perchannel=True)
+    parts = []
+    for group in weight.split(size, dim=1):
+        quantiser.find_params(group, weight=True)
+        parts.append(quantiser.quantize(group))
+    return torch.cat(parts, dim=1)
 
 
 def quantised_linears(model: nn.Module) -> dict[str, Any]:
@@ -294,21 +382,28 @@ def relative_error(delta: Tensor, weight: Tensor, hessian: Tensor) -> float:
 
 
 class _MaskedQuantizer(_gptq.Quantizer):
-    """gptqmodel's quantiser, blind to pruned weights.
+    """gptqmodel's quantiser, blind to pruned weights, with scales as they are stored.
 
     GPTQ calls it with the columns from left to right (after their permutation, if there is one): `find_params` at the
     first column of each group, `quantize` once per column. Hence the count of columns is the place in the mask.
 
     Attributes:
+        steps: scales are powers of 2 ** (1 / steps); None: any float16.
         mask: bool [out_features, in_features] in the order of the calls, True where kept; None where nothing is pruned.
         column: columns quantised so far.
     """
 
-    mask: Tensor | None = None
-    column: int = 0
+    def __init__(self, qcfg: Any, name: str, steps: int | None) -> None:
+        super().__init__(qcfg=qcfg, name=name)
+        self.steps = steps
+        self.mask: Tensor | None = None
+        self.column = 0
 
     def find_params(self, x: Tensor, weight: bool = False) -> None:
-        """Scales and zero points of a group of columns [out_features, group], from its kept weights alone."""
+        """Scales and zero points of a group of columns [out_features, group], from its kept weights alone.
+
+        The scale is rounded here, so that GPTQ makes up for that too, and what it computes with is what is stored.
+        """
         # Pruned weights got errors of earlier columns and would widen the range. With whole rows as groups the range is
         # taken once and before that (they are still zero), and in the order before the permutation.
         if self.mask is not None and self.qcfg.group_size != -1:
@@ -316,11 +411,16 @@ class _MaskedQuantizer(_gptq.Quantizer):
         if self.qcfg.sym:
             # Where no weight of a group is negative, gptqmodel's symmetric range is [0, max] with the middle code as
             # zero, so that it clips at half the maximum. Few groups of 32 are like that, many with half of it pruned.
-            x = torch.cat([x, -x.abs().amax(dim=1, keepdim=True)], dim=1)
+            # Anything below zero makes it [-max, max]; so small that it counts for nothing in the search by `mse`.
+            x = torch.cat([x, -1e-30 * x.any(dim=1, keepdim=True)], dim=1)
         super().find_params(x, weight=weight)
+        found = self.scale  # [out_features, 1]
+        self.scale = (rounding.snap(found, self.steps) if self.steps else found.half()).float().clamp(min=2.0**-24)
+        if not self.qcfg.sym:  # the lower end of the range stays nearly where it was
+            self.zero = torch.round(self.zero * found / self.scale).clamp(0, self.maxq)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """The nearest grid values of one column [out_features, 1]; zero where pruned."""
+        """The nearest grid values of columns [out_features, columns]; zero where pruned."""
         q = super().quantize(x)
         if self.mask is not None:
             q = q * self.mask[:, self.column : self.column + x.shape[1]]
@@ -328,15 +428,52 @@ class _MaskedQuantizer(_gptq.Quantizer):
         return q
 
 
+@torch.inference_mode()
+def _solve_jointly(gptq: Any, keep: int, of: int) -> tuple[tuple[Any, ...], Tensor]:
+    """What gptqmodel's `GPTQ.quantize` returns, by the joint sweep, and the mask bool [out_features, in_features]."""
+    started = time.monotonic()
+    weight = gptq.module.weight.detach().float()
+    hessian = gptq.H  # finalised by the caller
+    dead = hessian.diagonal() == 0  # inputs that are always zero, as gptqmodel treats them
+    hessian[dead, dead] = 1
+    weight = weight * ~dead
+    factor, damp = gptq.hessian_inverse(hessian)
+    gptq.H = None
+    if factor is None:
+        return (None, None, None, None, 0.0, float("nan"), 1.0, gptq.nsamples), torch.empty(0)
+    group_size = gptq.qcfg.group_size
+    found = sparsegpt.sweep(weight, factor, keep, of, group_size, gptq.quantizer)
+    size = weight.shape[1] if group_size == -1 else group_size
+    index = torch.arange(weight.shape[1], dtype=torch.int32) // size
+    quantised = found.quantised.to(gptq.module.weight.dtype)
+    spent = time.monotonic() - started
+    answer = (quantised, found.scales, found.zeros, index, spent, found.loss / gptq.nsamples, damp, gptq.nsamples)
+    return answer, found.keep
+
+
+def _per_word(bits: int) -> int:
+    """Codes per packed 32-bit word, or per three words of 3 bit."""
+    return 32 if bits == 3 else 32 // bits
+
+
+def _most_common(widths: Iterable[int]) -> int:
+    """Of equally common ones the smallest."""
+    counts = Counter(widths)
+    return min(counts, key=lambda bits: (-counts[bits], bits))
+
+
 def _order(hessian: Tensor, qcfg: Any) -> Tensor:
     """The order in which gptqmodel's GPTQ is going to visit the columns; the same calls as there on the same values."""
-    if qcfg.act_group_aware:
-        raise NotImplementedError("act_group_aware permutes columns within groups; the mask is not permuted like that")
-    if not qcfg.desc_act:
-        return torch.arange(len(hessian))
     diagonal = hessian.diagonal().clone()
     diagonal[diagonal == 0] = 1  # gptqmodel's treatment of inputs that are always zero
-    return torch.argsort(diagonal, descending=True)
+    if qcfg.desc_act:
+        return torch.argsort(diagonal, descending=True)
+    if not qcfg.act_group_aware:
+        return torch.arange(len(hessian))
+    within, largest = _gar.compute_local_perms(diagonal, qcfg.group_size, return_values=True)
+    between = _gar.compute_global_perm(diagonal, qcfg.group_size, precomputed_values=largest)
+    order = _gar.compose_final_perm(within, between, qcfg.group_size)
+    return _gar.extend_perm_with_tail(order, len(hessian))
 
 
 def _checked(name: str, mask: Tensor, weight: Tensor) -> Tensor:
@@ -344,7 +481,7 @@ def _checked(name: str, mask: Tensor, weight: Tensor) -> Tensor:
         raise InputError(
             f"the mask of {name} is {tuple(mask.shape)}, its weight {tuple(weight.shape)}: run stage wanda again"
         )
-    alive = int(weight[~mask].count_nonzero())
+    alive = masks.revived(weight, mask)
     if alive:
         raise InputError(f"{alive} pruned weights of {name} are not zero before quantisation: run the stage lora again")
     return mask

@@ -6,8 +6,8 @@ dense product fills every zero again. Here both the forward pass and the merge u
     W + M * (B A * alpha / rank),      M = 1 where a weight was kept, 0 where it was pruned,
 
 so training sees exactly the model that is merged, and the sparsity pattern outlives it (as in SQFT, Munoz et al. 2024,
-arXiv:2410.03750, whose "SparsePEFT" is this product). The loss may mix in the distillation of Hinton et al. 2015
-(arXiv:1503.02531).
+arXiv:2410.03750, whose "SparsePEFT" is this product). Without masks it is plain LoRA; `apply_masks` after a plain merge
+is the common practice that it is compared with. Losses against a teacher are `tasks.algorithms.distillation`'s.
 
 Adapters are PEFT's own, so PEFT's `merge_and_unload` is what merges. One layer class is replaced, through
 `LoraConfig._register_custom_module`: PEFT documents it ("Custom models") but calls it experimental, and it was tried
@@ -15,9 +15,8 @@ with peft 0.21. PEFT's `LoraVariant` was not used: it is private, and it gets th
 forces a second full matrix product in every masked layer. Nothing else here touches an experimental part of PEFT.
 
 Cost: a masked layer needs the gradient of the whole product and keeps the summed weight until the backward pass, so
-a training holds one more copy of the masked weights. Not here: hidden-state distillation, gradient checkpointing,
-resuming, mixed precision (bf16 autocast was measured 1.7 times faster on a CPU; fp32 until its quality is
-shown to hold).
+a training holds one more copy of the masked weights. Not here: gradient checkpointing, resuming, mixed precision (bf16
+autocast was measured 1.7 times faster on a CPU; fp32 until its quality is shown to hold).
 """
 
 from __future__ import annotations
@@ -35,13 +34,14 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tasks.algorithms import distillation, eora, families, layers, masks
 from tasks.algorithms.errors import InputError
 
-COLUMNS = ("step", "loss", "causal_lm", "distillation", "learning_rate")
-"""Keys of a row of `train`'s history."""
+COLUMNS = ("step", "loss", "causal_lm", "distillation", "hidden", "learning_rate")
+"""Keys of a row of a training's history."""
 
 CLIP = 1.0
-"""Largest norm of the gradient of all adapters together."""
+"""Largest norm of the gradient of all trained weights together."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,11 @@ class Recipe:
     learning_rate: float
     warmup: float
     distillation: float
-    """Share of the distillation loss, 0 to 1; the rest is the causal-LM loss."""
+    """Share of the distillation loss on logits, 0 to 1; the rest is the causal-LM loss."""
     temperature: float
     seed: int
+    hidden: float = 0.0
+    """Weight of the loss on the blocks' outputs, added to the others."""
 
 
 class MaskedLinear(lora.Linear):
@@ -143,7 +145,7 @@ def revived(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, int]:
         if mask.shape != weight.shape:
             shapes = f"{tuple(mask.shape)}, the weight {tuple(weight.shape)}"
             raise InputError(f"the mask of {name} has shape {shapes}; take both from the same run")
-        if count := int(torch.count_nonzero(weight.detach()[~mask.to(weight.device)])):
+        if count := masks.revived(weight, mask):
             counts[name] = count
     return counts
 
@@ -193,6 +195,53 @@ def attach(
     return adapted
 
 
+def start_from_eora(adapted: LoraModel, teacher: Mapping[str, Tensor], input_ids: Tensor, batch: int) -> None:
+    """Initialise the adapters with EoRA's compensation of what the weights lost ("EoRA", arXiv:2410.21271).
+
+    The product times alpha / rank is the rank-r matrix closest to W_teacher - W on the inputs that the linear gets when
+    all before it are compensated; a mask acts on it as in training. Where nothing was lost, PEFT's start stays.
+
+    Args:
+        adapted: from `attach`, of a supported family; changed in place, in evaluation mode afterwards.
+        teacher: full module name -> weight [out, in] before it was pruned, for every target at least.
+        input_ids: [windows, length] on the model's device; every token counts.
+        batch: windows per forward pass.
+    """
+    model = adapted.eval().model
+
+    def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
+        for name, layer in families.linears_by_block(model)[index].items():
+            if not isinstance(layer, MaskedLinear):
+                continue
+            lost = teacher[name].to(layer.weight.device, torch.float32) - layer.weight.detach()
+            if lost.any():
+                a, b = eora.factors(lost, _second_moments(layer, block, inputs), layer.r["default"])
+                share = layer.scaling["default"] ** -0.5
+                layer.lora_A["default"].weight.data.copy_(a * share)
+                layer.lora_B["default"].weight.data.copy_(b * share)
+
+    layers.walk(model, input_ids, visit, batch)
+
+
+def _second_moments(linear: nn.Module, block: nn.Module, inputs: layers.BlockInputs) -> Tensor:
+    """X^T X of the linear's inputs X, float64 [in, in]."""
+    moments = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=inputs.hidden.device)
+
+    def see(_: str, x: Tensor) -> None:
+        x = x.double()
+        moments.addmm_(x.T, x)
+
+    layers.observe({"": linear}, block, inputs, see)
+    return moments
+
+
+def apply_masks(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
+    """Set every pruned weight to zero, in place; keep: module name -> bool [out, in], True where kept."""
+    for name, mask in keep.items():
+        weight = model.get_submodule(name).weight
+        weight.data.masked_fill_(~mask.to(weight.device), 0.0)
+
+
 def merge(adapted: LoraModel, keep: Mapping[str, Tensor]) -> nn.Module:
     """Merge by PEFT's own `merge_and_unload` and return the plain model, checked against the masks.
 
@@ -206,29 +255,6 @@ def merge(adapted: LoraModel, keep: Mapping[str, Tensor]) -> nn.Module:
     return model
 
 
-def causal_lm_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean cross entropy (nats) of each next token; logits [batch, length, vocabulary], ids int64 [batch, length]."""
-    following = F.pad(ids[:, 1:], (0, 1), value=-100)  # shifts the ids instead of copying all but one of the logits
-    return F.cross_entropy(logits.flatten(0, 1), following.flatten())
-
-
-def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """[batch, length, vocabulary] -> [batch * length, vocabulary], in nats."""
-    return F.log_softmax(logits.flatten(0, 1) / temperature, dim=-1)
-
-
-def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student), in nats, averaged over all positions.
-
-    Args:
-        logits: the student's [batch, length, vocabulary].
-        teacher: the teacher's `log_probabilities` at the same temperature, [batch * length, vocabulary].
-        temperature: T; the square keeps the gradient's size independent of it.
-    """
-    student = log_probabilities(logits, temperature)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
 def rate(step: int, recipe: Recipe) -> float:
     """The learning rate of a step (from 1): linear warm-up, then half a cosine towards zero."""
     warm = round(recipe.warmup * recipe.steps)
@@ -238,12 +264,28 @@ def rate(step: int, recipe: Recipe) -> float:
     return recipe.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
+def sample(tokens: Tensor, windows: int, length: int, generator: torch.Generator) -> Tensor:
+    """Windows cut from the corpus [tokens] at random places, [windows, length]; they can overlap.
+
+    Raises:
+        InputError: the corpus is shorter than a window.
+    """
+    if len(tokens) < length:
+        raise InputError(
+            f"the training corpus has {len(tokens)} tokens, less than one window of {length}: "
+            "give a longer corpus or lower `length`"
+        )
+    every = tokens.unfold(0, length, 1)
+    return every[torch.randint(len(every), (windows,), generator=generator)]
+
+
 def train(
     model: LoraModel,
     tokens: Tensor,
     recipe: Recipe,
     *,
     teacher: nn.Module | None = None,
+    kept: Sequence[int] | None = None,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> list[dict[str, float]]:
     """Train the adapters with AdamW (no weight decay) on windows cut from the corpus at seeded random places.
@@ -252,62 +294,72 @@ def train(
         model: from `attach`; trained in place, in evaluation mode afterwards.
         tokens: int64 [corpus], the corpus as one row of token ids, on the CPU.
         recipe: see `Recipe`.
-        teacher: a model of the same vocabulary on the same device; given if and only if `recipe.distillation` > 0.
+        teacher: a model of the same vocabulary on the same device; given if and only if the recipe distils.
+        kept: for `recipe.hidden`: the teacher's block whose output each of the model's blocks has to reproduce.
+            None: the same block, in models of one depth.
         report: called after each step with its number (from 1) and its loss.
 
     Returns:
-        One row per step with the keys `COLUMNS`, losses in nats before that step's update; `distillation` is NaN when
-        its share is 0, as it is not computed then.
+        One row per step with the keys `COLUMNS`, losses in nats before that step's update (`hidden` is relative);
+        what has no share in the loss is NaN and not computed, except causal_lm.
 
     Raises:
         InputError: the corpus is shorter than a window; loss or gradient stop being finite.
-        ValueError: `teacher` and `recipe.distillation` contradict each other.
+        ValueError: `teacher` and the recipe contradict each other.
     """
-    if len(tokens) < recipe.length:
-        raise InputError(
-            f"the training corpus has {len(tokens)} tokens, less than one window of {recipe.length}: "
-            "give a longer corpus or lower `length`"
-        )
-    if (teacher is not None) != (recipe.distillation > 0):
-        raise ValueError(f"distillation = {recipe.distillation} {'without' if teacher is None else 'with'} a teacher")
+    if (teacher is not None) != (recipe.distillation > 0 or recipe.hidden > 0):
+        shares = f"distillation = {recipe.distillation}, hidden = {recipe.hidden}"
+        raise ValueError(f"{shares} {'without' if teacher is None else 'with'} a teacher")
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0, fused=True)
-    windows = tokens.unfold(0, recipe.length, 1)
     sampler = torch.Generator().manual_seed(recipe.seed)
     history = []
     model.train()
-    with _seeded(recipe.seed), _repeatable_attention(device):
+    with _seeded(recipe.seed), repeatable_attention(device):
         for step in range(1, recipe.steps + 1):
-            places = torch.randint(len(windows), (recipe.batch,), generator=sampler)
-            row = _step(model, teacher, windows[places].to(device), recipe, optimizer, step)
-            history.append(row)
-            report(step, row["loss"])
+            ids = sample(tokens, recipe.batch, recipe.length, sampler).to(device)
+            losses = _losses(model, teacher, ids, recipe, kept)
+            learning_rate = rate(step, recipe)
+            update(losses[0], optimizer, step, learning_rate)
+            figures = [float(value.detach()) for value in losses]
+            history.append(dict(zip(COLUMNS, (step, *figures, learning_rate), strict=True)))
+            report(step, figures[0])
     model.eval()
     return history
 
 
-def _step(
-    model: LoraModel,
-    teacher: nn.Module | None,
-    ids: Tensor,
-    recipe: Recipe,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-) -> dict[str, float]:
-    """One update; ids int64 [batch, length]. Returns the step's row of the history."""
-    target = None
+def _losses(
+    model: LoraModel, teacher: nn.Module | None, ids: Tensor, recipe: Recipe, kept: Sequence[int] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, causal LM, distillation, hidden; ids int64 [batch, length]."""
+    ours, theirs, target = [], [], None
+    if recipe.hidden:
+        ours = list(families.blocks(model.model))
+        blocks = families.blocks(teacher)
+        theirs = [blocks[index] for index in (range(len(ours)) if kept is None else kept)]
     if teacher is not None:
-        with torch.no_grad():  # no inference_mode: its tensors can't be part of a loss
-            target = log_probabilities(teacher(input_ids=ids, use_cache=False).logits, recipe.temperature)
-    logits = model(input_ids=ids, use_cache=False).logits
-    with torch.set_grad_enabled(recipe.distillation < 1):  # at 1 it is only reported
-        loss = causal = causal_lm_loss(logits, ids)
-    distilled = torch.tensor(math.nan)
-    if target is not None:
-        distilled = distillation_loss(logits, target, recipe.temperature)
-        loss = (1 - recipe.distillation) * causal + recipe.distillation * distilled
-    learning_rate = rate(step, recipe)
+        with torch.no_grad(), distillation.outputs_of(theirs) as wanted:  # inference_mode's can't be part of a loss
+            if recipe.distillation:
+                target = teacher(input_ids=ids, use_cache=False).logits
+            else:  # without the head
+                teacher.base_model(input_ids=ids, use_cache=False)
+    with distillation.outputs_of(ours) as outputs:
+        logits = model(input_ids=ids, use_cache=False).logits
+    loss, causal, distilled = distillation.token_losses(logits, ids, target, recipe.distillation, recipe.temperature)
+    hidden = torch.tensor(math.nan)
+    if recipe.hidden:
+        hidden = distillation.hidden_loss(outputs, wanted)
+        loss = loss + recipe.hidden * hidden
+    return loss, causal, distilled, hidden
+
+
+def update(loss: Tensor, optimizer: torch.optim.Optimizer, step: int, learning_rate: float) -> None:
+    """One step of the optimizer at this learning rate, with the gradient's norm cut to `CLIP`.
+
+    Raises:
+        InputError: loss or gradient are not finite.
+    """
     _finite("loss", loss, step, learning_rate)
     optimizer.zero_grad()
     loss.backward()
@@ -316,8 +368,6 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
-    figures = [float(value.detach()) for value in (loss, causal, distilled)]
-    return dict(zip(COLUMNS, (step, *figures, learning_rate), strict=True))
 
 
 def _finite(what: str, value: Tensor, step: int, learning_rate: float) -> None:
@@ -337,7 +387,7 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _repeatable_attention(device: torch.device) -> Any:
+def repeatable_attention(device: torch.device) -> Any:
     """On a GPU the fused attention kernels add up gradients in any order; the plain one always gives the same bytes."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 

@@ -53,3 +53,24 @@ def violations(weight: Tensor, keep: int, of: int) -> int:
 def densest_group(weight: Tensor, of: int) -> int:
     """The largest number of nonzeros in any group of `of` consecutive inputs."""
     return int(groups(weight, of).ne(0).sum(dim=-1).max())
+
+
+def revived(weight: Tensor, keep: Tensor) -> int:
+    """How many pruned weights are not exactly zero; weight and keep [rows, cols]."""
+    return int(weight.detach()[~keep.to(weight.device)].count_nonzero())
+
+
+def parse(pattern: str) -> tuple[int, int] | None:
+    """(kept, of) of an N:M pattern "keep:of"; None for "unstructured" and "dense".
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if pattern in ("unstructured", "dense"):
+        return None
+    kept, _, of = pattern.partition(":")
+    if not (kept.isdigit() and of.isdigit() and 0 < int(kept) < int(of)):
+        raise InputError(
+            f"the masks' pattern is {pattern!r}, not keep:of, unstructured or dense: run stage wanda again"
+        )
+    return int(kept), int(of)

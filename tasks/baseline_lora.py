@@ -1,0 +1,30 @@
+"""Stage baseline_lora: the fetched model with the same recovery training as the pruned one, and nothing pruned.
+
+What recovery is worth can't be seen against the fetched model alone: training on the corpus improves a dense model too.
+Parameters are those of `lora`; the fetched model is its own teacher. Where lora is switched off this one is, too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tasks import checkpoint, recovery
+
+if TYPE_CHECKING:
+    from tasks.stage import Stage
+
+
+def run(stage: Stage) -> None:
+    """Write baseline_lora/model (a dense checkpoint) and history.csv, as lora does."""
+    if not stage.params.lora.enabled:
+        return skip(stage)
+    source = stage.input("vocabulary/model")
+    layers = checkpoint.config(source)["num_hidden_layers"]
+    recovered = recovery.recover(stage, source, keep={}, kept=range(layers))
+    recovery.write(recovered, source, stage.output("baseline_lora/model"), stage.output("history.csv"))
+
+
+def skip(stage: Stage) -> None:
+    """Pass the fetched model on; a history without rows."""
+    stage.pass_on(stage.input("vocabulary/model"), stage.output("baseline_lora/model"))
+    recovery.write_history([], stage.output("history.csv"))
