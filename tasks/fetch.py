@@ -131,11 +131,11 @@ def check_weights(folder: Path, stage: Stage) -> int:
     Raises:
         InputError: a tensor is missing, unexpected, of another shape or type, or holds NaN or infinity.
     """
-    expected, optional = _expected_tensors(folder)
+    expected, tied = _expected_tensors(folder)
     shards = _weight_files(folder)
     broken: list[str] = []
     found: dict[str, tuple[int, ...]] = {}
-    with stage.progress("weights", len(expected.keys() - optional)) as progress:
+    with stage.progress("weights", len(expected) - len(tied) // 2) as progress:
         for name, tensor in _tensors(folder, shards):
             found[name] = tuple(tensor.shape)
             bad = int((~torch.isfinite(tensor)).sum())
@@ -143,7 +143,8 @@ def check_weights(folder: Path, stage: Stage) -> int:
                 broken.append(f"{name} ({bad} of {tensor.numel()} values)")
             progress.update(len(found))
     extra = [name for name in found if name not in expected and not name.endswith(NOT_WEIGHTS)]
-    _refuse_names("lack", [name for name in expected if name not in found and name not in optional])
+    stored = any(name in found for name in tied)  # one copy serves both, under either name
+    _refuse_names("lack", [name for name in expected if name not in found and not (stored and name in tied)])
     _refuse_names("have unexpected", extra)
     for name, sizes in expected.items():
         if found.get(name, sizes) != sizes:
@@ -216,8 +217,8 @@ def _shards(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _expected_tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Names and shapes that the config calls for, and which of them may be absent because they are tied."""
+def _expected_tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+    """Names and shapes that the config calls for; embedding and head where they are one matrix, else nothing."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):  # sizes alone, no memory
@@ -226,7 +227,8 @@ def _expected_tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], set[str
         raise InputError(f"transformers can't build the model of config.json: {_line(error)}") from error
     described = families.of_model(model)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return expected, {f"{described.head}.weight"} if config.tie_word_embeddings else set()
+    names = (f"{described.embedding}.weight", f"{described.head}.weight")
+    return expected, names if config.tie_word_embeddings else ()
 
 
 def _tensors(folder: Path, shards: list[str]) -> Iterator[tuple[str, torch.Tensor]]:

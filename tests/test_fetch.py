@@ -345,6 +345,21 @@ def test_tied_head_and_old_buffers_are_welcome(make_fetch, model_folder: Path) -
     fetch.run(make_fetch())
 
 
+def test_a_tied_matrix_may_be_stored_under_the_heads_name(make_fetch, model_folder: Path) -> None:
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    before = checkpoint.load_dense(model_folder)
+    rewrite(model_folder, rename)
+    stage = make_fetch()
+    fetch.run(stage)
+    after = checkpoint.load_dense(stage.output("model"))
+    assert after.lm_head.weight is after.model.embed_tokens.weight
+    assert torch.equal(after.lm_head.weight, before.lm_head.weight)
+    rewrite(model_folder, lambda tensors: tensors.pop("lm_head.weight"))
+    assert refusal(make_fetch()).startswith("the weights lack model.embed_tokens.weight, lm_head.weight")
+
+
 def test_an_untied_head_must_be_there(make_fetch, model_folder: Path) -> None:
     edit(model_folder / "config.json", tie_word_embeddings=False)
     assert refusal(make_fetch()).startswith("the weights lack lm_head.weight")
