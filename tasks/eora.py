@@ -44,8 +44,11 @@ def run(stage: Stage) -> None:
     chosen = stage.params.eora
     source, target = stage.input("gptq/model"), stage.output("model")
     described = checkpoint.config(source)
-    if chosen.rank is not None:
-        check_rank(families.linear_shapes(described), chosen.rank)
+    shapes = families.linear_shapes(described)
+    if chosen.budget_bytes is None:
+        check_rank(shapes, chosen.rank)
+    else:
+        check_budget(shapes, chosen.budget_bytes, chosen.bits)
     teacher = read_teacher(stage, described)
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
     model = quantised.load_dequantised(source)
@@ -87,6 +90,21 @@ def check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
     name, shape = min(shapes.items(), key=lambda item: min(item[1]))
     if rank > min(shape):
         raise InputError(f"eora.rank = {rank} is above {min(shape)}, the smaller side of {name}: choose at most that")
+
+
+def check_budget(shapes: Mapping[str, tuple[int, int]], budget: int, bits: int) -> None:
+    """Refuse a budget that buys nothing, before anything is loaded.
+
+    Raises:
+        InputError: not even one rank of one linear fits.
+    """
+    sizes = {name: eora.rank_bytes(shape, bits) for name, shape in shapes.items()}
+    name = min(sizes, key=sizes.__getitem__)
+    if budget < sizes[name]:
+        raise InputError(
+            f"eora.budget_bytes = {budget} is below {sizes[name]}, one rank of {name} at eora.bits = {bits}: raise it, "
+            "or switch eora off"
+        )
 
 
 def read_teacher(stage: Stage, described: Mapping) -> dict[str, Tensor]:

@@ -69,6 +69,17 @@ def test_models_of_many_layers(seed, unit):
         assert allocation.allocate(costs, sizes, budget) == chosen
 
 
+@pytest.mark.parametrize("spread", [1, 1e-3, 1e-6, 1e-9])
+def test_choices_that_break_the_model_do_not_blur_the_others(spread):
+    costs, sizes = instance(29, 40)
+    costs = {
+        name: {bits: 5.0 if bits == 2 else cost * spread for bits, cost in row.items()} for name, row in costs.items()
+    }
+    for budget in budgets(sizes, (0.7, 0.95)):
+        chosen = allocation.allocate(costs, sizes, budget)
+        assert total(costs, chosen) == pytest.approx(by_dynamic_programming(costs, sizes, budget, 1), rel=1e-9, abs=0)
+
+
 def test_one_byte_decides():
     costs = {"a": {4: 1.0, 8: 0.0}, "b": {4: 1.0, 8: 0.5}}
     sizes = {"a": {4: 40_000_001, 8: 80_000_001}, "b": {4: 40_000_000, 8: 80_000_000}}

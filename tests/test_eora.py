@@ -167,11 +167,14 @@ def test_ranks_of_several_sizes_fit_and_are_short_of_the_best_by_less_than_one(s
     assert best - max(float(gain[0]) for gain in worth.values()) < found <= best + 1e-12
 
 
-def test_worthless_ranks_are_not_bought_and_a_budget_below_one_rank_is_refused():
+def test_worthless_ranks_are_not_bought_and_a_budget_that_buys_nothing_is_refused():
     worth = {"a": torch.tensor([1.0, 0.0]), "b": torch.zeros(2)}
     assert eora.allocate(worth, {"a": 5, "b": 5}, 100) == {"a": 1, "b": 0}
-    with pytest.raises(InputError, match="eora.budget_bytes = 4 is below 5, one rank of b: raise it, or switch"):
-        eora.allocate(worth, {"a": 6, "b": 5}, 4)
+    assert eora.allocate(worth, {"a": 6, "b": 5}, 4) == {"a": 0, "b": 0}
+    shapes = {"q_proj": (64, 64), "k_proj": (32, 64)}
+    stage_module.check_budget(shapes, 52, 4)
+    with pytest.raises(InputError, match="eora.budget_bytes = 51 is below 52, one rank of k_proj at eora.bits = 4"):
+        stage_module.check_budget(shapes, 51, 4)
 
 
 def test_curvature_foretells_what_a_random_error_of_the_output_does_to_the_predictions(make_model, make_windows):
@@ -220,6 +223,34 @@ def test_gains_are_the_spectra_on_the_compressed_models_inputs_times_the_curvatu
     assert torch.allclose(found[name], lost * importance[name] / (2 * 4 * 32), rtol=1e-4, atol=1e-12)
     with pytest.raises(InputError, match="in the teacher .*another model's"):
         eora.gains(student, windows, wanted | {name: wanted[name].T})
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_b_is_fitted_to_the_rounded_a_before_it_is_rounded(make_model, make_windows, bits):
+    teacher, student = make_model(), make_model()
+    windows, name, seen = make_windows(4, 32), "model.layers.0.self_attn.q_proj", []
+    wanted = {name: linear.weight.detach().clone() for name, linear in families.block_linears(teacher).items()}
+    linear = families.block_linears(student)[name]
+    linear.weight.data = (linear.weight * 4).round() / 4
+    delta = wanted[name] - linear.weight.detach()
+    handle = linear.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
+    with torch.no_grad():
+        student(input_ids=windows)
+    handle.remove()
+    x = torch.cat(seen).double()
+    branches = eora.compensate(student, windows, wanted, {n: 6 if n == name else 0 for n in wanted}, bits)
+    a, b, coded, _, after = branches[name]
+    assert torch.equal(a.float(), rounding.values(coded[0])) and torch.equal(b.float(), rounding.values(coded[1]).T)
+    rounded_a = rounding.quantise(eora.factors(delta, x.T @ x, 6)[0], bits, 32)
+    assert torch.allclose(a.float(), rounding.values(rounded_a), atol=1e-3)
+    fitted = torch.linalg.lstsq(x @ a.double().T, x @ delta.double().T).solution.T.float()
+    expected = rounding.values(rounding.quantise(fitted.T, bits, 32)).T
+    assert torch.allclose(b.float(), expected, atol=1e-3)
+    whole = float((x @ wanted[name].double().T).norm())
+    assert after == pytest.approx(rest(delta, a.float(), b.float(), x) / whole, rel=1e-3)
+    other = branches["model.layers.0.self_attn.k_proj"]
+    assert other.a.shape == (0, 32) and other.b.shape == (16, 0) and other.coded is None
+    assert other.error_after == other.error_before == 0
 
 
 def test_groups_divide_the_rows_and_bytes_are_counted_per_rank():
@@ -477,7 +508,7 @@ def test_the_ledger_is_that_of_the_quantised_weights_and_a_broken_pattern_ends_t
 
 
 def test_a_record_of_other_blocks_is_refused(run, files, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="below 192, one rank of model.layers.0.self_attn.k_proj"):
+    with pytest.raises(InputError, match="below 192, one rank of self_attn.k_proj at eora.bits = 16"):
         run(budget_bytes=191)
     with pytest.raises(InputError, match="above 32"):
         run(rank=33)

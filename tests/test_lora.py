@@ -532,9 +532,42 @@ def test_stage_writes_a_stock_checkpoint_with_the_masks_and_dtype_kept(folder, a
     assert stage.total == steps
     assert tuple(history[0]) == masked_lora.COLUMNS
     assert float(history[-1]["loss"]) == pytest.approx(stage.updates[-1][1], rel=1e-8)
+    computed = {name for name in ("causal_lm", "distillation", "hidden") if history[0][name]}
+    losses = {"block": {"hidden"}, "hidden": {"causal_lm", "distillation", "hidden"}}
+    assert computed == losses.get(arm, {"causal_lm", "distillation"})
     ledger = rows(stage.out / "lora/sparsity.csv")
     assert [row["linear"] for row in ledger] == list(families.block_linears(model))
     assert all(row["revived"] == row["violations"] == "0" and int(row["groups"]) > 0 for row in ledger)
+
+
+def test_eora_start_lowers_the_first_loss_and_compares_with_the_teachers_corresponding_blocks(folder, monkeypatch):
+    keep, _ = checkpoint.load_masks(folder / "wanda/masks.safetensors")
+    teacher = checkpoint.load_dense(folder / "vocabulary/model")
+    start, seen = masked_lora.start_from_eora, {}
+
+    def watched(adapted, wanted, *rest):
+        seen.update(wanted)
+        start(adapted, wanted, *rest)
+
+    monkeypatch.setattr(masked_lora, "start_from_eora", watched)
+    first = {}
+    for arm in ("zeros", "eora"):
+        stage = FakeStage(folder, params(start=arm, method="remasked", distillation=distil(1.0), rank=16))
+        first[arm] = recovery.recover(stage, folder / "wanda/model", keep, [0, 2]).history[0]["loss"]
+    assert first["eora"] < first["zeros"]
+    assert set(seen) == set(keep)
+    for name, weight in seen.items():
+        assert torch.equal(weight, teacher.get_submodule(name.replace("layers.1", "layers.2")).weight)
+
+
+def test_a_broken_pattern_ends_the_stage_only_where_it_is_enforced(folder, monkeypatch):
+    monkeypatch.setattr(masked_lora, "apply_masks", lambda model, keep: None)
+    stage = FakeStage(folder, params(method="remasked"))
+    with pytest.raises(InputError, match=r"lora broke the sparsity pattern of model\.layers\.0\.self_attn\.q_proj"):
+        lora.run(stage)
+    stage.params.wanda.enforce = False
+    lora.run(stage)
+    assert all(int(row["revived"]) > 0 for row in rows(stage.out / "lora/sparsity.csv"))
 
 
 @pytest.mark.parametrize("arm", ["eora", "block", "remasked"])

@@ -488,6 +488,15 @@ def test_a_baseline_that_is_off_has_no_figures(make, results):
     assert "baseline" not in set(pd.read_csv(stage.output("bytes.csv"))["stage"])
 
 
+@pytest.mark.parametrize(("off", "without"), [(["baseline_lora"], True), (["lora", "baseline_lora"], False)])
+def test_a_plain_model_without_recovery_is_fair_where_the_package_had_none(make, results, off, without):
+    for name in off:
+        results[f"{name}/history.csv"].write_text("step,loss\n")
+    stage = make()
+    report.run(stage)
+    assert ("GPTQ without recovery" in stage.output("verdict.txt").read_text()) == without
+
+
 def test_recovery_is_measured_against_both_references(make):
     stage = make()
     shares = {tuple(row[:2]): row[2:] for row in table_after(page(stage), "<h2>Recovery</h2>")[1:]}

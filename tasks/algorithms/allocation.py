@@ -16,7 +16,7 @@ from scipy import optimize, sparse
 from tasks.algorithms.errors import InputError
 
 COST_SCALE = 1e7
-"""What all costs sum to for the solver."""
+"""What the bound on the sum of costs becomes for the solver."""
 
 Choice = TypeVar("Choice", bound=Hashable)
 
@@ -68,12 +68,28 @@ def _undominated(costs: Mapping[Choice, float], sizes: Mapping[Choice, int]) -> 
 
 
 def _solve(costs: list[list[float]], sizes: list[list[int]], budget: int) -> list[int]:
-    """The index of the choice in each row; each row starts with its smallest choice."""
+    """The index of the choice in each row; each row starts with its smallest choice.
+
+    HiGHS stops at an absolute gap of 1e-6 and scipy has no option for it, while costs can span many orders of
+    magnitude. So they are scaled far above the gap by a bound on their sum, and again where the answer is far below it.
+    """
+    excess = [np.subtract(row, min(row)) for row in costs]
+    bound = float(sum(row.max() for row in excess))
+    if bound == 0:
+        return [0] * len(costs)
+    while True:
+        # A cost above the bound is in no best answer, whatever it is.
+        scaled = [np.minimum(row, 2 * bound) * (COST_SCALE / bound) for row in excess]
+        chosen = _branch_and_bound(scaled, sizes, budget)
+        found = float(sum(row[index] for row, index in zip(excess, chosen, strict=True)))
+        if found == 0 or found > bound / 1000:
+            return chosen
+        bound = found
+
+
+def _branch_and_bound(costs: list[np.ndarray], sizes: list[list[int]], budget: int) -> list[int]:
     counts = [len(row) for row in costs]
-    # HiGHS stops at an absolute gap of 1e-6 and scipy has no option for it: costs are scaled far above. Sizes stay
-    # integers, but lose what no choice can avoid and their common divisor.
-    cost = np.concatenate([np.subtract(row, min(row)) for row in costs])
-    cost = cost * (COST_SCALE / (cost.sum() or 1.0))
+    # Sizes stay integers, but lose what no choice can avoid and their common divisor.
     extra = np.concatenate([np.subtract(row, row[0]) for row in sizes])
     room = budget - sum(row[0] for row in sizes)
     divisor = max(1, int(np.gcd.reduce(extra)))
@@ -81,7 +97,7 @@ def _solve(costs: list[list[float]], sizes: list[list[int]], budget: int) -> lis
     rows = np.repeat(np.arange(len(counts)), counts)
     one_each = sparse.csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
     answer = optimize.milp(
-        cost,
+        np.concatenate(costs),
         integrality=np.ones(len(rows)),
         bounds=optimize.Bounds(0, 1),
         constraints=[

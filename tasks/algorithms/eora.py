@@ -204,15 +204,7 @@ def allocate(worth: Mapping[str, Tensor], sizes: Mapping[str, int], budget: int)
 
     Returns:
         name -> rank, in the order of `worth`.
-
-    Raises:
-        InputError: not even one rank fits.
     """
-    if budget < min(sizes.values()):
-        name = min(sizes, key=sizes.__getitem__)
-        raise InputError(
-            f"eora.budget_bytes = {budget} is below {sizes[name]}, one rank of {name}: raise it, or switch eora off"
-        )
     ranks = dict.fromkeys(worth, 0)
     values = {name: gain.tolist() for name, gain in worth.items()}
     places = {name: place for place, name in enumerate(worth)}  # settles ties
