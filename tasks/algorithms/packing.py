@@ -34,7 +34,7 @@ _CHUNK = 2**22
 
 
 class Word(NamedTuple):
-    """How digits of a base are stored: `digits` of them per word of `size` bytes, little-endian, the first lowest."""
+    """How digits of a base are stored: `digits` in each word of `size` bytes, little-endian, the first lowest."""
 
     digits: int
     size: int
