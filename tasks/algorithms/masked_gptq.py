@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms import masks, rounding, sparsegpt
+from tasks.algorithms import descent, masks, rounding, sparsegpt
 from tasks.algorithms.errors import InputError
 
 LIBRARY_VERSION = "7.6.0"
@@ -218,6 +218,7 @@ def keeping_masks(
     done: Done | None = None,
     scale_steps: int | None = None,
     joint: tuple[int, int] | None = None,
+    descent_cycles: int = 0,
 ) -> Iterator[dict[str, LayerResult]]:
     """Within this context gptqmodel's GPTQ quantises pruned weights to zero. Yields the results, filled as it runs.
 
@@ -226,6 +227,7 @@ def keeping_masks(
         done: called after each linear.
         scale_steps: scales are powers of 2 ** (1 / scale_steps); None: any float16.
         joint: (keep, of): the masks are chosen in the sweep, `keep` of every `of` consecutive inputs.
+        descent_cycles: passes of coordinate descent after the sweep (`tasks.algorithms.descent`).
 
     Raises:
         InputError: (in the looper) a mask of another shape, a pruned weight that isn't zero, a Hessian that can't be
@@ -247,6 +249,10 @@ def keeping_masks(
         quantised, loss, damp = answer[0], answer[5], answer[6]
         if not isinstance(loss, float) or not np.isfinite(loss) or damp >= 1:
             raise InputError(f"the Hessian of {name} can't be inverted even with more damping: raise gptq.damp")
+        if descent_cycles:
+            held = chosen if joint else keep.get(name)
+            quantised = _descend(weight, answer, hessian, damp, self.qcfg.bits, descent_cycles, held)
+            answer = (quantised, *answer[1:])
         results[name] = LayerResult(relative_error(weight - quantised, weight, hessian), float(damp), chosen)
         if done:
             done(name, results[name].error)
@@ -263,6 +269,7 @@ def quantise(
     done: Done | None = None,
     scale_steps: int | None = None,
     joint: tuple[int, int] | None = None,
+    descent_cycles: int = 0,
 ) -> dict[str, LayerResult]:
     """Quantise a model that gptqmodel loaded with `config`, in place.
 
@@ -270,7 +277,7 @@ def quantise(
         model: gptqmodel's wrapper of a dense model.
         input_ids: [windows, length]; every token counts, in this order.
         keep: full module name -> bool [out_features, in_features], True where kept.
-        done, scale_steps, joint: as `keeping_masks`.
+        done, scale_steps, joint, descent_cycles: as `keeping_masks`.
 
     Returns:
         name -> result, sorted by name.
@@ -288,7 +295,7 @@ def quantise(
             f"model's {limit} positions: choose 11 to {limit}"
         )
     rows = [{"input_ids": ids.tolist(), "attention_mask": [1] * length} for ids in input_ids]
-    with contained(), keeping_masks(keep, done, scale_steps, joint) as results:
+    with contained(), keeping_masks(keep, done, scale_steps, joint, descent_cycles) as results:
         model.quantize(rows, batch_size=1, calibration_sort=None)
     unknown = sorted(set(keep) - set(results))
     if unknown:
@@ -449,6 +456,25 @@ def _solve_jointly(gptq: Any, keep: int, of: int) -> tuple[tuple[Any, ...], Tens
     spent = time.monotonic() - started
     answer = (quantised, found.scales, found.zeros, index, spent, found.loss / gptq.nsamples, damp, gptq.nsamples)
     return answer, found.keep
+
+
+def _descend(
+    weight: Tensor,
+    answer: tuple[Any, ...],
+    hessian: Tensor,
+    damp: float,
+    bits: int,
+    cycles: int,
+    keep: Tensor | None,
+) -> Tensor:
+    """What `GPTQ.quantize` answered, its codes improved on the Hessian that it used; of the weight's type."""
+    quantised, scales, zeros, index = answer[:4]
+    damped = hessian.float()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1  # as gptqmodel treats inputs that are always zero
+    diagonal += damp * diagonal.mean()
+    found = descent.descend(weight, quantised, damped, scales, zeros, index, bits, cycles, keep)
+    return found.to(quantised.dtype)
 
 
 def _per_word(bits: int) -> int:
