@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tasks import checkpoint, corpora, quantised, tensor_files
+from tasks import checkpoint, corpora, models, tensor_files
 from tasks.algorithms import masks, perplexity
 from tasks.algorithms.errors import InputError
 
@@ -40,7 +40,7 @@ CONTINUATION = "".join(bytes_to_unicode()[byte] for byte in range(0x80, 0xC0))
 def run(stage: Stage) -> None:
     """Write metrics.json and completions.json."""
     folder, p = stage.input("model"), stage.params.evaluate
-    model, tokenizer = quantised.load_model(folder), checkpoint.load_tokenizer(folder)
+    model, tokenizer = models.load_model(folder), checkpoint.load_tokenizer(folder)
     metrics = {
         "model": stage.item,
         "evaluated": True,
@@ -48,7 +48,7 @@ def run(stage: Stage) -> None:
         "perplexity": {},
         "bits_per_byte": {},
         "predictions": {},
-        **sparsity(quantised.block_weights(model)),
+        **sparsity(models.block_weights(model)),
         "parameters": checkpoint.parameter_count(model),
         "bytes": sizes(folder),
     }
@@ -77,8 +77,7 @@ def skip(stage: Stage) -> None:
 
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of a model folder by `stat`: total, and by what they are for, with the names of the folder's own format."""
-    found = tensor_files.component_bytes(folder)
-    return {"total": tensor_files.stored_bytes(folder), **found}
+    return {"total": tensor_files.stored_bytes(folder), **models.component_bytes(folder)}
 
 
 def token_bytes(tokenizer: Any, documents: Iterable[str]) -> Tensor:

@@ -13,15 +13,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import checkpoint, devices, tensor_files
-from tasks.algorithms import families, fit
+from tasks import checkpoint, devices, models, packed, tensor_files
+from tasks.algorithms import families, fit, masks
 from tasks.algorithms.errors import InputError
 
 if TYPE_CHECKING:
     from tasks.stage import Stage
 
 BF16_BYTES = 2
-PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
+GPTQ_TENSORS = (".qweight", ".qzeros", ".scales", ".g_idx")
 """Tensors of a GPTQ linear: one format together."""
 DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", "U8": "uint8"}
 
@@ -32,9 +32,8 @@ def run(stage: Stage) -> None:
     profiles = devices.load_all(stage.input("devices"))
     chosen = devices.pick(profiles, params.device)
     workload = fit.Workload(params.context, params.batch, params.kv_bits, params.activation_bits)
-    pattern = mask_pattern(stage.input("masks.safetensors")) if stage.has_input("masks.safetensors") else None
     folder = stage.input("package/model")
-    shape, files = fit.shape(checkpoint.config(folder)), measure(folder, pattern)
+    shape, files = fit.shape(models.config(folder)), measure(folder)
     result = judge(chosen, shape, files, workload)
     rows = [_row(profile, fit.place(profile.device(), shape, files, workload)) for profile in profiles.values()]
     if stage.has_input("fetch/model"):
@@ -67,34 +66,56 @@ def judge(profile: devices.Profile, shape: fit.Shape, files: fit.Files, workload
     return {"device": profile.name, **asdict(fit.place(profile.device(), shape, files, workload))}
 
 
-def measure(folder: Path, pattern: tuple[int, int] | None = None) -> fit.Files:
-    """Sizes and weight formats of a model folder, from its files and their headers.
+def measure(folder: Path) -> fit.Files:
+    """Sizes, weight formats and N:M pattern of a model folder, from its files and their headers.
 
     Args:
-        folder: of a Hugging Face model; every file in it counts.
-        pattern: (keep, of) of the pruned linears.
+        folder: packed, or of a Hugging Face model; every file in it counts.
 
     Raises:
         InputError: it has no tensor file, or a damaged one.
     """
-    tensors = tensor_files.entries(folder)
+    weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    metadata = tensor_files.stored_bytes(folder) - weights
+    if packed.is_packed(folder):
+        return fit.Files(weights, metadata, *_measure_packed(folder))
+    return fit.Files(weights, metadata, *_measure_tensors(folder))
+
+
+def _measure_packed(folder: Path) -> tuple[int, int, tuple[str, ...], tuple[int, int] | None]:
+    """(bytes read per step, parameters of adapters, formats, pattern); a matrix that isn't pruned has none."""
+    layout, blobs = packed.layout(folder), packed.blob_bytes(folder)
+    streamed = sum(blobs.values()) - (blobs["embedding"] if "head" in blobs else 0)  # looked up in: one row is read
+    specs = [spec for block in layout.specs for spec in block]
+    adapter = sum(spec.rank * (spec.rows + spec.cols) for spec in specs)
+    formats = {
+        _coded_format(spec.bits, spec.group_size, spec.cols) if spec.bits else _dtype(layout, f"{spec.name}.weight")
+        for spec in specs
+    }
+    for blob in blobs.keys() & {"embedding", "head"}:
+        coding = getattr(layout.description, blob)
+        hidden = layout.table_shape[1]
+        formats.add(_coded_format(coding.bits, coding.group_size, hidden) if coding else _dtype(layout, blob))
+    patterns = {masks.parse(spec.pattern) for spec in specs}
+    return streamed, adapter, tuple(sorted(formats)), patterns.pop() if len(patterns) == 1 else None
+
+
+def _measure_tensors(folder: Path) -> tuple[int, int, tuple[str, ...]]:
+    """(bytes read per step, parameters of adapters, formats) of a folder with a tensor per matrix."""
     config = checkpoint.config(folder)
-    family = families.family(config)
+    tensors, family = tensor_files.entries(folder), families.family(config)
     streamed, adapter, formats = 0, 0, set()
     untied = any(name.startswith(family.head + ".") for name in tensors)
     for name, (dtype, dimensions, size) in tensors.items():
-        if not (untied and name.startswith(family.embedding + ".")):  # of a table that is looked up in, one row is read
+        if not (untied and name.startswith(family.embedding + ".")):
             streamed += size
         if "lora_" in name:
             adapter += math.prod(dimensions)
-        if name.endswith(PACKED):
+        if name.endswith(GPTQ_TENSORS):
             formats.add(_quantised_format(config))
         elif len(dimensions) > 1:
             formats.add(DTYPES.get(dtype, dtype.lower()))
-    weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    return fit.Files(
-        weights, tensor_files.stored_bytes(folder) - weights, streamed, adapter, tuple(sorted(formats)), pattern
-    )
+    return streamed, adapter, tuple(sorted(formats))
 
 
 def in_bf16(folder: Path) -> fit.Files:
@@ -108,12 +129,6 @@ def in_bf16(folder: Path) -> fit.Files:
     looked_up = sum(size for name, size in sizes.items() if untied and name.startswith(family.embedding + "."))
     total = sum(sizes.values())
     return fit.Files(total, stored.metadata, total - looked_up, 0, ("bf16",), None)
-
-
-def mask_pattern(path: Path) -> tuple[int, int] | None:
-    """(keep, of) from the metadata of a mask file; None for unstructured or no masks."""
-    keep, _, of = tensor_files.header(path)[0].get("pattern", "").partition(":")
-    return (int(keep), int(of)) if keep.isdigit() and of.isdigit() else None
 
 
 def summary(result: dict[str, Any]) -> list[str]:
@@ -156,4 +171,13 @@ def _quantised_format(config: dict[str, Any]) -> str:
     quantisation = config.get("quantization_config") or {}
     if "bits" not in quantisation:
         raise InputError("the model has packed GPTQ tensors, but its config.json no `quantization_config.bits`")
-    return f"int{quantisation['bits']}-{'channel' if quantisation.get('group_size', -1) == -1 else 'group'}"
+    return _coded_format(quantisation["bits"], quantisation.get("group_size", -1))
+
+
+def _coded_format(bits: int, group_size: int, columns: int = -1) -> str:
+    """group_size: inputs that share a scale; that of a whole row is `columns`."""
+    return f"int{bits}-{'channel' if group_size in (-1, columns) else 'group'}"
+
+
+def _dtype(layout: packed.Layout, name: str) -> str:
+    return DTYPES[layout.dtype(name)]

@@ -1,49 +1,60 @@
-"""Make the one folder to ship: the final model, and a manifest that says what each file is and where it came from.
+"""Make the one folder to ship: the final model packed without loss, and a manifest of what each file is and whence.
+
+Nothing is rounded here: what the shipped file gives back is compared with what went in, block by block, and the
+sparsity ledger is taken from it. A model that broke its pattern is packed as a dense one where `wanda.enforce` allows
+that at all. The folder is read by `tasks.packed.load_model`; stock libraries load the stage eora's.
 
 The manifest's lineage holds what this stage's declared inputs and parameters fix, so that the same inputs give the same
 bytes: source, parameters of every stage, hashes. When, where and by which packages is in data/lineage
-(`python -m tasks.lineage show`). Nothing is converted here; sizes are those of the files.
+(`python -m tasks.lineage show`).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 
-from tasks import checkpoint, quantised, sparsity
+from tasks import checkpoint, packed, sparsity
+from tasks.algorithms.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tasks.params import Gptq, Wanda
     from tasks.stage import Stage
 
 MANIFEST = "manifest.json"
 
 
 def run(stage: Stage) -> None:
-    """Link the model's files, check the masks on the weights as loaded from there, write manifest and sparsity.csv.
+    """Pack the model and its tokenizer, read the file back, write manifest and sparsity.csv.
 
     Raises:
-        InputError: a pruned weight is no longer zero.
+        InputError: a pruned weight is no longer zero, and wanda.enforce is true; the codes of embedding or adapter
+            aren't those of the model.
     """
-    folder = stage.output("package/model")
-    stage.pass_on(stage.input("eora/model"), folder)
+    source, folder = stage.input("eora/model"), stage.output("package/model")
     keep, pattern = checkpoint.load_masks(stage.input("masks.safetensors"))
-    table = sparsity.ledger(quantised.block_weights(quantised.load_model(folder)), keep, pattern)
-    sparsity.check(table, "package", enforce=True)
+    codes = stage.input("embedding.safetensors"), stage.input("adapter.safetensors")
+    holds = sparsity.check(_ledger(packed.read(source).blocks, keep, pattern), "package", stage.params.wanda.enforce)
+    model = packed.read(source, stage.input("masks.safetensors") if holds else None, *codes)
+    packed.save(model, folder)
+    packed.copy_tokenizer(source, folder)
+    check_lossless(folder, model.blocks)
+    shipped = (linears for _, linears in packed.stream(folder))
+    table = _ledger(shipped, keep, pattern)
     sparsity.write(table, stage.output("sparsity.csv"))
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {
-        "files": {str(path.relative_to(folder)): describe(path) for path in files},
-        "pattern": pattern,
-        "pruned_matrices": len(keep),
-        "lineage": _lineage(stage),
-    }
-    checkpoint.write_json(folder / MANIFEST, manifest)
-    total = sum(entry["bytes"] for entry in manifest["files"].values())
+    manifest = _manifest(stage, folder, pattern if holds else "dense", len(keep) if holds else 0)
+    write_manifest(folder, manifest)
+    total, bound = sum(entry["bytes"] for entry in manifest["files"].values()), sum(manifest["bound"].values())
     print(
-        f"{len(files)} files, {total} bytes; pattern {pattern}: 0 violations in {len(keep)} pruned matrices as loaded"
+        f"{len(manifest['files'])} files, {total} bytes (their content is at least {bound:.0f}); pattern "
+        f"{manifest['pattern']}: {int(table['violations'].sum() + table['revived'].sum())} violations as shipped"
     )
 
 
@@ -51,8 +62,26 @@ def skip(stage: Stage) -> None:
     """Pass the model on, with a manifest that names no file."""
     folder = stage.output("package/model")
     stage.pass_on(stage.input("eora/model"), folder)
-    checkpoint.write_json(folder / MANIFEST, {"files": {}, "pattern": None, "pruned_matrices": 0, "lineage": {}})
+    write_manifest(folder, {"files": {}, "pattern": None, "pruned_matrices": 0, "lineage": {}})
     sparsity.write(pd.DataFrame(columns=sparsity.COLUMNS), stage.output("sparsity.csv"))
+
+
+def check_lossless(folder: Path, blocks: Iterable[Mapping[str, packed.Linear]]) -> None:
+    """Compare a packed folder's linears with what was packed, bit by bit, one block in memory.
+
+    Raises:
+        RuntimeError: they differ, which is a bug in the format.
+    """
+    for (index, shipped), given in zip(packed.stream(folder), blocks, strict=True):
+        for name, linear in given.items():
+            if not torch.equal(shipped[name].values(), linear.values()) or shipped[name].rank != linear.rank:
+                raise RuntimeError(f"{name} of block {index} is not what was packed into {folder}")
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write manifest.json without blanks: it is shipped, too."""
+    text = json.dumps(manifest, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -60,9 +89,44 @@ def describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": checkpoint.sha256(path)}
 
 
+def asked(wanda: Wanda, gptq: Gptq) -> str:
+    """The pattern that the parameters ask for."""
+    if gptq.enabled and gptq.joint:
+        return f"{gptq.joint.keep}:{gptq.joint.of}"
+    if not wanda.enabled:
+        return "dense"
+    return f"{wanda.keep}:{wanda.of}" if wanda.pattern == "n_m" else wanda.pattern
+
+
+def _ledger(blocks: Iterable[Mapping[str, packed.Linear]], keep: Mapping[str, Tensor], pattern: str) -> pd.DataFrame:
+    """`sparsity.ledger` with one block in memory."""
+    tables, known = [], set()
+    for linears in blocks:
+        weights = {name: linear.values() for name, linear in linears.items()}
+        known |= set(weights)
+        tables.append(sparsity.ledger(weights, {name: keep[name] for name in weights if name in keep}, pattern))
+    foreign = sorted(set(keep) - known)
+    if foreign:
+        raise InputError(f"there is a mask for {foreign[0]}, which the model does not have: run stage wanda again")
+    return pd.concat(tables, ignore_index=True)
+
+
+def _manifest(stage: Stage, folder: Path, pattern: str, pruned: int) -> dict[str, Any]:
+    """bound: bytes that each component must hold, by what is known of its content (`packed.bound`)."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        "files": {str(path.relative_to(folder)): describe(path) for path in files},
+        "bound": {name: bits / 8 for name, bits in packed.bound(folder).items()},
+        "pattern": pattern,
+        "asked": asked(stage.params.wanda, stage.params.gptq),
+        "pruned_matrices": pruned,
+        "lineage": _lineage(stage),
+    }
+
+
 def _lineage(stage: Stage) -> dict[str, Any]:
     parameters = {name: section.model_dump() for name, section in vars(stage.params).items()}
-    inputs = ("masks.safetensors", "source.json", "removed.json")
+    inputs = ("masks.safetensors", "embedding.safetensors", "adapter.safetensors", "source.json", "removed.json")
     return {
         "source": json.loads(stage.input("source.json").read_text(encoding="utf-8")),
         "parameters": {name: values for name, values in sorted(parameters.items())},

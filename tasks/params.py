@@ -254,6 +254,8 @@ class Gptq(Section):
     """Order of the columns: as they are, by falling Hessian diagonal, or so within and between groups only."""
     mse: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Norm of the error that a grid search of each scale minimises (2.4 in the GPTQ code); 0: no search."""
+    descent_cycles: Annotated[int, Field(ge=0, le=100)]
+    """Passes of coordinate descent over the codes after GPTQ (QuantEase); 0: none."""
     masked: bool
     """false: GPTQ as shipped, which moves pruned weights off zero; needs wanda.enforce = false."""
     joint: Joint | None
@@ -289,6 +291,12 @@ class Package(Section):
 
 class BaselineLora(Section):
     """The recovery of the plain model, with the parameters of `lora`."""
+
+    enabled: bool
+
+
+class Baseline(Section):
+    """The plain model of the package's size, with the parameters of `gptq`."""
 
     enabled: bool
 
@@ -345,6 +353,7 @@ class Params(Section):
     eora: Eora
     package: Package
     baseline_lora: BaselineLora
+    baseline: Baseline
     evaluate: Evaluate
     hardware_fit: HardwareFit
     report: Report

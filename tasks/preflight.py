@@ -33,8 +33,10 @@ LIBRARIES = 700 * 2**20
 """Bytes that a process holds after importing torch, transformers and gptqmodel."""
 ACTIVATIONS = (16, 4)
 """Values kept for a backward pass per token and layer, in units of the hidden and of the MLP size."""
+PROBE = 128
+"""Tokens on which stage vocabulary compares the logits of both models."""
 CONTROL_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-FOLLOWS = {"baseline_lora": "lora"}
+FOLLOWS = {"baseline_lora": "lora", "baseline": "gptq"}
 """Stages that pass their input on where another one is switched off."""
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
@@ -319,6 +321,7 @@ def _wanda_memory(params: Params, model: Shape) -> int:
 
 MEMORY: dict[str, Callable[[Params, Shape], int]] = {
     "fetch": lambda params, model: model.stored * model.vocabulary * model.hidden,  # one tensor at a time
+    "vocabulary": lambda params, model: model.dense + 3 * 4 * PROBE * model.vocabulary,
     "calibrate": lambda params, model: model.dense + _boundary(params, model),
     "importance": lambda params, model: 2 * model.dense + model.backward(params.calibrate.length),  # and gradients
     "depth_prune": lambda params, model: model.dense + model.backward(params.calibrate.length),
@@ -326,8 +329,9 @@ MEMORY: dict[str, Callable[[Params, Shape], int]] = {
     "lora": _lora_memory,
     "gptq": _gptq_memory,
     "eora": _eora_memory,
-    "package": lambda params, model: model.dense,
+    "package": lambda params, model: 4 * model.in_blocks // model.layers + 4 * model.outside,  # block by block
     "baseline_lora": _lora_memory,
+    "baseline": _gptq_memory,
     "evaluate": _evaluate_memory,
 }
 """Bytes that a stage holds at its peak, without the libraries."""
@@ -342,6 +346,7 @@ def _quantised(params: Params, model: Shape) -> int:
 
 DISK: dict[str, Callable[[Params, Shape], int]] = {
     "fetch": lambda params, model: model.stored * (model.in_blocks + model.outside),
+    "vocabulary": lambda params, model: model.stored * (model.in_blocks + model.outside),
     "depth_prune": lambda params, model: model.dense,
     "wanda": lambda params, model: model.dense,
     "lora": lambda params, model: model.dense,
@@ -349,6 +354,7 @@ DISK: dict[str, Callable[[Params, Shape], int]] = {
     "eora": _quantised,
     "package": _quantised,
     "baseline_lora": lambda params, model: model.dense,
+    "baseline": _quantised,
 }
 """Bytes that a stage writes, at most; a stage that is switched off links its input."""
 

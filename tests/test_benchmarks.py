@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tasks import params as schema
 from tasks.algorithms.errors import InputError
 from tests.benchmarks import chain as chains
-from tests.benchmarks import quantisation, recovery, sparsity, table
+from tests.benchmarks import curve, quantisation, recovery, sparsity, table
 from tests.benchmarks.chain import ROOT, Chain, declared
 from tests.project import DOCUMENT, SMALL
 
@@ -140,10 +140,13 @@ def test_every_point_can_be_run_and_has_a_name_of_its_own():
     raw = chains._yaml(ROOT / "params.yaml")
     quantised = list(quantisation.points())
     assert len({(source, name) for source, name, _ in quantised}) == len(quantised)
+    assert len({point.name for point in curve.POINTS}) == len(curve.POINTS)
+    removed = table.SUBJECTS["built-in"].removed
     everything = [
         *({**quantisation.BASE, **params} for _, _, params in quantised),
         *({**recovery.PRUNED, **params} for params, _ in recovery.ARMS.values()),
         *({**recovery.MASKED, **losses} for _, losses in recovery.ARMS.values() if losses),
+        *({**curve.COMMON, **(removed if point.shallow else {}), **point.params} for point in curve.POINTS),
         *sparsity.PATTERNS.values(),
         *({**params, **sparsity.STOCK} for params in sparsity.PATTERNS.values()),
     ]

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tasks import checkpoint, evaluate, tensor_files
-from tasks.algorithms import perplexity
+from tasks import checkpoint, evaluate, packed, tensor_files
+from tasks.algorithms import families, perplexity
 from tasks.algorithms.errors import InputError
 
 PARAMS = {
@@ -70,6 +70,38 @@ def test_components_of_a_quantised_folder(tmp_path: Path) -> None:
         "adapter": 2 * 2 * 32 * 4,
     }
     assert metadata == on_disk(tmp_path) - sum(found.values()) > 100
+
+
+def pack(model: torch.nn.Module, folder: Path, adapter: bool = False) -> Path:
+    """A packed folder of a dense model; its first block's linears with an adapter of rank 2 if wanted."""
+    blocks = []
+    for index, linears in enumerate(families.linears_by_block(model)):
+        extra = index == 0 and adapter
+        blocks.append(
+            {
+                name: packed.Linear(
+                    weight=linear.weight.detach(),
+                    adapter=(torch.ones(2, linear.in_features), torch.ones(linear.out_features, 2)) if extra else None,
+                )
+                for name, linear in linears.items()
+            }
+        )
+    rest = {name: weight.detach() for name, weight in model.named_parameters() if "norm" in name}
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    packed.save(packed.Model(config, blocks, model.get_input_embeddings().weight.detach(), None, rest), folder)
+    return folder
+
+
+def test_a_packed_folder_has_its_own_components_and_all_its_parameters(model_folder: Path, tmp_path: Path) -> None:
+    model = checkpoint.load_dense(model_folder)
+    plain, adapted = pack(model, tmp_path / "plain"), pack(model, tmp_path / "adapted", adapter=True)
+    found = [evaluate.sizes(folder) for folder in (plain, adapted)]
+    for sizes, folder in zip(found, (plain, adapted), strict=True):
+        assert sizes.pop("total") == sum(sizes.values()) == on_disk(folder)
+        assert sizes["embedding"] == 96 * 32 * 4
+        assert sizes["norms"] == (4 * 2 + 1) * 32 * 4
+        assert checkpoint.parameter_count(packed.load_model(folder)) == sum(w.numel() for w in model.parameters())
+    assert found[0]["adapter"] == 0 < found[1]["adapter"]
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{x"])
@@ -267,3 +299,14 @@ def test_off_says_that_nothing_was_measured(stage) -> None:
     evaluate.skip(stage)
     assert json.loads(stage.output("metrics.json").read_text()) == {"model": "wanda", "evaluated": False}
     assert json.loads(stage.output("completions.json").read_text()) == []
+
+
+def test_a_packed_model_is_measured_as_its_original(stage, model_folder: Path, tmp_path: Path, make_stage) -> None:
+    folder = pack(checkpoint.load_dense(model_folder), tmp_path / "packed")
+    packed.copy_tokenizer(model_folder, folder)
+    other = make_stage({"evaluate": dict(PARAMS)}, {"model": folder, "corpora": tmp_path}, out="other", item="package")
+    evaluate.run(stage)
+    evaluate.run(other)
+    found, expected = (json.loads(each.output("metrics.json").read_text()) for each in (other, stage))
+    assert found.pop("bytes")["total"] == on_disk(folder)
+    assert {**expected, "model": "package", "bytes": None} == {**found, "bytes": None}

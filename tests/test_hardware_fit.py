@@ -12,8 +12,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from tasks import devices, hardware_fit
-from tasks.algorithms import families, fit
+from tasks import devices, hardware_fit, packed
+from tasks.algorithms import families, fit, rounding
 from tasks.algorithms.errors import InputError
 
 PROFILES = Path(__file__).resolve().parents[1] / "data" / "devices"
@@ -305,11 +305,56 @@ def test_damaged_and_missing_tensor_files(tmp_path: Path) -> None:
         hardware_fit.measure(folder)
 
 
-@pytest.mark.parametrize(("pattern", "expected"), [("2:4", (2, 4)), ("unstructured", None), ("dense", None)])
-def test_mask_pattern(tmp_path: Path, pattern: str, expected: tuple[int, int] | None) -> None:
-    path = tmp_path / "masks.safetensors"
-    save_file({"a": torch.zeros(1, dtype=torch.uint8)}, path, metadata={"a": "1,8", "pattern": pattern})
-    assert hardware_fit.mask_pattern(path) == expected
+@pytest.fixture
+def pack(make_model, tmp_path: Path):
+    """pack(tied, pattern) -> a packed folder: int4 linears in groups of 16 with adapters of rank 2, int8 embedding."""
+
+    def make(tied: bool = True, pattern: str = "2:4") -> Path:
+        model = make_model(tie_word_embeddings=tied)
+        blocks = []
+        for linears in families.linears_by_block(model):
+            block = {}
+            for name, linear in linears.items():
+                coded = rounding.quantise(linear.weight.detach(), 4, 16)
+                keep = torch.tensor([True, False, False, True]).repeat(linear.out_features, linear.in_features // 4)
+                codes = coded.codes * keep if pattern == "2:4" else coded.codes
+                block[name] = packed.Linear(
+                    codes=(codes + 8).to(torch.uint8),
+                    scales=coded.scales,
+                    bits=4,
+                    group_size=16,
+                    keep=keep if pattern == "2:4" else None,
+                    pattern=pattern,
+                    adapter=(torch.ones(2, linear.in_features).half(), torch.ones(linear.out_features, 2).half()),
+                )
+            blocks.append(block)
+        table, head = (model.get_submodule(name).weight.detach() for name in ("model.embed_tokens", "lm_head"))
+        rest = {name: weight.detach().half() for name, weight in model.named_parameters() if "norm" in name}
+        config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+        coded = rounding.quantise(table, 8, 32), None if tied else head.half()
+        packed.save(packed.Model(config, blocks, *coded, rest), tmp_path / "packed")
+        (tmp_path / "packed/tokenizer.json").write_text("{}" * 50, encoding="utf-8")
+        return tmp_path / "packed"
+
+    return make
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_folder_is_measured_by_its_description(pack, tied: bool) -> None:
+    folder = pack(tied)
+    files, components = hardware_fit.measure(folder), packed.component_bytes(folder)
+    assert files.weights == (folder / "model.safetensors").stat().st_size
+    assert files.weights + files.metadata == sum(path.stat().st_size for path in folder.iterdir())
+    looked_up = 96 * 32 + 96 * 2  # codes of 8 bits, a scale per row
+    assert files.streamed == sum(components.values()) - components["metadata"] - (0 if tied else looked_up)
+    inputs_and_outputs = 4 * sum(sum(shape) for shape in families.linear_shapes(packed.config(folder)).values())
+    assert files.adapter_parameters == 2 * inputs_and_outputs
+    assert files.formats == tuple(sorted({"int4-group", "int8-channel"} | (set() if tied else {"fp16"})))
+    assert files.pattern == (2, 4)
+
+
+def test_a_packed_folder_without_a_pattern(pack) -> None:
+    assert hardware_fit.measure(pack(pattern="dense")).pattern is None
 
 
 class FakeStage:

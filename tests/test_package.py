@@ -1,4 +1,4 @@
-"""package: every file is in the manifest as it is on disk, and a weight that came back stops it."""
+"""package: what went in comes out, every file is in the manifest as on disk, a weight that came back stops it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import hashlib
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tasks import checkpoint, package, params
+from tasks import checkpoint, models, package, packed, params
 from tasks.algorithms.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,8 +26,6 @@ def pruned_folder(model_folder: Path) -> Path:
     for name in PRUNED:
         tensors[f"{name}.weight"][:, 1::2] = 0
     save_file(tensors, path, metadata={"format": "pt"})
-    (model_folder / "eora").mkdir()
-    (model_folder / "eora/adapter_config.json").write_text("{}")
     return model_folder
 
 
@@ -46,37 +45,73 @@ def make_package(tmp_path: Path, make_stage, pruned_folder: Path):
         inputs[name].write_text(text)
     inputs["masks.safetensors"] = tmp_path / "masks.safetensors"
     checkpoint.save_masks(inputs["masks.safetensors"], masks(pruned_folder), "1:2")
-    chosen = {name: getattr(sections, name) for name in ("package", "wanda", "lora")}
-    return lambda out="out": make_stage(chosen, inputs, out=out)
+    for name in ("embedding.safetensors", "adapter.safetensors"):
+        inputs[name] = tmp_path / name
+        checkpoint.save_tensors(inputs[name], {}, {"bits": "16", "group_size": "-1"})
+    chosen = {name: getattr(sections, name) for name in ("package", "wanda", "lora", "gptq")}
+
+    def make(out="out", enforce=True):
+        chosen["wanda"] = sections.wanda.model_copy(update={"keep": 1, "of": 2, "enforce": enforce})
+        return make_stage(chosen, inputs, out=out)
+
+    return make
 
 
 def manifest(stage) -> dict:
     return json.loads((stage.output("package/model") / "manifest.json").read_text())
 
 
-def test_the_manifest_describes_every_file(make_package, pruned_folder: Path, tmp_path: Path) -> None:
+def test_what_went_in_comes_out_and_the_manifest_describes_every_file(make_package, pruned_folder: Path) -> None:
     stage = make_package()
     package.run(stage)
     folder, found = stage.output("package/model"), manifest(stage)
-    originals = sorted(str(path.relative_to(pruned_folder)) for path in pruned_folder.rglob("*") if path.is_file())
-    assert sorted(found["files"]) == originals and "eora/adapter_config.json" in originals
+    on_disk = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
+    assert sorted(found["files"]) == on_disk
+    assert {"model.safetensors", "model.json", "tokenizer.json", "tokenizer_config.json"} <= set(on_disk)
     for name, entry in found["files"].items():
         content = (folder / name).read_bytes()
-        assert content == (pruned_folder / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert (found["pattern"], found["pruned_matrices"]) == ("1:2", 2)
+    shipped, given = models.load_model(folder), checkpoint.load_dense(pruned_folder)
+    expected = dict(given.named_parameters())
+    assert all(torch.equal(weight, expected[name]) for name, weight in shipped.named_parameters())
+    assert (found["pattern"], found["asked"], found["pruned_matrices"]) == ("1:2", "1:2", 2)
     lineage = found["lineage"]
     assert lineage["source"] == {"model": "here"}
     assert lineage["parameters"]["wanda"] == stage.params.wanda.model_dump()
     assert lineage["inputs"]["removed.json"] == hashlib.sha256(b'{"removed": [3]}').hexdigest()
 
 
-def test_the_same_inputs_give_the_same_manifest(make_package) -> None:
-    one, other = make_package("one"), make_package("other")
-    package.run(one)
-    package.run(other)
-    first, second = (stage.output("package/model") / "manifest.json" for stage in (one, other))
-    assert first.read_bytes() == second.read_bytes()
+def test_the_bound_is_the_information_of_what_is_stored(make_package, pruned_folder: Path) -> None:
+    stage = make_package()
+    package.run(stage)
+    tensors = load_file(pruned_folder / "model.safetensors")
+    pruned = sum(tensors[f"{name}.weight"].numel() for name in PRUNED)
+    linears = sum(tensor.numel() for name, tensor in tensors.items() if "proj" in name)
+    bound = manifest(stage)["bound"]
+    assert bound["positions"] == pytest.approx(pruned / 2 / 8)  # a group of two keeps the one or the other: 1 bit
+    assert bound["values"] == 4 * (linears - pruned / 2)
+    assert bound["embedding"] == 4 * tensors["model.embed_tokens.weight"].numel()
+
+
+def test_the_ledger_is_that_of_the_shipped_file(make_package) -> None:
+    stage = make_package()
+    package.run(stage)
+    found = pd.read_csv(stage.output("sparsity.csv")).set_index("linear")
+    assert len(found) == 4 * 7
+    for name, row in found.iterrows():
+        assert row["violations"] == row["revived"] == 0
+        assert row["groups"] == (row["weights"] // 2 if name in PRUNED else 0)
+        assert (row["zeros"] >= row["weights"] // 2) == (name in PRUNED)
+
+
+def test_the_same_inputs_give_the_same_bytes(make_package) -> None:
+    folders = []
+    for out in ("one", "other"):
+        stage = make_package(out)
+        package.run(stage)
+        folders.append(stage.output("package/model"))
+    for path in folders[0].iterdir():
+        assert path.read_bytes() == (folders[1] / path.name).read_bytes()
 
 
 def test_a_weight_that_came_back_stops_the_package(make_package, pruned_folder: Path) -> None:
@@ -89,6 +124,21 @@ def test_a_weight_that_came_back_stops_the_package(make_package, pruned_folder: 
         package.run(make_package())
 
 
+def test_a_broken_pattern_that_is_allowed_is_packed_as_dense(make_package, pruned_folder: Path) -> None:
+    path = pruned_folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{PRUNED[1]}.weight"][3, 1] = 1e-30
+    save_file(tensors, path, metadata={"format": "pt"})
+    stage = make_package(enforce=False)
+    package.run(stage)
+    found = manifest(stage)
+    assert (found["pattern"], found["asked"], found["pruned_matrices"]) == ("dense", "1:2", 0)
+    assert found["bound"]["positions"] == 0
+    assert found["bound"]["values"] == 4 * sum(tensor.numel() for name, tensor in tensors.items() if "proj" in name)
+    ledger = pd.read_csv(stage.output("sparsity.csv")).set_index("linear")
+    assert ledger.loc[PRUNED[1], "revived"] == 1
+
+
 def test_off_passes_the_model_on(make_package, pruned_folder: Path) -> None:
     stage = make_package()
     package.skip(stage)
@@ -96,3 +146,30 @@ def test_off_passes_the_model_on(make_package, pruned_folder: Path) -> None:
     for path in pruned_folder.iterdir():
         if path.is_file():
             assert (stage.output("package/model") / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_the_parameters_ask_for() -> None:
+    sections = params.load(ROOT / "params.yaml")
+
+    def asked(gptq, **wanda):
+        changed = sections.wanda.model_copy(update={"enabled": True, "pattern": "n_m", "keep": 2, "of": 4, **wanda})
+        return package.asked(changed, sections.gptq.model_copy(update={"enabled": True, "joint": None, **gptq}))
+
+    joint = params.Joint(keep=4, of=8)
+    assert asked({}) == "2:4"
+    assert asked({}, pattern="unstructured") == "unstructured"
+    assert asked({}, enabled=False) == asked({"enabled": False, "joint": joint}, enabled=False) == "dense"
+    assert asked({"joint": joint}, enabled=False) == "4:8"
+
+
+def test_a_file_that_differs_from_what_was_packed_is_a_bug(make_package, pruned_folder: Path) -> None:
+    stage = make_package()
+    package.run(stage)
+    blocks = packed.read(pruned_folder).blocks
+    folder = stage.output("package/model")
+    package.check_lossless(folder, blocks)
+    changed = [dict(linears) for linears in blocks]
+    name = next(iter(changed[2]))
+    changed[2][name].weight[0, 0] += 1
+    with pytest.raises(RuntimeError, match=f"{name} of block 2"):
+        package.check_lossless(folder, changed)

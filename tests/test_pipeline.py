@@ -12,10 +12,10 @@ from tests.project import Project, ran, restored
 
 pytestmark = pytest.mark.slow
 
-MODELS = ("fetch", "vocabulary", "depth_prune", "wanda", "lora", "gptq", "eora", "package", "baseline_lora")
+MODELS = ("fetch", "vocabulary", "depth_prune", "wanda", "lora", "gptq", "eora", "package", "baseline_lora", "baseline")
 EVALUATIONS = {f"evaluate@{name}" for name in MODELS}
 STAGES = {*MODELS, "calibrate", "importance", "hardware_fit", "report"} | EVALUATIONS
-BELOW_WANDA = {"wanda", "lora", "gptq", "eora", "package", "hardware_fit", "report"}
+BELOW_WANDA = {"wanda", "lora", "gptq", "eora", "package", "baseline", "hardware_fit", "report"}
 BELOW_WANDA |= {f"evaluate@{name}" for name in BELOW_WANDA} & EVALUATIONS
 
 
@@ -57,8 +57,8 @@ def test_a_parameter_reruns_what_depends_on_it_and_comes_back_from_the_run_cache
 def test_the_flow_has_nothing_to_do_after_dvc_and_dvc_nothing_after_the_flow(project) -> None:
     assert f"0 of {len(STAGES)} stages ran" in project.flow().stdout
     project.change({"eora.rank": 5})
-    below = {"eora", "package", "hardware_fit", "report"}
-    below |= {"evaluate@eora", "evaluate@package"}
+    below = {"eora", "package", "baseline", "hardware_fit", "report"}
+    below |= {"evaluate@eora", "evaluate@package", "evaluate@baseline"}
     assert f"{len(below)} of {len(STAGES)} stages ran" in project.flow().stdout
     assert not ran(project.repro().stdout)
     project.change({"eora.rank": 4})
@@ -226,7 +226,7 @@ def test_lineage_leads_to_the_sources(project) -> None:
         assert name in shown
 
 
-def test_every_model_loads_with_stock_libraries(project) -> None:
+def test_every_model_before_the_package_loads_with_stock_libraries(project) -> None:
     code = """
 import sys
 from transformers import AutoModelForCausalLM
@@ -237,9 +237,30 @@ for name in ("fetch", "depth_prune", "wanda", "lora"):
 import os
 os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
 from gptqmodel import GPTQModel, BACKEND
-for name in ("gptq", "eora", "package"):
+for name in ("gptq", "eora"):
     model = GPTQModel.load(f"data/{name}/model", backend=BACKEND.GPTQ_TORCH, device="cpu")
     print(name, model.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=3, pad_token_id=0).shape)
 """
     output = project(sys.executable, "-c", code).stdout
-    assert output.count("torch.Size([1, 6])") == 7
+    assert output.count("torch.Size([1, 6])") == 6
+
+
+def test_the_package_computes_what_the_model_that_went_in_computes(project) -> None:
+    code = """
+from pathlib import Path
+import torch
+from tasks import models
+packed, unpacked = (models.load_model(Path(f"data/{name}/model")) for name in ("package", "eora"))
+ids = torch.arange(60).reshape(2, 30)
+with torch.no_grad():
+    print("equal", torch.equal(packed(ids).logits, unpacked(ids).logits))
+"""
+    assert "equal True" in project(sys.executable, "-c", code).stdout
+
+
+def test_the_plain_model_fills_the_bytes_of_the_package(project) -> None:
+    package, plain = (
+        sum((project.path / f"data/{name}/model" / file).stat().st_size for file in ("model.safetensors", "model.json"))
+        for name in ("package", "baseline")
+    )
+    assert 0.9 * package < plain <= package

@@ -46,6 +46,7 @@ GOOD = {
     "lora.length": 256,
     "gptq.group_size": 32,
     "eora.rank": 8,
+    "eora.budget_bytes": None,
     "evaluate.length": 512,
     "evaluate.stride": 512,
     "hardware_fit.device": "siracusa",

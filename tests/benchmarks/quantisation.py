@@ -27,6 +27,7 @@ BASE: dict[str, Any] = {
     "gptq.damp": 0.05,
     "gptq.act_order": "none",
     "gptq.mse": 0.0,
+    "gptq.descent_cycles": 0,
     "gptq.masked": True,
     "gptq.joint": None,
     "gptq.embedding.bits": 16,
@@ -36,6 +37,7 @@ BASE: dict[str, Any] = {
 }
 FACTORS: dict[str, dict[str, Any]] = {
     "mse 2.4": {"gptq.mse": 2.4},
+    "descent 4": {"gptq.descent_cycles": 4},
     "group_aware": {"gptq.act_order": "group_aware"},
     "descending": {"gptq.act_order": "descending"},
     "damp 0.01": {"gptq.damp": 0.01},

@@ -24,7 +24,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from tasks import checkpoint, quantised
+from tasks import checkpoint, models, quantised
 from tasks.algorithms import families, masks
 from tests.benchmarks.chain import Chain
 from tests.benchmarks.table import Row, Subject, main
@@ -37,7 +37,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
 }
 MASK_AWARE = ("wanda", "lora", "gptq", "eora", "package")
 STOCK_LORA = ("lora", "gptq", "eora")
-STOCK = {"wanda.enforce": False, "gptq.masked": False}
+STOCK = {"wanda.enforce": False, "gptq.masked": False, "gptq.descent_cycles": 0}
 COLUMNS = [
     "pattern",
     "chain",
@@ -85,7 +85,7 @@ def counted(chain: Chain, stage: str, ours: Chain) -> Mapping[str, Any]:
     """Counts of a stage's model against wanda's masks of `ours`, and its perplexities."""
     folder = chain.output(stage)
     keep, pattern = checkpoint.load_masks(ours.output("wanda") / "masks.safetensors")
-    weights = quantised.block_weights(quantised.load_model(folder / "model"))
+    weights = models.block_weights(models.load_model(folder / "model"))
     perplexity = chain.perplexity(stage)
     return {
         **count(weights, keep, pattern),
@@ -102,13 +102,14 @@ def zeroed(ours: Chain) -> Mapping[str, Any]:
 
     def make(folder: Path) -> None:
         model = quantised.load_dequantised(source)
+        del model.config.quantization_config  # the weights are ordinary ones now
         multiply(families.block_linears(model), keep)
         checkpoint.save_dense(model, checkpoint.load_tokenizer(source), folder)
 
     folder = ours.derive("stock-gptq-zeroed", {"model": source, "masks": mask_file}, make)
     perplexity = ours.measure(folder)
     return {
-        **count(quantised.block_weights(checkpoint.load_dense(folder)), keep, pattern),
+        **count(models.block_weights(checkpoint.load_dense(folder)), keep, pattern),
         "ppl_test": perplexity["test"],
         "ppl_ood": perplexity["test_ood"],
     }

@@ -55,7 +55,7 @@ _STORIES = {
     "test": STORIES / "test.jsonl",
     "test_ood": SHARED / "data/wikitext2/test.jsonl",
 }
-_STORIES_PARAMS = {"calibrate.windows": 64, "lora.learning_rate": 0.005}
+_STORIES_PARAMS = {"calibrate.windows": 64, "lora.learning_rate": 0.01}
 SUBJECTS = {
     "built-in": Subject(None, removed={"depth_prune.remove": 2}),
     "stories260k": Subject(

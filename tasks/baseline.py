@@ -1,0 +1,153 @@
+"""Stage baseline: what plain quantisation makes of as many bytes as the package has.
+
+The fetched model after the same recovery, nothing pruned, is quantised by GPTQ with the parameters of `gptq`, but with
+bits per linear chosen by measured sensitivity, so that its packed file is as large as it can be without being larger
+than the package's. Embedding, scales and file format are treated alike; there is no low-rank branch. A package that
+scores worse than this model is not worth its pruning, and the report says so.
+
+Sizes are planned and then measured: where the file came out larger or smaller than the limit (the plan doesn't know
+which scales will occur), the budget is moved by the difference and the model quantised again. Where even the narrowest
+widths are larger than the package, they are taken, and the report names both sizes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from safetensors.torch import load_file
+
+from tasks import checkpoint, packed, quantisation, quantised
+from tasks.algorithms import families
+
+if TYPE_CHECKING:
+    from tasks.algorithms import rounding
+    from tasks.stage import Stage
+
+COLUMNS = ["linear", "weights", "bits", "bytes", "sensitivity"]
+"""bytes: of the packed linear; sensitivity: divergence of the model's predictions in nats per token with this linear
+alone rounded to the nearest."""
+PLANS = 3
+"""How often the size of everything else is planned before the model is quantised."""
+ROUNDS = 6
+"""How often the model is quantised, at most, until its size is near the limit."""
+NEAR = 0.005
+"""Share of the limit that may stay unused."""
+
+
+def run(stage: Stage) -> None:
+    """Write baseline/model (a packed folder) and bits.csv.
+
+    Raises:
+        InputError: the package isn't packed.
+    """
+    chosen = stage.params.gptq
+    if not chosen.enabled:
+        return skip(stage)
+    dense, target = stage.input("baseline_lora/model"), stage.output("model")
+    limit = shipped_bytes(stage.input("package/model"))
+    windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
+    quantisation.check_shapes(checkpoint.config(dense), None, chosen.group_size)
+    coded, start = quantisation.compress_embedding(dense, windows, chosen)
+    if start is None:
+        start = checkpoint.load_dense(dense)
+    choices = quantisation.choices(stage, start, windows, {}, "dense")
+    del start
+    widths = fit(stage, choices, coded, limit)
+    packed.copy_tokenizer(dense, target)
+    table(checkpoint.config(dense), choices, widths).to_csv(
+        stage.output("bits.csv"), index=False, lineterminator="\n", float_format="%.9g"
+    )
+    found = shipped_bytes(target)
+    mean = sum(widths.values()) / len(widths)
+    print(f"{found} bytes ({limit} in the package), {mean:.2f} bits per linear on average")
+
+
+def skip(stage: Stage) -> None:
+    """Pass the dense model on; bits.csv has no rows."""
+    stage.pass_on(stage.input("baseline_lora/model"), stage.output("model"))
+    pd.DataFrame(columns=COLUMNS).to_csv(stage.output("bits.csv"), index=False, lineterminator="\n")
+
+
+def shipped_bytes(folder: Path) -> int:
+    """Bytes of the files that hold a packed model, without tokenizer and manifest; of another folder, of its tensors.
+
+    Raises:
+        InputError: the folder holds neither.
+    """
+    names = (packed.FILE, packed.DESCRIPTION) if packed.is_packed(folder) else sorted(folder.rglob("*.safetensors"))
+    return sum((folder / name).stat().st_size for name in names)
+
+
+def fit(stage: Stage, choices: quantisation.Choices, coded: Mapping[str, rounding.Coded], limit: int) -> dict[str, int]:
+    """Quantise and pack into baseline/model so that it takes at most `limit` bytes, and hardly less; bits per linear.
+
+    Args:
+        coded: embedding (and head), as quantised.
+        limit: bytes of model.safetensors and model.json.
+    """
+    widths = {name: min(sizes, key=sizes.__getitem__) for name, sizes in choices.sizes.items()}
+    least = _total(choices, widths)
+    for _ in range(PLANS):  # model.json is longer where widths differ
+        widths = choices.within(max(least, limit - planned_around(stage, widths)))
+    found: dict[int, dict[str, int]] = {}  # bytes -> widths
+    while len(found) < ROUNDS:
+        size = quantise(stage, widths, coded)
+        found[size] = written = widths
+        if 0 <= limit - size <= NEAR * limit:
+            return widths
+        widths = choices.within(max(least, _total(choices, widths) + limit - size))
+        if widths in found.values():
+            break
+    fitting = [size for size in found if size <= limit]
+    best = found[max(fitting)] if fitting else choices.within(least)
+    if best != written:
+        quantise(stage, best, coded)
+    return best
+
+
+def planned_around(stage: Stage, widths: Mapping[str, int]) -> int:
+    """Bytes of a packed model with these widths that aren't its linears': embedding, norms, header and description."""
+    chosen = stage.params.gptq
+    components, _ = packed.planned(
+        checkpoint.config(stage.input("baseline_lora/model")),
+        widths,
+        group_size=chosen.group_size,
+        embedding_bits=chosen.embedding.bits,
+        embedding_group=chosen.embedding.group_size,
+        zeros=not chosen.symmetric,
+        order=chosen.act_order == "descending",
+    )
+    return sum(components[name] for name in ("embedding", "norms", "metadata"))
+
+
+def quantise(stage: Stage, widths: Mapping[str, int], coded: Mapping[str, rounding.Coded]) -> int:
+    """Quantise the dense model with these widths and pack it into baseline/model; bytes of what holds the model."""
+    dense, target = stage.input("baseline_lora/model"), stage.output("model")
+    windows = load_file(stage.input("windows.safetensors"))["input_ids"]
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        model = quantised.load_for_quantisation(dense, quantisation.settings(stage.params.gptq, widths))
+        quantisation.place(model.model, coded)
+        quantisation.quantise_linears(stage, model, windows, {})
+        folder, codes = Path(scratch) / "model", Path(scratch) / "embedding.safetensors"
+        quantised.save_quantised(model, dense, folder)
+        quantisation.save_embedding(codes, coded, stage.params.gptq)
+        packed.save(packed.read(folder, embedding=codes), target)
+    return shipped_bytes(target)
+
+
+def table(described: Mapping, choices: quantisation.Choices, widths: Mapping[str, int]) -> pd.DataFrame:
+    """One row per linear, in running order, with `COLUMNS`; `described` is the model's config.json."""
+    shapes = families.linear_shapes(described)
+    rows = []
+    for name, bits in widths.items():
+        rows_, columns = next(shape for short, shape in shapes.items() if name.endswith(f".{short}"))
+        rows.append((name, rows_ * columns, bits, choices.sizes[name][bits], choices.harm[name][bits]))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _total(choices: quantisation.Choices, widths: Mapping[str, int]) -> int:
+    return sum(choices.sizes[name][bits] for name, bits in widths.items())
