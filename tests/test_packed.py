@@ -603,7 +603,7 @@ def test_merges_are_stored_as_strings_and_make_the_same_tokenizer(tmp_path):
     assert content == given
     first, second = (checkpoint.load_tokenizer(folder) for folder in (tmp_path, source))
     assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
-    text = (ROOT / "data/corpus/test.jsonl").read_text(encoding="utf-8")[:20_000]
+    text = (ROOT / "data/grammar/prose.jsonl").read_text(encoding="utf-8")[:20_000]
     assert first(text).input_ids == second(text).input_ids
 
 
