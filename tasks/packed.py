@@ -71,6 +71,7 @@ __all__ = [
     "copy_tokenizer",
     "is_packed",
     "layout",
+    "load",
     "load_model",
     "planned",
     "planned_bytes",
@@ -156,6 +157,22 @@ def stream(folder: Path) -> Iterator[tuple[int, dict[str, Linear]]]:
         InputError: as `load_model`.
     """
     return _Package(folder).blocks()
+
+
+def load(folder: Path) -> Model:
+    """All that the folder holds, as it is stored: codes stay codes; blocks are read when they are asked for, once.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    package = _Package(folder)
+    return Model(
+        package.description.config,
+        (linears for _, linears in package.blocks()),
+        package.coded("embedding"),
+        None if package.description.tied else package.coded("head"),
+        package.rest(),
+    )
 
 
 def save(model: Model, folder: Path) -> None:
@@ -466,20 +483,26 @@ class _Package:
 
     def matrix(self, name: str) -> Tensor:
         """float32 [vocabulary, hidden] of embedding or head; decoded by parts, in the memory of the result."""
-        parts, (rows, cols) = self.parts(name), self.layout.table_shape
-        coding = getattr(self.description, name)
-        if coding is None:
-            return _tensor(parts["", "codes"], self.layout.dtype(name), (rows, cols)).float()
-        size = packed_format.divisor(cols, coding.group_size)
-        codes = packing.unpack_digits(parts["", "codes"], rows * cols, 2**coding.bits).reshape(rows, cols)
-        scales = self._scales(parts["", "scales"], (rows, cols // size), "embedding")
+        stored = self.coded(name)
+        if not isinstance(stored, rounding.Coded):
+            return stored.float()
+        rows, cols = stored.codes.shape
         values, step = torch.empty(rows, cols), max(1, packed_format.CHUNK // cols)
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            values[part] = rounding.values(
-                rounding.Coded(_signed(codes[part], coding.bits), scales[part], coding.bits, size)
-            )
+            values[part] = rounding.values(rounding.Coded(stored.codes[part], stored.scales[part], *stored[2:]))
         return values
+
+    def coded(self, name: str) -> rounding.Coded | Tensor:
+        """Embedding or head [vocabulary, hidden] as it is stored."""
+        parts, (rows, cols) = self.parts(name), self.layout.table_shape
+        coding = getattr(self.description, name)
+        if coding is None:
+            return _tensor(parts["", "codes"], self.layout.dtype(name), (rows, cols))
+        size = packed_format.divisor(cols, coding.group_size)
+        codes = packing.unpack_digits(parts["", "codes"], rows * cols, 2**coding.bits).reshape(rows, cols)
+        scales = self._scales(parts["", "scales"], (rows, cols // size), "embedding")
+        return rounding.Coded(_signed(codes, coding.bits), scales, coding.bits, size)
 
     def rest(self) -> dict[str, Tensor]:
         """Full parameter name -> tensor."""

@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.chain import ROOT
+from tests.benchmarks.processes import peak
 
 DEFAULT = ROOT / "data/eora/model"
 PARTS = tuple(ROOT / f"data/{name}.safetensors" for name in ("gptq/masks", "gptq/embedding", "eora/adapter"))
@@ -45,11 +45,11 @@ def load(kind: str, folder: Path) -> dict[str, float]:
             hashlib.file_digest(file, "sha256")
     started = time.perf_counter()
     loader = _loader(kind)
-    imported, before = time.perf_counter(), _peak()
+    imported, before = time.perf_counter(), peak()
     model = loader(folder)
     ended = time.perf_counter()
     del model
-    return {"load": ended - imported, "all": ended - started, "peak": _peak(), "above": _peak() - before}
+    return {"load": ended - imported, "all": ended - started, "peak": peak(), "above": peak() - before}
 
 
 def _loader(kind: str) -> Callable[[Path], Any]:
@@ -60,12 +60,6 @@ def _loader(kind: str) -> Callable[[Path], Any]:
     from tasks import quantised
 
     return quantised.load_model
-
-
-def _peak() -> float:
-    """MiB of this process; getrusage's figure would begin at its parent's."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) / 2**10
 
 
 def measure(folders: Mapping[str, Path], repetitions: int) -> dict[str, list[dict[str, float]]]:
