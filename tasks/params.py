@@ -303,13 +303,14 @@ class Baseline(Section):
 
 class Evaluate(Section):
     enabled: bool
-    protocol: Literal["joined"]
-    """joined: documents joined by a newline, cut into windows (tasks.algorithms.perplexity)."""
+    protocol: Literal["joined", "gptq-2048", "thesis-512", "sliding", "rolling"]
+    """How documents become windows, and what is counted: tasks.algorithms.protocols."""
     length: Annotated[int, Field(ge=8)]
-    """Tokens per window."""
+    """Tokens per window; gptq-2048 and thesis-512 have their own."""
     stride: Count
-    """Tokens from one window's start to the next one's."""
-    max_windows: Count
+    """Tokens from one window's start to the next one's; of joined and sliding."""
+    max_windows: Count | None
+    """Only the first so many windows of a split; null: all."""
     batch: Count
     """Windows per forward pass; no effect on the result beyond rounding."""
     prompts: Annotated[list[str], Field(min_length=1)]

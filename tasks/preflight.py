@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tasks.algorithms import families
+from tasks.algorithms import families, protocols
 from tasks.algorithms.errors import InputError
 from tasks.params import Params
 
@@ -171,7 +171,9 @@ def tokens_needed(params: Params) -> dict[str, tuple[int, str]]:
     if params.lora.enabled:
         needs["train"] = (params.lora.length, "lora.length")
     if params.evaluate.enabled:
-        needs["test"] = needs["test_ood"] = (params.evaluate.length, "evaluate.length")
+        own = _protocol(params)
+        key = "evaluate.length with another evaluate.protocol" if own.fixed else "evaluate.length"
+        needs["test"] = needs["test_ood"] = (2 if own.partial else own.length, key)
     return needs
 
 
@@ -225,7 +227,11 @@ def _calibrate(params: Params, model: Shape) -> Iterator[str]:
 
 
 def _evaluate(params: Params, model: Shape) -> Iterator[str]:
-    yield from _too_long("evaluate.length", params.evaluate.length, model)
+    own = _protocol(params)
+    if not own.fixed:
+        yield from _too_long("evaluate.length", own.length, model)
+    elif sentence := protocols.too_long(own, model.context):
+        yield f"evaluate.{sentence}"
 
 
 def _depth_prune(params: Params, model: Shape) -> Iterator[str]:
@@ -302,9 +308,13 @@ def _lora_memory(params: Params, model: Shape) -> int:
     return models * model.dense + 4 * model.in_blocks + models * model.backward(own.batch * own.length)
 
 
+def _protocol(params: Params) -> protocols.Protocol:
+    return protocols.protocol(params.evaluate.protocol, params.evaluate.length, params.evaluate.stride)
+
+
 def _evaluate_memory(params: Params, model: Shape) -> int:
-    own = params.evaluate
-    return model.dense + 3 * 4 * own.batch * own.length * model.vocabulary  # logits, their log-softmax, a copy
+    tokens = params.evaluate.batch * _protocol(params).length
+    return model.dense + 3 * 4 * tokens * model.vocabulary  # logits, their log-softmax, a copy
 
 
 def _gptq_memory(params: Params, model: Shape) -> int:

@@ -11,14 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from tasks import checkpoint, evaluate, packed, tensor_files
-from tasks.algorithms import families, perplexity
+from tasks.algorithms import families
 from tasks.algorithms.errors import InputError
 
 PARAMS = {
+    "protocol": "joined",
     "length": 16,
     "stride": 16,
     "max_windows": 3,
@@ -192,78 +191,6 @@ def test_metrics_agree_with_the_definitions(stage, model_folder: Path) -> None:
     assert len(json.loads(stage.output("completions.json").read_text())) == 2
 
 
-def byte_level(trim_offsets: bool) -> PreTrainedTokenizerFast:
-    """Merges of it join bytes of neighbouring characters: a space with the first byte of the next one."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    core.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    core.train_from_iterator([" żółw łoś", "the pumps", " żaba żuraw"] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core)
-
-
-def byte_fallback() -> PreTrainedTokenizerFast:
-    vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}
-    for token in ("▁", "t", "h", "e", "ż", "▁t", "he", "▁the"):
-        vocabulary[token] = len(vocabulary)
-    merges = [("▁", "t"), ("h", "e"), ("▁t", "he")]
-    core = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(tokenizer_object=core)
-
-
-DOCUMENTS = [
-    "the żółty żuraw  łoś 😀\u200d👩 e\u0301",
-    "the  the\tżżż日本 the",
-    "\x7f\x80\u07ff\u0800\uffff\U00010000",
-    " end ",
-]
-
-
-@pytest.mark.parametrize("trim_offsets", [True, False])
-def test_the_bytes_of_a_byte_level_token_are_its_characters(trim_offsets: bool) -> None:
-    tokenizer = byte_level(trim_offsets)
-    tokens = tokenizer.convert_ids_to_tokens(perplexity.tokenise(tokenizer, DOCUMENTS).tolist())
-    assert any("Ġ" in token and not token.lstrip("Ġ").isascii() for token in tokens)  # " " and a part of "ż"
-    found = evaluate.token_bytes(tokenizer, DOCUMENTS).tolist()
-    assert found == [len(token) for token in tokens]
-    assert sum(found) == len("\n".join(DOCUMENTS).encode())
-
-
-def test_the_bytes_of_a_token_with_byte_fallback() -> None:
-    tokenizer = byte_fallback()
-    tokens = tokenizer.convert_ids_to_tokens(perplexity.tokenise(tokenizer, DOCUMENTS).tolist())
-    found = evaluate.token_bytes(tokenizer, DOCUMENTS).tolist()
-    expected = [1 if token.startswith("<0x") else len(token.replace("▁", " ").encode()) for token in tokens]
-    assert {"▁the", "ż", "<0xF0>", "<0x80>"} <= set(tokens)
-    assert (tokens[0], found[0], expected[0]) == ("▁the", 3, 4)  # the text has no space there
-    assert found[1:] == expected[1:]
-    assert sum(found) == len("\n".join(DOCUMENTS).encode())
-
-
-def test_a_prepended_space_has_no_bytes() -> None:
-    assert evaluate.token_bytes(byte_fallback(), ["é"]).tolist() == [0, 1, 1]
-
-
-@pytest.mark.parametrize("length, stride", [(4, 4), (5, 2), (4, 1)])
-def test_bits_per_byte_as_a_loop_counts_them(length: int, stride: int) -> None:
-    draw = torch.Generator().manual_seed(length)
-    sizes = torch.randint(0, 5, (23,), generator=draw)
-    starts = range(0, len(sizes) - length + 1, stride)
-    nll = torch.rand(len(starts), length - 1, generator=draw, dtype=torch.float64)
-    bits, seen = 0.0, {}
-    for window, start in enumerate(starts):
-        for at in range(1, length):
-            if window == 0 or at >= length - stride:
-                seen[window, at] = int(sizes[start + at])
-                bits += float(nll[window, at - 1]) / math.log(2)
-    windows = perplexity.windows(sizes, length, stride)
-    assert evaluate.bits_per_byte(nll, windows, stride) == pytest.approx(bits / sum(seen.values()), rel=1e-12)
-
-
 @pytest.mark.parametrize("stride", [16, 5])
 def test_bits_per_byte_of_a_model_that_knows_nothing(stage, model_folder: Path, stride: int) -> None:
     stage.params.evaluate.stride = stride
@@ -284,14 +211,9 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(stage, model_folder: Path, 
         assert metrics["bits_per_byte"][split] == pytest.approx(bits, rel=1e-6)
 
 
-def test_a_tokenizer_without_offsets_is_a_sentence() -> None:
-    with pytest.raises(InputError, match="SimpleNamespace doesn't say which text a token stands for"):
-        evaluate.token_bytes(SimpleNamespace(is_fast=False), ["text"])
-
-
 def test_a_split_shorter_than_one_window_is_a_sentence(stage) -> None:
-    stage.params.evaluate.length = 512
-    with pytest.raises(InputError, match="the text has 55 tokens, one window needs 512"):
+    stage.params.evaluate.length = 60
+    with pytest.raises(InputError, match="the text has 55 tokens, one window needs 60: give a longer text"):
         evaluate.run(stage)
 
 

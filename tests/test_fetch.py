@@ -368,7 +368,7 @@ def test_an_untied_head_must_be_there(make_fetch, model_folder: Path) -> None:
 @pytest.mark.parametrize("length, enough", [(36, True), (37, False)])  # one token per character, one for the newline
 def test_a_corpus_shorter_than_one_window(make_fetch, no_weights_read, monkeypatch, length: int, enough: bool) -> None:
     stage = make_fetch()
-    evaluate = SimpleNamespace(enabled=True, length=length)
+    evaluate = SimpleNamespace(enabled=True, protocol="joined", length=length, stride=length)
     stage.everything = stage.everything.model_copy(update={"evaluate": evaluate})
     if enough:
         with pytest.raises(AssertionError, match="the weights were opened"):
