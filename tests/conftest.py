@@ -11,6 +11,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tasks.algorithms import resume
+
 torch.set_num_threads(1)
 
 
@@ -29,7 +31,7 @@ class _Progress:
 def make_stage(tmp_path):
     """make_stage({section: params}, {suffix: path}, out="out") -> what run(stage) gets; it writes to tmp_path / out."""
 
-    def make(params, inputs, out="out", item=None):
+    def make(params, inputs, out="out", item=None, journal=None):
         def output(name):
             path = tmp_path / out / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +51,7 @@ def make_stage(tmp_path):
             output=output,
             pass_on=pass_on,
             progress=lambda description, total: _Progress(),
+            journal=resume.NOTHING if journal is None else journal,
         )
 
     return make
