@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tasks import checkpoint, corpora, models, tensor_files
-from tasks.algorithms import masks, perplexity
+from tasks.algorithms import masks, perplexity, resume
 from tasks.algorithms.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def run(stage: Stage) -> None:
         documents = corpora.read(stage.input("corpora") / f"{split}.jsonl")
         windows = perplexity.windows(perplexity.tokenise(tokenizer, documents), p.length, p.stride, p.max_windows)
         spans = perplexity.windows(token_bytes(tokenizer, documents), p.length, p.stride, p.max_windows)
-        nll = perplexity.token_nll(model, windows, p.batch)
+        nll = token_nll(model, windows, p.batch, stage.journal.part(split))
         metrics["perplexity"][split] = perplexity.from_nll(nll, p.stride)
         metrics["bits_per_byte"][split] = bits_per_byte(nll, spans, p.stride)
         metrics["predictions"][split] = len(perplexity.counted(nll, p.stride))
@@ -66,7 +66,7 @@ def run(stage: Stage) -> None:
         )
     print(f"{metrics['bytes']['total']} bytes, {metrics['zero_fraction']:.4f} zeros in the blocks")
     checkpoint.write_json(stage.output("metrics.json"), metrics)
-    checkpoint.write_json(stage.output("completions.json"), completions(model, tokenizer, p))
+    checkpoint.write_json(stage.output("completions.json"), completions(model, tokenizer, p, stage.journal))
 
 
 def skip(stage: Stage) -> None:
@@ -123,6 +123,18 @@ def _continued(token: str, byte_level: bool) -> int:
     return 1 if BYTE.fullmatch(token) else 0
 
 
+def token_nll(model: Any, windows: Tensor, batch: int, memory: resume.Memory) -> Tensor:
+    """`perplexity.token_nll`, without what an interrupted run had computed."""
+    begun = memory.load("nll")
+    losses = [begun.tensors["nll"]] if begun else []  # [windows, length - 1] each
+    first = begun.values if begun else 0
+    for done, ids in enumerate(windows.split(batch)[first:], start=first + 1):
+        losses.append(perplexity.token_nll(model, ids, batch))
+        if memory.due():
+            memory.save("nll", {"nll": torch.cat(losses)}, done)
+    return torch.cat(losses)
+
+
 def bits_per_byte(nll: Tensor, spans: Tensor, stride: int) -> float:
     """Information of the predictions that count, per byte of text that they stand for.
 
@@ -150,10 +162,13 @@ def sparsity(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {"block_parameters": parameters, "zeros": zeros, "zero_fraction": zeros / parameters, "max_kept": densest}
 
 
-def completions(model: Any, tokenizer: Any, p: Evaluate) -> list[dict[str, str]]:
+def completions(
+    model: Any, tokenizer: Any, p: Evaluate, memory: resume.Memory = resume.NOTHING
+) -> list[dict[str, str]]:
     """The greedy continuation of every prompt, at most `new_tokens` tokens."""
-    rows = []
-    for prompt in p.prompts:
+    begun = memory.load("completions")
+    rows = begun.values if begun else []
+    for prompt in p.prompts[len(rows) :]:
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             full = model.generate(
@@ -166,4 +181,6 @@ def completions(model: Any, tokenizer: Any, p: Evaluate) -> list[dict[str, str]]
         rows.append(
             {"prompt": prompt, "completion": tokenizer.decode(full[0, ids.shape[1] :], skip_special_tokens=True)}
         )
+        if memory.due():
+            memory.save("completions", {}, rows)
     return rows

@@ -68,6 +68,7 @@ class Journal:
         self.lock = threading.RLock()
         self.files: dict[str, dict[int, Path]] = {}  # key -> number -> file
         self.pending: dict[str, tuple[Mapping[str, Tensor], Any]] = {}
+        self.dropped: set[Path] = set()
         self.next = clock() + interval
         self.writes = True
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -121,6 +122,8 @@ class Journal:
                 for key, (tensors, values) in self.pending.items():
                     self._write(key, tensors, values)
                 _sync(self.folder)
+                while self.dropped:
+                    self.dropped.pop().unlink(missing_ok=True)
             except OSError as error:
                 print(f"the journal can't be written ({error}): the stage goes on without one", file=sys.stderr)
                 self.writes = False
@@ -139,13 +142,12 @@ class Journal:
         self.forget_keys("")
 
     def forget_keys(self, prefix: str) -> None:
-        """Remove the entries whose keys begin so."""
+        """Remove the entries whose keys begin so, with the next write: what was saved instead may still wait for it."""
         with self.lock:
             for key in [key for key in self.pending if key.startswith(prefix)]:
                 del self.pending[key]
             for key in [key for key in self.files if key.startswith(prefix)]:
-                for path in self.files.pop(key).values():
-                    path.unlink(missing_ok=True)
+                self.dropped |= set(self.files.pop(key).values())
 
     def _write(self, key: str, tensors: Mapping[str, Tensor], values: Any) -> None:
         files = self.files.setdefault(key, {})
@@ -163,6 +165,7 @@ class Journal:
         _sync(unfinished)
         os.replace(unfinished, path)
         files[number] = path
+        self.dropped.discard(path)
         for old in [old for old in files if old < number - 1]:
             files.pop(old).unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""The journal: what is written is what is read; damage, other fingerprints and full disks; interrupted = uninterrupted."""
+"""The journal: what is written is what is read; damage, other fingerprints, full disks; what can be interrupted."""
 
 from __future__ import annotations
 
