@@ -142,6 +142,9 @@ def test_parts_are_apart_and_are_forgotten_alone(folder):
     again = Journal(folder, 0)
     assert [memory.load("key").values for memory in (again, again.part("one"))] == [0, 1]
     again.part("one").forget()
+    assert again.part("one").load("key") is None
+    assert Journal(folder, 0).part("one").load("key").values == 1  # until what replaces it is on the disk
+    again.save("instead", {})
     again = Journal(folder, 0)
     assert again.part("one").load("key") is None
     assert again.part("other").part("inner").load("key").values == 2

@@ -36,8 +36,8 @@ VARIANTS = {
 """What is interrupted -> its parameters; the stage is the first word."""
 
 
-class Killed(BaseException):
-    """In the place of a signal."""
+class Killed(Exception):
+    """In the place of a signal. An Exception: gptqmodel's threads end the process at any other."""
 
 
 class Short(Journal):

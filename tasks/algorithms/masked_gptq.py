@@ -79,6 +79,7 @@ _gptq = importlib.import_module("gptqmodel.quantization.gptq")
 _gar = importlib.import_module("gptqmodel.quantization.gar")
 _logger = importlib.import_module("gptqmodel.utils.logger")
 _looper = importlib.import_module("gptqmodel.looper.loop_processor")
+_threads = importlib.import_module("gptqmodel.utils.threadx")
 _torch_linear = importlib.import_module("gptqmodel.nn_modules.qlinear.torch")
 Lora = importlib.import_module("gptqmodel.adapter.adapter").Lora
 eora_compute_lora = importlib.import_module("gptqmodel.eora").eora_compute_lora
@@ -177,6 +178,8 @@ def packable(shape: tuple[int, int], widths: Iterable[int] = WIDTHS) -> list[int
 def contained() -> Iterator[None]:
     """Run gptqmodel without its live progress, prints and log files, and put random generators and threads back.
 
+    An error in one of its threads is raised to the caller; it would end the whole process, with no word for the user.
+
     It draws a random name for a log file in ./logs from Python's global generator, and prints what it saves.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.get_num_threads()
@@ -184,6 +187,7 @@ def contained() -> Iterator[None]:
     levels = [logger.level for logger in talkers]
     with (
         _patched(_logger, "_suppress_live_renderables", lambda: True),
+        _patched(_threads._DeviceWorker, "_abort_process", lambda *_: None),
         _patched(_looper.LoopProcessor, "_build_log_file_path", staticmethod(lambda *_: Path(os.devnull))),
         contextlib.redirect_stdout(io.StringIO()),
     ):

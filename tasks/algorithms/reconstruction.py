@@ -110,7 +110,7 @@ def _fit(
     batches = [slice(start, start + recipe.batch) for start in range(0, len(hidden), recipe.batch)]
     trained = list(weights)
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0, fused=True)
-    steps = _taken(memory, index, trained, optimizer)
+    steps, finished = _taken(memory, index, trained, optimizer)
     yield from list(steps)
     with _trainable(weights):
         for step, where in enumerate(batches[len(steps) :], start=len(steps) + 1):
@@ -122,7 +122,8 @@ def _fit(
                 state = resume.training_state(trained, optimizer)
                 memory.save(STATE, state, {"block": index, "steps": steps})
             yield steps[-1]
-    memory.save(f"block{index}", {str(place): weight.detach() for place, weight in enumerate(trained)}, steps)
+    if not finished:
+        memory.save(f"block{index}", {str(place): weight.detach() for place, weight in enumerate(trained)}, steps)
     with torch.no_grad():
         for where in batches:
             hidden[where] = block(hidden[where], *positional, **named)
@@ -130,17 +131,17 @@ def _fit(
 
 def _taken(
     memory: resume.Memory, index: int, trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
-) -> list[tuple[float, float]]:
-    """The steps of this block that an interrupted run took, with weights and optimizer as they were after them."""
+) -> tuple[list[tuple[float, float]], bool]:
+    """Steps of this block that an interrupted run took, and whether all; weights and optimizer are as after them."""
     if finished := memory.load(f"block{index}"):
         for place, weight in enumerate(trained):
             weight.data.copy_(finished.tensors[str(place)])
-        return finished.values
+        return finished.values, True
     begun = memory.load(STATE)
     if begun is None or begun.values["block"] != index:
-        return []
+        return [], False
     resume.restore_training(begun.tensors, trained, optimizer)
-    return begun.values["steps"]
+    return begun.values["steps"], False
 
 
 @contextmanager
