@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import random
 
 import pytest
 
 from tasks.algorithms import resume
 from tasks.journal import Journal
 from tests.benchmarks.chain import CachedStage, Chain
-from tests.project import DOCUMENT, SMALL
+from tests.benchmarks.kills import Killed as KilledProject
+from tests.project import DOCUMENT, SMALL, Project
 
 QUICK = {key: value for key, value in SMALL.items() if not key.startswith("fetch.")}
 VARIANTS = {
@@ -25,7 +27,7 @@ VARIANTS = {
     "lora by block": {"lora.method": "block_reconstruction"},
     "gptq": {},
     "gptq within a budget": {"gptq.budget_bytes": 60_000},
-    "gptq with joint masks": {"gptq.joint": {"keep": 2, "of": 4}},
+    "gptq with joint masks": {"gptq.joint": {"keep": 2, "of": 4}, "wanda.enabled": False},
     "gptq in descending order": {"gptq.act_order": "descending", "gptq.symmetric": False},
     "eora": {},
     "eora within a budget": {"eora.rank": None, "eora.budget_bytes": 6000},
@@ -51,6 +53,10 @@ class Short(Journal):
     def __init__(self, folder, left=10**9, every=0) -> None:
         self.left, self.written = left, 0
         super().__init__(folder, every, itertools.count().__next__)
+
+    def flush(self) -> None:
+        super().flush()
+        self.next = self.clock() + self.interval
 
     def _write(self, *entry) -> None:
         if self.left == 0:
@@ -106,16 +112,17 @@ def test_interrupted_anywhere_gives_the_same_bytes(tiny, what, tmp_path):
             work(f"killed{left}", Short(folder))
         again = Short(folder)
         assert work(f"resumed{left}", again) == expected
-        assert again.written <= writes - left  # what was written is not done again
+        if what != "baseline":  # which quantises its last round again for its files
+            assert again.written <= writes - left  # what was written is not done again
 
 
-@pytest.mark.parametrize("what", ["lora", "lora by block", "gptq", "eora", "baseline"])
+@pytest.mark.parametrize("what", ["lora by block", "gptq", "eora", "baseline"])
 def test_entries_that_wait_for_the_next_write_are_those_of_their_time(tiny, what, tmp_path):
     """Nothing that was handed over changes until it is written."""
     work = Work(tiny, what, tmp_path)
     expected = work("undisturbed")
     with pytest.raises(Killed):
-        work("killed", Short(tmp_path / "journal", left=5, every=3))
+        work("killed", Short(tmp_path / "journal", left=2, every=3))
     assert work("resumed", Short(tmp_path / "journal", every=3)) == expected
 
 
@@ -137,10 +144,25 @@ def test_a_damaged_entry_is_named_and_its_work_done_again(tiny, what, tmp_path, 
     work = Work(tiny, what, tmp_path)
     expected = work("undisturbed")
     with pytest.raises(Killed):
-        work("killed", Short(tmp_path / "journal", left=3))
+        work("killed", Short(tmp_path / "journal", left=2))
     for path in (tmp_path / "journal").iterdir():
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 16
         path.write_bytes(data)
     assert work("resumed", Journal(tmp_path / "journal", 0)) == expected
     assert "this entry of the journal is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_costs_neither_bytes_nor_the_journal(tmp_path, tiny_llama):
+    project = Project(tmp_path / "project", tiny_llama(tmp_path / "model"))
+    project.change({"lora.steps": 30})
+    killed = KilledProject(project, interval=0)
+    generator = random.Random(0)
+    rows = [
+        killed.kill(stage, generator.uniform(0.3, 1.0))
+        for stage in ("lora", "gptq", "eora", "importance", "evaluate@lora", "lora", "gptq")
+    ]
+    assert all(row["same_bytes"] for row in rows)
+    assert any(row["resumed"] for row in rows)
+    assert not list((project.path / "data/.scratch/journal").glob("*/*"))

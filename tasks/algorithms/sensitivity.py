@@ -69,7 +69,7 @@ def measure(
                 with _replaced(linear, quantise(name, original, bits)):
                     changed = _continued(blocks[index:], calls[index:], inputs)
                     measured[name][bits] = _divergence(model, last, changed)
-            if memory.due():
+            if name not in known and memory.due():
                 memory.save("measured", {}, [(each, list(found.items())) for each, found in measured.items()])
             if done:
                 done(len(measured))
