@@ -44,8 +44,13 @@ class Killed:
         self.expected = project.lock()
         self.lengths: dict[str, float] = {}
 
-    def run(self, stage: str, kill_after: float | None = None) -> tuple[float, str]:
-        """Force one stage; seconds until it ended or was killed, and what it printed."""
+    def run(self, stage: str, kill_after: float | None = None, journaled: bool = False) -> tuple[float, str]:
+        """Force one stage; seconds until it ended or was killed, and what it printed.
+
+        Args:
+            kill_after: seconds; None: it isn't killed.
+            journaled: count them from the first entry of its journal.
+        """
         command = [sys.executable, "-m", "dvc", "repro", "--single-item", "--force", stage]
         started = time.monotonic()
         process = subprocess.Popen(
@@ -57,6 +62,9 @@ class Killed:
             env=self.environment,
             start_new_session=True,  # its own process group
         )
+        entries = self.project.path / "data/.scratch/journal" / stage
+        while journaled and process.poll() is None and not list(entries.glob("*/*.safetensors")):
+            time.sleep(0.01)
         try:
             output, _ = process.communicate(timeout=kill_after)
         except subprocess.TimeoutExpired:
