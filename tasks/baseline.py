@@ -21,7 +21,7 @@ import pandas as pd
 from safetensors.torch import load_file
 
 from tasks import checkpoint, packed, quantisation, quantised
-from tasks.algorithms import families
+from tasks.algorithms import families, resume
 
 if TYPE_CHECKING:
     from tasks.algorithms import rounding
@@ -51,7 +51,7 @@ def run(stage: Stage) -> None:
     limit = shipped_bytes(stage.input("package/model"))
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
     quantisation.check_shapes(checkpoint.config(dense), None, chosen.group_size)
-    coded, start = quantisation.compress_embedding(dense, windows, chosen)
+    coded, start = quantisation.compress_embedding(dense, windows, chosen, stage.journal)
     if start is None:
         start = checkpoint.load_dense(dense)
     choices = quantisation.choices(stage, start, windows, {}, "dense")
@@ -94,19 +94,34 @@ def fit(stage: Stage, choices: quantisation.Choices, coded: Mapping[str, roundin
     for _ in range(PLANS):  # model.json is longer where widths differ
         widths = choices.within(max(least, limit - planned_around(stage, widths)))
     found: dict[int, dict[str, int]] = {}  # bytes -> widths
+    written = None
     while len(found) < ROUNDS:
-        size = quantise(stage, widths, coded)
-        found[size] = written = widths
+        size, anew = _round(stage, len(found), widths, coded)
+        found[size], written = widths, widths if anew else None
         if 0 <= limit - size <= NEAR * limit:
-            return widths
+            break
         widths = choices.within(max(least, _total(choices, widths) + limit - size))
         if widths in found.values():
             break
     fitting = [size for size in found if size <= limit]
     best = found[max(fitting)] if fitting else choices.within(least)
     if best != written:
-        quantise(stage, best, coded)
+        quantise(stage, best, coded, stage.journal.part("final"))
     return best
+
+
+def _round(
+    stage: Stage, number: int, widths: Mapping[str, int], coded: Mapping[str, rounding.Coded]
+) -> tuple[int, bool]:
+    """Bytes of the model with these widths, and whether it is in baseline/model: False where the journal had them."""
+    memory = stage.journal.part(f"round{number}")
+    if before := memory.load("bytes"):
+        return before.values, False
+    linears = memory.part("linears")
+    size = quantise(stage, widths, coded, linears)
+    memory.save("bytes", {}, size)
+    linears.forget()
+    return size, True
 
 
 def planned_around(stage: Stage, widths: Mapping[str, int]) -> int:
@@ -124,14 +139,19 @@ def planned_around(stage: Stage, widths: Mapping[str, int]) -> int:
     return sum(components[name] for name in ("embedding", "norms", "metadata"))
 
 
-def quantise(stage: Stage, widths: Mapping[str, int], coded: Mapping[str, rounding.Coded]) -> int:
+def quantise(
+    stage: Stage,
+    widths: Mapping[str, int],
+    coded: Mapping[str, rounding.Coded],
+    memory: resume.Memory = resume.NOTHING,
+) -> int:
     """Quantise the dense model with these widths and pack it into baseline/model; bytes of what holds the model."""
     dense, target = stage.input("baseline_lora/model"), stage.output("model")
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         model = quantised.load_for_quantisation(dense, quantisation.settings(stage.params.gptq, widths))
         quantisation.place(model.model, coded)
-        quantisation.quantise_linears(stage, model, windows, {})
+        quantisation.quantise_linears(stage, model, windows, {}, memory)
         folder, codes = Path(scratch) / "model", Path(scratch) / "embedding.safetensors"
         quantised.save_quantised(model, dense, folder)
         quantisation.save_embedding(codes, coded, stage.params.gptq)

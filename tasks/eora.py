@@ -63,8 +63,8 @@ def run(stage: Stage) -> None:
         ranks = chosen.rank
         if chosen.budget_bytes is not None:
             sizes = {name: eora.rank_bytes(weight.shape, chosen.bits) for name, weight in teacher.items()}
-            ranks = eora.allocate(eora.gains(model, windows, teacher, done), sizes, chosen.budget_bytes)
-        branches = eora.compensate(model, windows, teacher, ranks, chosen.bits, done)
+            ranks = eora.allocate(eora.gains(model, windows, teacher, done, stage.journal), sizes, chosen.budget_bytes)
+        branches = eora.compensate(model, windows, teacher, ranks, chosen.bits, done, stage.journal)
     stage.pass_on(source, target)
     quantised.save_adapter(target, {name: (branch.a, branch.b) for name, branch in branches.items()})
     save_codes(stage.output("adapter.safetensors"), branches, chosen.bits)

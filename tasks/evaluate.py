@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from tasks import checkpoint, corpora, models, tensor_files
-from tasks.algorithms import masks, protocols, scoring
+from tasks.algorithms import masks, protocols, resume, scoring
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +48,8 @@ def run(stage: Stage) -> None:
     tables = []
     for split in SPLITS:
         documents = corpora.read(stage.input("corpora") / f"{split}.jsonl")
-        score = scoring.score(model, scoring.prepare(protocol, tokenizer, documents, p.max_windows), p.batch)
+        prepared = scoring.prepare(protocol, tokenizer, documents, p.max_windows)
+        score = scoring.score(model, prepared, p.batch, stage.journal.part(split))
         metrics["perplexity"][split] = score.perplexity
         metrics["bits_per_byte"][split] = score.bits_per_byte
         metrics["predictions"][split] = len(score.nll)
@@ -60,7 +61,7 @@ def run(stage: Stage) -> None:
     print(f"{metrics['bytes']['total']} bytes, {metrics['zero_fraction']:.4f} zeros in the blocks")
     _write_documents(stage, tables)
     checkpoint.write_json(stage.output("metrics.json"), metrics)
-    checkpoint.write_json(stage.output("completions.json"), completions(model, tokenizer, p))
+    checkpoint.write_json(stage.output("completions.json"), completions(model, tokenizer, p, stage.journal))
 
 
 def skip(stage: Stage) -> None:
@@ -96,10 +97,13 @@ def sparsity(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {"block_parameters": parameters, "zeros": zeros, "zero_fraction": zeros / parameters, "max_kept": densest}
 
 
-def completions(model: Any, tokenizer: Any, p: Evaluate) -> list[dict[str, str]]:
+def completions(
+    model: Any, tokenizer: Any, p: Evaluate, memory: resume.Memory = resume.NOTHING
+) -> list[dict[str, str]]:
     """The greedy continuation of every prompt, at most `new_tokens` tokens."""
-    rows = []
-    for prompt in p.prompts:
+    begun = memory.load("completions")
+    rows = begun.values if begun else []
+    for prompt in p.prompts[len(rows) :]:
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             full = model.generate(
@@ -112,4 +116,6 @@ def completions(model: Any, tokenizer: Any, p: Evaluate) -> list[dict[str, str]]
         rows.append(
             {"prompt": prompt, "completion": tokenizer.decode(full[0, ids.shape[1] :], skip_special_tokens=True)}
         )
+        if memory.due():
+            memory.save("completions", {}, rows)
     return rows

@@ -44,7 +44,7 @@ def run(stage: Stage) -> None:
     described = checkpoint.config(dense)
     widths = None if chosen.budget_bytes else chosen.bits
     quantisation.check_shapes(described, widths, chosen.group_size)
-    coded, start = quantisation.compress_embedding(dense, windows, chosen)
+    coded, start = quantisation.compress_embedding(dense, windows, chosen, stage.journal)
     quantisation.save_embedding(stage.output("embedding.safetensors"), coded, chosen)
     if widths is None:
         held = (keep, pattern) if chosen.masked else ({}, "dense")
@@ -52,7 +52,7 @@ def run(stage: Stage) -> None:
     del start
     model = quantised.load_for_quantisation(dense, quantisation.settings(chosen, widths))
     quantisation.place(model.model, coded)
-    results = quantisation.quantise_linears(stage, model, windows, keep)
+    results = quantisation.quantise_linears(stage, model, windows, keep, stage.journal.part("gptq"))
     quantised.save_quantised(model, dense, target)
     if chosen.joint:
         keep = {name: result.keep for name, result in results.items()}

@@ -89,6 +89,12 @@ def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:
     os.replace(unfinished, path)
 
 
+def identity(stage: DvcStage) -> dict[str, Any]:
+    """What a stage's result depends on, as it is now: hashes of its inputs (code included), parameters, libraries."""
+    inputs = {_name(dep): md5(dep) for dep in _files(stage)}
+    return {"inputs": inputs, "parameters": _parameters(stage), "packages": _versions()}
+
+
 def md5(item: Output, *, trust_state: bool = True) -> str | None:
     """The hash that DVC gives a dependency or output as it is on disk ("….dir" for a folder); None if it is missing.
 

@@ -8,14 +8,25 @@ predictions; then GPTQ (`tasks.algorithms.masked_gptq`). It writes no files but 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tasks import checkpoint
-from tasks.algorithms import allocation, embedding, families, layers, masked_gptq, masks, packing, rounding, sensitivity
+from tasks.algorithms import (
+    allocation,
+    embedding,
+    families,
+    layers,
+    masked_gptq,
+    masks,
+    packing,
+    resume,
+    rounding,
+    sensitivity,
+)
 from tasks.algorithms.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,13 +75,14 @@ def check_shapes(described: Mapping[str, Any], bits: int | None, group_size: int
 
 
 def compress_embedding(
-    dense: Path, windows: Tensor, chosen: Gptq
+    dense: Path, windows: Tensor, chosen: Gptq, memory: resume.Memory = resume.NOTHING
 ) -> tuple[dict[str, rounding.Coded], nn.Module | None]:
     """Quantise the embedding, and the head where it is a matrix of its own.
 
     Args:
         dense: folder of the model.
         windows: calibration windows [windows, length].
+        memory: what it holds isn't computed again.
 
     Returns:
         "embedding" (and "head") -> coded [vocabulary, hidden], nothing at 16 bits; and the dense model with these
@@ -83,6 +95,10 @@ def compress_embedding(
     if wanted.bits == 16:
         return {}, model
     matrices = _tables(model)
+    if before := memory.load("embedding"):
+        coded = {name: rounding.Coded(*_sides(before.tensors, name), *before.values[name]) for name in matrices}
+        place(model, coded)
+        return coded, model
     moments = head_moments(model, windows) if wanted.method == "gptq" else None
     coded = {}
     for name, matrix in matrices.items():
@@ -96,8 +112,14 @@ def compress_embedding(
             moments if compensated else None,
             chosen.scale_steps,
         )
+    tensors = {f"{name}.{side}": getattr(each, side) for name, each in coded.items() for side in SIDES}
+    memory.save("embedding", tensors, {name: [each.bits, each.group_size] for name, each in coded.items()})
     place(model, coded)
     return coded, model
+
+
+def _sides(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+    return (tensors[f"{name}.{side}"] for side in SIDES)
 
 
 def head_moments(model: nn.Module, windows: Tensor) -> Tensor:
@@ -128,6 +150,10 @@ def save_embedding(path: Path, coded: Mapping[str, rounding.Coded], chosen: Gptq
     checkpoint.save_tensors(path, tensors, described)
 
 
+SIDES = ("codes", "scales")
+"""The tensors of a coded matrix."""
+
+
 class Choices(NamedTuple):
     """What each width of each linear costs: full module name -> bits -> cost, of the widths that pack.
 
@@ -153,7 +179,7 @@ def choices(stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, 
     """Measure every width of every linear.
 
     Args:
-        stage: for its progress and `gptq` parameters.
+        stage: for its progress, journal and `gptq` parameters.
         model: dense, 0 where pruned.
         windows: [windows, length]; the first `MEASURED` are used.
         keep: full module name -> bool [out_features, in_features]; of all linears, or of none.
@@ -169,7 +195,8 @@ def choices(stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, 
         return masked_gptq.nearest(weight, keep.get(name), config, bits, chosen.scale_steps)
 
     with stage.progress("sensitivity", len(weights)) as progress:
-        harm = sensitivity.measure(model, windows[:MEASURED], quantise, widths, progress.update, BATCH)
+        memory = stage.journal.part("sensitivity")
+        harm = sensitivity.measure(model, windows[:MEASURED], quantise, widths, progress.update, BATCH, memory)
     return Choices(
         {name: {bits: harm[name][bits] for bits in each} for name, each in packable.items()},
         {
@@ -204,7 +231,7 @@ def linear_bytes(weight: Tensor, keep: Tensor | None, pattern: str, bits: int, c
 
 
 def quantise_linears(
-    stage: Stage, model: Any, windows: Tensor, keep: Mapping[str, Tensor]
+    stage: Stage, model: Any, windows: Tensor, keep: Mapping[str, Tensor], memory: resume.Memory = resume.NOTHING
 ) -> dict[str, masked_gptq.LayerResult]:
     """GPTQ of all linears of the blocks, with the stage's progress; says where more damping was needed.
 
@@ -212,6 +239,7 @@ def quantise_linears(
         model: gptqmodel's wrapper of the dense model (`quantised.load_for_quantisation`); it is changed.
         windows: [windows, length].
         keep: full module name -> bool [out_features, in_features]; unused where `gptq.masked` is false.
+        memory: linears that it holds aren't quantised again.
     """
     chosen = stage.params.gptq
     finished: list[str] = []
@@ -223,7 +251,14 @@ def quantise_linears(
 
         joint = (chosen.joint.keep, chosen.joint.of) if chosen.joint else None
         results = masked_gptq.quantise(
-            model, windows, keep if chosen.masked else {}, done, chosen.scale_steps, joint, chosen.descent_cycles
+            model,
+            windows,
+            keep if chosen.masked else {},
+            done,
+            chosen.scale_steps,
+            joint,
+            chosen.descent_cycles,
+            memory,
         )
     for name, result in results.items():
         if result.damp > chosen.damp:

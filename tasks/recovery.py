@@ -23,6 +23,7 @@ from tasks.algorithms.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from tasks.algorithms import resume
     from tasks.params import Lora
     from tasks.stage import Stage
 
@@ -67,9 +68,9 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
             bar.update(step, loss=loss)
 
         if params.method == "block_reconstruction":
-            history = _reconstruct(params, model, teacher, tokens, keep, kept, report)
+            history = _reconstruct(params, model, teacher, tokens, keep, kept, report, stage.journal)
         else:
-            model, history = _adapt(params, model, teacher, tokens, keep, kept, report)
+            model, history = _adapt(params, model, teacher, tokens, keep, kept, report, stage.journal)
     return Recovered(model.cpu().to(_dtype(config)), history)
 
 
@@ -93,6 +94,7 @@ def _adapt(
     keep: Mapping[str, Tensor],
     kept: Sequence[int],
     report: reconstruction.Report,
+    memory: resume.Memory,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Methods masked and remasked: train adapters, merge."""
     _check_zeros(model, keep)
@@ -105,11 +107,17 @@ def _adapt(
         dropout=params.dropout,
         seed=params.seed,
     )
-    if params.start == "eora":
+    if params.start == "eora" and memory.load(masked_lora.STATE) is None:
         _start(params, adapted, teacher, tokens, kept)
     distils = params.distillation.weight > 0 or params.distillation.hidden > 0
     history = masked_lora.train(
-        adapted, tokens, _recipe(params), teacher=teacher if distils else None, kept=kept, report=report
+        adapted,
+        tokens,
+        _recipe(params),
+        teacher=teacher if distils else None,
+        kept=kept,
+        report=report,
+        memory=memory,
     )
     if params.method == "masked":
         return masked_lora.merge(adapted, keep), history
@@ -138,12 +146,13 @@ def _reconstruct(
     keep: Mapping[str, Tensor],
     kept: Sequence[int],
     report: reconstruction.Report,
+    memory: resume.Memory,
 ) -> list[dict[str, float]]:
     _check_zeros(model, keep)
     targets = masked_lora.select(families.block_linears(model), params.targets)
     recipe = _recipe(params)
     return reconstruction.reconstruct(
-        model, teacher, tokens, recipe, targets=targets, keep=keep, kept=kept, report=report
+        model, teacher, tokens, recipe, targets=targets, keep=keep, kept=kept, report=report, memory=memory
     )
 
 

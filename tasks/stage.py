@@ -4,6 +4,9 @@
 finished outputs into place, and writes the lineage record. Names and paths come from dvc.yaml through DVC's own API;
 no path is written in Python. It knows nothing of Prefect.
 
+A long stage notes what it has finished in `Stage.journal`; after a failure or a kill the next run goes on from there.
+The journal goes when the outputs are in place.
+
 Nothing half-written: outputs are written to a scratch folder and moved when all are complete. DVC removes a stage's
 outputs before it starts it, so after a failure the previous ones are checked out again from DVC's cache.
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import importlib
 import os
 import re
@@ -37,8 +41,12 @@ from tasks.algorithms.errors import InputError
 if TYPE_CHECKING:
     from dvc.output import Output
 
+    from tasks.journal import Journal
+
 SCRATCH = Path("data/.scratch")
 """Unfinished outputs; on the same file system as data/ so that moving is atomic. Git and DVC ignore it."""
+JOURNALS = SCRATCH / "journal"
+"""Of each stage a folder with what it had finished when it was interrupted (`tasks.journal`)."""
 DISK = {
     errno.EACCES: "permission is denied; make it yours or change its permissions (`ls -ld`, `chmod`)",
     errno.EDQUOT: "the disk quota is used up; free some space, then run again",
@@ -83,6 +91,13 @@ class Stage:
     def enabled(self) -> bool:
         """False where the stage's own section says `enabled: false`."""
         return getattr(getattr(self.params, self.name, None), "enabled", True)
+
+    @functools.cached_property
+    def journal(self) -> Journal:
+        """What an interrupted run with the same inputs, parameters and code had finished, and where to note more."""
+        from tasks import journal  # here, as it imports torch, which not every stage needs
+
+        return journal.open_for(self.dvc, JOURNALS / self.address)
 
     def input(self, name: str) -> Path:
         """The declared dependency whose path ends with `name` ("model", "wanda/model", "masks.safetensors").
@@ -192,6 +207,7 @@ def execute(address: str, *, run_ids: dict[str, str] | None = None) -> None:
                 stage.publish()
                 lineage.record(stage, started=started, run_ids=run_ids or {})
                 _remove(SCRATCH / address)
+                _remove(JOURNALS / address)
             except BaseException as error:
                 traceback.clear_frames(error.__traceback__)  # the model that filled the memory
                 _remove(SCRATCH / address)  # first: the disk may be full

@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from tasks.algorithms import resume
+from tests import project
 
 torch.set_num_threads(1)
 
@@ -29,7 +32,7 @@ class _Progress:
 def make_stage(tmp_path):
     """make_stage({section: params}, {suffix: path}, out="out") -> what run(stage) gets; it writes to tmp_path / out."""
 
-    def make(params, inputs, out="out", item=None):
+    def make(params, inputs, out="out", item=None, journal=None):
         def output(name):
             path = tmp_path / out / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +52,7 @@ def make_stage(tmp_path):
             output=output,
             pass_on=pass_on,
             progress=lambda description, total: _Progress(),
+            journal=resume.NOTHING if journal is None else journal,
         )
 
     return make
@@ -108,30 +112,4 @@ def model_folder(tmp_path, make_model):
 def tiny_llama():
     """tiny_llama(folder) -> the folder, with a random Llama of four layers (hidden 64) and a byte-level tokenizer."""
 
-    def make(folder):
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        vocabulary = {"<end>": 0, **{char: i + 1 for i, char in enumerate(sorted(byte_level.alphabet()))}}
-        core = Tokenizer(models.BPE(vocabulary, []))
-        core.pre_tokenizer, core.decoder = byte_level, decoders.ByteLevel()
-        transformers.PreTrainedTokenizerFast(
-            tokenizer_object=core, bos_token="<end>", eos_token="<end>", model_max_length=128
-        ).save_pretrained(folder)
-        config = transformers.LlamaConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=len(vocabulary),
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-            initializer_range=0.2,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            transformers.LlamaForCausalLM(config).save_pretrained(folder)
-        return folder
-
-    return make
+    return project.tiny_llama

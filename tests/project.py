@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("flows", "tasks", "data/devices", "dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", ".dvc/config")
@@ -110,6 +113,34 @@ SMALL = {
     "evaluate.new_tokens": 4,
     "hardware_fit.context": 64,
 }
+
+
+def tiny_llama(folder: Path) -> Path:
+    """Fill the folder with a random Llama of four layers (hidden 64) and a byte-level tokenizer."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    vocabulary = {"<end>": 0, **{char: i + 1 for i, char in enumerate(sorted(byte_level.alphabet()))}}
+    core = Tokenizer(models.BPE(vocabulary, []))
+    core.pre_tokenizer, core.decoder = byte_level, decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<end>", eos_token="<end>", model_max_length=128
+    ).save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(vocabulary),
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 def clean_environment() -> dict[str, str]:

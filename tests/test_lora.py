@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tasks import baseline_lora, checkpoint, lora, recovery
-from tasks.algorithms import depth_prune, distillation, families, layers, masked_lora
+from tasks.algorithms import depth_prune, distillation, families, layers, masked_lora, resume
 from tasks.algorithms.errors import InputError
 from tasks.params import Distillation, Lora
 
@@ -427,6 +427,7 @@ class FakeStage:
 
     def __init__(self, folder: Path, params: Lora, run: str = "run", name: str = "lora") -> None:
         self.folder, self.out, self.name = folder, folder / run, name
+        self.journal = resume.NOTHING
         self.params = SimpleNamespace(lora=params, wanda=SimpleNamespace(enforce=True))
         self.updates: list[tuple[int, float]] = []
         self.total = 0

@@ -493,3 +493,38 @@ def test_progress_on_a_terminal_is_one_line(monkeypatch, capsys) -> None:
         bar.update(2)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.count("\r") >= 1 and "gptq 2/2" in said
+
+
+def test_what_an_interrupted_stage_noted_is_there_again_until_inputs_parameters_or_outputs_change(
+    made, run_here, monkeypatch, capsys
+):
+    monkeypatch.setenv("EDGEPRESS_JOURNAL_SECONDS", "0")
+    seen = []
+
+    def run(stage: Stage) -> None:
+        found = stage.journal.load("key")
+        seen.append(found and found.values)
+        stage.journal.save("key", {}, len(seen))
+        if len(seen) < 5:
+            raise RuntimeError("boom")
+        write(stage)
+
+    def attempt() -> None:
+        with pytest.raises(RuntimeError, match="boom"):
+            run_here(run)
+
+    attempt()
+    attempt()
+    assert "goes on with what an interrupted run has left" in capsys.readouterr().out
+    made.set(value=9)  # another parameter
+    attempt()
+    assert "the journal of other inputs, parameters or code is discarded" in capsys.readouterr().err
+    path = Path("other/text.txt")
+    path.unlink()
+    path.write_text("another input")
+    attempt()
+    journals = Path("data/.scratch/journal/toy")
+    assert len(list(journals.iterdir())) == 1
+    run_here(run)
+    assert seen == [None, 1, None, None, 4]
+    assert not journals.exists()

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms import families, layers, masked_gptq, rounding
+from tasks.algorithms import families, layers, masked_gptq, resume, rounding
 from tasks.algorithms.errors import InputError
 
 Done = Callable[[str, float], None]
@@ -110,7 +110,7 @@ def spectrum(delta: Tensor, moments: Tensor) -> Tensor:
     return torch.linalg.svdvals(delta.double() @ (vectors * eigenvalues.clamp_min(0).sqrt())).square()
 
 
-def curvature(model: nn.Module, input_ids: Tensor) -> dict[str, float]:
+def curvature(model: nn.Module, input_ids: Tensor, memory: resume.Memory = resume.NOTHING) -> dict[str, float]:
     """How much a linear's output errors change the prediction: the trace of its outputs' Fisher information per output.
 
     An error e [tokens, out_features] whose directions are random changes the predicted distributions by about
@@ -120,12 +120,17 @@ def curvature(model: nn.Module, input_ids: Tensor) -> dict[str, float]:
     Args:
         model: with ordinary linears in its blocks, in evaluation mode; left as it was.
         input_ids: [windows, length]; windows run one by one, so that one's activations are held.
+        memory: what it holds of an interrupted run isn't computed again.
 
     Returns:
         Full module name -> squared gradient of the summed loss, averaged over outputs and tokens.
     """
     squares = dict.fromkeys(families.block_linears(model), 0.0)
     generator = torch.Generator().manual_seed(0)  # the labels are part of the method: the same in every run
+    first = 0
+    if begun := memory.load("curvature"):
+        first, squares = begun.values
+        generator.set_state(begun.tensors["generator"])
 
     def watch(name: str) -> Callable[..., None]:
         def add(gradient: Tensor) -> None:
@@ -142,10 +147,12 @@ def curvature(model: nn.Module, input_ids: Tensor) -> dict[str, float]:
     handles += [linear.register_forward_hook(watch(name)) for name, linear in families.block_linears(model).items()]
     try:
         with torch.enable_grad():
-            for ids in input_ids.split(1):
+            for done, ids in enumerate(input_ids.split(1)[first:], start=first + 1):
                 logits = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)  # [length, vocabulary]
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
                 nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+                if memory.due():
+                    memory.save("curvature", {"generator": generator.get_state()}, [done, squares])
     finally:
         for handle in handles:
             handle.remove()
@@ -155,7 +162,11 @@ def curvature(model: nn.Module, input_ids: Tensor) -> dict[str, float]:
 
 
 def gains(
-    model: nn.Module, input_ids: Tensor, teacher: Mapping[str, Tensor], done: Done | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    teacher: Mapping[str, Tensor],
+    done: Done | None = None,
+    memory: resume.Memory = resume.NOTHING,
 ) -> dict[str, Tensor]:
     """What each rank of each linear's branch is expected to be worth: KL divergence that it removes, nats per token.
 
@@ -168,7 +179,7 @@ def gains(
 
     Args:
         model: the compressed model with ordinary float32 linears; left as it was.
-        input_ids, teacher: as for `compensate`.
+        input_ids, teacher, memory: as for `compensate`.
 
     Returns:
         Full module name -> float64 [smaller side], falling; ranks that remove nothing are 0.
@@ -176,16 +187,24 @@ def gains(
     Raises:
         InputError: a teacher's weight of another shape.
     """
-    weights = curvature(model, input_ids)
+    weights = curvature(model, input_ids, memory)
     found: dict[str, Tensor] = {}
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
         linears = families.linears_by_block(model)[index]
+        if before := memory.load(f"gains{index}"):
+            found.update(before.tensors)
+            for name, error in before.values.items() if done else ():
+                done(name, error)
+            return
+        errors = {}
         for name, moments in _second_moments(linears, block, inputs).items():
             delta = _delta(name, linears[name].weight, teacher[name])
             found[name] = spectrum(delta, moments) * weights[name] / (2 * input_ids.numel())
+            errors[name] = masked_gptq.relative_error(delta, teacher[name], moments)
             if done:
-                done(name, masked_gptq.relative_error(delta, teacher[name], moments))
+                done(name, errors[name])
+        memory.save(f"gains{index}", {name: found[name] for name in linears}, errors)
 
     layers.walk(model, input_ids, visit)
     return {name: found[name] for name in teacher}
@@ -245,6 +264,7 @@ def compensate(
     rank: int | Mapping[str, int],
     bits: int = HALF,
     done: Done | None = None,
+    memory: resume.Memory = resume.NOTHING,
 ) -> dict[str, Branch]:
     """Compute a branch for every linear of the blocks, on the inputs that it gets when all before it are compensated.
 
@@ -254,6 +274,7 @@ def compensate(
         teacher: full module name (of `model`) -> weight [out_features, in_features] to come close to.
         rank: of every branch, or full module name -> rank (`allocate`).
         bits: of the stored factors: 16 (float16) or 4 and 8 (groups of `group_size` along the rows of A and of B^T).
+        memory: what it holds of an interrupted run isn't computed again.
 
     Raises:
         InputError: rank above the smaller side of a linear, or a teacher's weight of another shape.
@@ -263,9 +284,13 @@ def compensate(
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
         # Linear by linear, each on inputs that the compensated ones before it in the block produced.
         for name, linear in families.linears_by_block(model)[index].items():
-            moments = _second_moments({name: linear}, block, inputs)[name]
-            wanted = rank if isinstance(rank, int) else rank[name]
-            branches[name] = _branch(name, linear.weight, teacher[name], moments, wanted, bits)
+            if before := memory.load(name):
+                branches[name] = _recalled(before)
+            else:
+                moments = _second_moments({name: linear}, block, inputs)[name]
+                wanted = rank if isinstance(rank, int) else rank[name]
+                branches[name] = _branch(name, linear.weight, teacher[name], moments, wanted, bits)
+                memory.save(name, *_noted(branches[name]))
             linear.weight.data += branches[name].b.float() @ branches[name].a.float()
             if done:
                 done(name, branches[name].error_after)
@@ -287,6 +312,23 @@ def _branch(name: str, weight: Tensor, wanted: Tensor, moments: Tensor, rank: in
     left = delta - b.float() @ a.float()
     before, after = (masked_gptq.relative_error(error, wanted, moments) for error in (delta, left))
     return Branch(a, b, coded, before, after)
+
+
+def _noted(branch: Branch) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A branch as an entry of a memory."""
+    tensors = {"a": branch.a, "b": branch.b}
+    for side, coded in zip("ab", branch.coded or (), strict=False):
+        tensors |= {f"{side}.codes": coded.codes, f"{side}.scales": coded.scales}
+    coding = [[coded.bits, coded.group_size] for coded in branch.coded or ()]
+    return tensors, {"coding": coding, "errors": [branch.error_before, branch.error_after]}
+
+
+def _recalled(entry: resume.Entry) -> Branch:
+    """What `_noted` got."""
+    tensors, values = entry
+    sides = zip("ab", values["coding"], strict=False)
+    coded = [rounding.Coded(tensors[f"{side}.codes"], tensors[f"{side}.scales"], *coding) for side, coding in sides]
+    return Branch(tensors["a"], tensors["b"], tuple(coded) or None, *values["errors"])
 
 
 def _delta(name: str, weight: Tensor, wanted: Tensor) -> Tensor:

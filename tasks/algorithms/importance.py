@@ -19,15 +19,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms import depth_prune, families, layers
+from tasks.algorithms import depth_prune, families, layers, resume
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.perplexity import perplexity as perplexity_of
 
-Score = Callable[[nn.Module, Tensor, int], Tensor]
-"""(model, input_ids [windows, length], windows per pass) -> float64 [blocks]."""
+Score = Callable[[nn.Module, Tensor, int, resume.Memory], Tensor]
+"""(model, input_ids [windows, length], windows per pass, what an interrupted run had computed) -> float64 [blocks]."""
 
 
-def magnitude(model: nn.Module, input_ids: Tensor, batch: int = 1) -> Tensor:
+def magnitude(model: nn.Module, input_ids: Tensor, batch: int = 1, memory: resume.Memory = resume.NOTHING) -> Tensor:
     """L1 norm of each block's linears, float64 [blocks]; the windows play no part."""
     return torch.tensor(
         [
@@ -38,7 +38,7 @@ def magnitude(model: nn.Module, input_ids: Tensor, batch: int = 1) -> Tensor:
     )
 
 
-def taylor(model: nn.Module, input_ids: Tensor, batch: int = 1) -> Tensor:
+def taylor(model: nn.Module, input_ids: Tensor, batch: int = 1, memory: resume.Memory = resume.NOTHING) -> Tensor:
     """Sum of |gradient * weight| of each block's linears, float64 [blocks].
 
     Holds the activations of all blocks for one batch, as a backward pass must, and one gradient per weight.
@@ -50,8 +50,15 @@ def taylor(model: nn.Module, input_ids: Tensor, batch: int = 1) -> Tensor:
         for parameter, *_ in before:
             parameter.requires_grad_(id(parameter) in wanted)
             parameter.grad = None
-        for ids in input_ids.split(batch):
+        weights = [weight for block in blocks for weight in block]
+        begun = memory.load("gradients")
+        for place, weight in enumerate(weights if begun else ()):
+            weight.grad = begun.tensors[str(place)].to(weight.device)
+        first = begun.values if begun else 0
+        for done, ids in enumerate(input_ids.split(batch)[first:], start=first + 1):
             _loss(model, ids, predictions=input_ids[:, 1:].numel()).backward()
+            if memory.due():
+                memory.save("gradients", {str(place): weight.grad for place, weight in enumerate(weights)}, done)
         return torch.tensor(
             [sum(float((weight.grad * weight.detach()).double().abs().sum()) for weight in block) for block in blocks],
             dtype=torch.float64,
@@ -62,26 +69,34 @@ def taylor(model: nn.Module, input_ids: Tensor, batch: int = 1) -> Tensor:
             parameter.grad = gradient
 
 
-def perplexity(model: nn.Module, input_ids: Tensor, batch: int = 1) -> Tensor:
+def perplexity(model: nn.Module, input_ids: Tensor, batch: int = 1, memory: resume.Memory = resume.NOTHING) -> Tensor:
     """Rise of the perplexity without each block, float64 [blocks]; negative where the model is better without it."""
-    whole = perplexity_of(model, input_ids, batch)
-    rises = [
-        perplexity_of(depth_prune.without(model, [index]), input_ids, batch) - whole
-        for index in range(len(families.blocks(model)))
-    ]
-    return torch.tensor(rises, dtype=torch.float64)
+    begun = memory.load("perplexities")
+    found = begun.values if begun else [perplexity_of(model, input_ids, batch)]  # the whole model's, then without each
+    for index in range(len(found) - 1, len(families.blocks(model))):
+        found.append(perplexity_of(depth_prune.without(model, [index]), input_ids, batch))
+        if memory.due():
+            memory.save("perplexities", {}, found)
+    return torch.tensor([without - found[0] for without in found[1:]], dtype=torch.float64)
 
 
-def block_influence(model: nn.Module, input_ids: Tensor, batch: int = 1) -> Tensor:
+def block_influence(
+    model: nn.Module, input_ids: Tensor, batch: int = 1, memory: resume.Memory = resume.NOTHING
+) -> Tensor:
     """1 - mean cosine similarity of each block's inputs and outputs over all tokens, float64 [blocks], from 0 to 2."""
-    scores: list[float] = []
+    begun = memory.load("scores")
+    scores: list[float] = begun.values if begun else []
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
+        if index < len(scores):
+            return
         total = 0.0
         for where, output in inputs.outputs(block):
             similarity = torch.cosine_similarity(inputs.hidden[where].double(), output.double(), dim=-1)
             total += float(similarity.sum())
         scores.append(1 - total / inputs.hidden[..., 0].numel())
+        if memory.due():
+            memory.save("scores", {}, scores)
 
     layers.walk(model, input_ids, visit, batch)
     return torch.tensor(scores, dtype=torch.float64)
@@ -108,22 +123,29 @@ SCORES: dict[str, Score] = {
 COMPOUND = "compound"
 
 
-def score(model: nn.Module, input_ids: Tensor, method: str, batch: int = 1) -> Tensor:
+def score(
+    model: nn.Module, input_ids: Tensor, method: str, batch: int = 1, memory: resume.Memory = resume.NOTHING
+) -> Tensor:
     """One block score by name, float64 [blocks].
 
     Args:
         input_ids: [windows, length].
         method: a key of `SCORES`, or `compound`.
+        memory: what it holds of an interrupted run isn't computed again.
 
     Raises:
         InputError: a score isn't finite.
     """
     if method == COMPOUND:
-        return combine({name: score(model, input_ids, name, batch) for name in SCORES})
-    values = SCORES[method](model, input_ids, batch)
+        return combine({name: score(model, input_ids, name, batch, memory) for name in SCORES})
+    memory = memory.part(method)
+    if before := memory.load("score"):
+        return before.tensors["score"]
+    values = SCORES[method](model, input_ids, batch, memory)
     if not values.isfinite().all():
         broken = (~values.isfinite()).nonzero().flatten().tolist()
         raise InputError(f"the {method} score of layers {broken} is not finite: mend the model or take another method")
+    memory.save("score", {"score": values})
     return values
 
 

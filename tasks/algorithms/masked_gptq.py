@@ -25,9 +25,10 @@ import logging
 import os
 import random
 import re
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms import descent, masks, rounding, sparsegpt
+from tasks.algorithms import descent, families, masks, resume, rounding, sparsegpt
 from tasks.algorithms.errors import InputError
 
 LIBRARY_VERSION = "7.6.0"
@@ -45,6 +46,9 @@ LIBRARY_VERSION = "7.6.0"
 
 WIDTHS = (2, 3, 4, 8)
 """Bits per code that gptqmodel packs into 32-bit words."""
+
+ANSWER = ("quantised", "scales", "zeros", "index")
+"""The tensors that gptqmodel's `GPTQ.quantize` returns first; numbers follow."""
 
 Done = Callable[[str, float], None]
 """Called after each linear with its name and error."""
@@ -75,6 +79,7 @@ _gptq = importlib.import_module("gptqmodel.quantization.gptq")
 _gar = importlib.import_module("gptqmodel.quantization.gar")
 _logger = importlib.import_module("gptqmodel.utils.logger")
 _looper = importlib.import_module("gptqmodel.looper.loop_processor")
+_threads = importlib.import_module("gptqmodel.utils.threadx")
 _torch_linear = importlib.import_module("gptqmodel.nn_modules.qlinear.torch")
 Lora = importlib.import_module("gptqmodel.adapter.adapter").Lora
 eora_compute_lora = importlib.import_module("gptqmodel.eora").eora_compute_lora
@@ -173,6 +178,8 @@ def packable(shape: tuple[int, int], widths: Iterable[int] = WIDTHS) -> list[int
 def contained() -> Iterator[None]:
     """Run gptqmodel without its live progress, prints and log files, and put random generators and threads back.
 
+    An error in one of its threads is raised to the caller; it would end the whole process, with no word for the user.
+
     It draws a random name for a log file in ./logs from Python's global generator, and prints what it saves.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.get_num_threads()
@@ -180,6 +187,7 @@ def contained() -> Iterator[None]:
     levels = [logger.level for logger in talkers]
     with (
         _patched(_logger, "_suppress_live_renderables", lambda: True),
+        _patched(_threads._DeviceWorker, "_abort_process", lambda *_: None),
         _patched(_looper.LoopProcessor, "_build_log_file_path", staticmethod(lambda *_: Path(os.devnull))),
         contextlib.redirect_stdout(io.StringIO()),
     ):
@@ -219,6 +227,8 @@ def keeping_masks(
     scale_steps: int | None = None,
     joint: tuple[int, int] | None = None,
     descent_cycles: int = 0,
+    memory: resume.Memory = resume.NOTHING,
+    blocks: Iterable[Collection[str]] = (),
 ) -> Iterator[dict[str, LayerResult]]:
     """Within this context gptqmodel's GPTQ quantises pruned weights to zero. Yields the results, filled as it runs.
 
@@ -228,19 +238,27 @@ def keeping_masks(
         scale_steps: scales are powers of 2 ** (1 / scale_steps); None: any float16.
         joint: (keep, of): the masks are chosen in the sweep, `keep` of every `of` consecutive inputs.
         descent_cycles: passes of coordinate descent after the sweep (`tasks.algorithms.descent`).
+        memory: linears that it holds are taken from it, others are saved to it.
+        blocks: full names of each block's linears; of a block that `memory` holds as a whole, no inputs are measured.
 
     Raises:
         InputError: (in the looper) a mask of another shape, a pruned weight that isn't zero, a Hessian that can't be
             inverted.
     """
     results: dict[str, LayerResult] = {}
-    solve = _gptq.GPTQ.quantize
+    solve, add = _gptq.GPTQ.quantize, _gptq.GPTQ.add_batch
+    finished = _Finished(memory, blocks)
 
     def create_quantizer(self: Any, name: str) -> _MaskedQuantizer:
         return _MaskedQuantizer(self.qcfg, name, scale_steps)
 
-    def quantize(self: Any, blocksize: int = 128) -> tuple[Any, ...]:
-        name = self._named_module.full_name
+    def add_batch(self: Any, inp: Tensor, out: Tensor, batch_index: int | None = None) -> None:
+        if not finished.whole_block(self._named_module.full_name):
+            return add(self, inp, out, batch_index)
+        with self.lock:
+            self.fwd_counter += 1  # the looper asks whether there were inputs
+
+    def compute(self: Any, name: str, blocksize: int) -> tuple[tuple[Any, ...], LayerResult]:
         hessian = self.finalize_hessian(target_device=getattr(self.module, "target_device", None)).clone()
         weight = self.module.weight.detach().clone()  # [out, in]
         if name in keep:
@@ -253,12 +271,24 @@ def keeping_masks(
             held = chosen if joint else keep.get(name)
             quantised = _descend(weight, answer, hessian, damp, self.qcfg.bits, descent_cycles, held)
             answer = (quantised, *answer[1:])
-        results[name] = LayerResult(relative_error(weight - quantised, weight, hessian), float(damp), chosen)
+        return answer, LayerResult(relative_error(weight - quantised, weight, hessian), float(damp), chosen)
+
+    def quantize(self: Any, blocksize: int = 128) -> tuple[Any, ...]:
+        name = self._named_module.full_name
+        if entry := finished.take(name):
+            answer, results[name] = _recalled(entry)
+        else:
+            answer, results[name] = compute(self, name, blocksize)
+            memory.save(name, *_noted(answer, results[name]))
         if done:
             done(name, results[name].error)
         return answer
 
-    with _patched(_gptq.GPTQ, "create_quantizer", create_quantizer), _patched(_gptq.GPTQ, "quantize", quantize):
+    with (
+        _patched(_gptq.GPTQ, "create_quantizer", create_quantizer),
+        _patched(_gptq.GPTQ, "add_batch", add_batch),
+        _patched(_gptq.GPTQ, "quantize", quantize),
+    ):
         yield results
 
 
@@ -270,6 +300,7 @@ def quantise(
     scale_steps: int | None = None,
     joint: tuple[int, int] | None = None,
     descent_cycles: int = 0,
+    memory: resume.Memory = resume.NOTHING,
 ) -> dict[str, LayerResult]:
     """Quantise a model that gptqmodel loaded with `config`, in place.
 
@@ -277,7 +308,7 @@ def quantise(
         model: gptqmodel's wrapper of a dense model.
         input_ids: [windows, length]; every token counts, in this order.
         keep: full module name -> bool [out_features, in_features], True where kept.
-        done, scale_steps, joint, descent_cycles: as `keeping_masks`.
+        done, scale_steps, joint, descent_cycles, memory: as `keeping_masks`.
 
     Returns:
         name -> result, sorted by name.
@@ -295,7 +326,8 @@ def quantise(
             f"model's {limit} positions: choose 11 to {limit}"
         )
     rows = [{"input_ids": ids.tolist(), "attention_mask": [1] * length} for ids in input_ids]
-    with contained(), keeping_masks(keep, done, scale_steps, joint, descent_cycles) as results:
+    blocks = families.linears_by_block(model.model)
+    with contained(), keeping_masks(keep, done, scale_steps, joint, descent_cycles, memory, blocks) as results:
         model.quantize(rows, batch_size=1, calibration_sort=None)
     unknown = sorted(set(keep) - set(results))
     if unknown:
@@ -433,6 +465,44 @@ class _MaskedQuantizer(_gptq.Quantizer):
             q = q * self.mask[:, self.column : self.column + x.shape[1]]
         self.column += x.shape[1]
         return q
+
+
+class _Finished:
+    """The linears that an interrupted run had quantised. One block's are held at a time."""
+
+    def __init__(self, memory: resume.Memory, blocks: Iterable[Collection[str]]) -> None:
+        self.memory, self.lock = memory, threading.Lock()
+        self.block = {name: tuple(block) for block in blocks for name in block}
+        self.names: tuple[str, ...] = ()
+        self.held: dict[str, resume.Entry] = {}
+
+    def whole_block(self, name: str) -> bool:
+        """Whether all linears of this one's block were quantised, and their entries can be read."""
+        with self.lock:
+            if name not in self.names and name in self.block:
+                self.names = self.block[name]
+                found = {each: self.memory.load(each) for each in self.names}
+                self.held = found if all(found.values()) else {}
+            return bool(self.held)
+
+    def take(self, name: str) -> resume.Entry | None:
+        """The entry of a linear."""
+        return self.held[name] if name in self.held else self.memory.load(name)
+
+
+def _noted(answer: tuple[Any, ...], result: LayerResult) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What gptqmodel's `GPTQ.quantize` returns, and the result, as an entry of a memory."""
+    tensors = dict(zip(ANSWER, answer[:4], strict=True))
+    if result.keep is not None:
+        tensors["keep"] = result.keep
+    return tensors, {"answer": list(answer[4:]), "error": result.error, "damp": result.damp}
+
+
+def _recalled(entry: resume.Entry) -> tuple[tuple[Any, ...], LayerResult]:
+    """What `_noted` got."""
+    tensors, values = entry
+    answer = (*(tensors[name] for name in ANSWER), *values["answer"])
+    return answer, LayerResult(values["error"], values["damp"], tensors.get("keep"))
 
 
 @torch.inference_mode()

@@ -15,8 +15,8 @@ with peft 0.21. PEFT's `LoraVariant` was not used: it is private, and it gets th
 forces a second full matrix product in every masked layer. Nothing else here touches an experimental part of PEFT.
 
 Cost: a masked layer needs the gradient of the whole product and keeps the summed weight until the backward pass, so
-a training holds one more copy of the masked weights. Not here: gradient checkpointing, resuming, mixed precision (bf16
-autocast was measured 1.7 times faster on a CPU; fp32 until its quality is shown to hold).
+a training holds one more copy of the masked weights. Not here: gradient checkpointing, mixed precision (bf16 autocast
+was measured 1.7 times faster on a CPU; fp32 until its quality is shown to hold).
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tasks.algorithms import distillation, eora, families, layers, masks
+from tasks.algorithms import distillation, eora, families, layers, masks, resume
 from tasks.algorithms.errors import InputError
 
 COLUMNS = ("step", "loss", "causal_lm", "distillation", "hidden", "learning_rate")
 """Keys of a row of a training's history."""
+
+STATE = "state"
+"""Of a memory, the key of a training's state after its last step."""
 
 CLIP = 1.0
 """Largest norm of the gradient of all trained weights together."""
@@ -287,6 +290,7 @@ def train(
     teacher: nn.Module | None = None,
     kept: Sequence[int] | None = None,
     report: Callable[[int, float], None] = lambda step, loss: None,
+    memory: resume.Memory = resume.NOTHING,
 ) -> list[dict[str, float]]:
     """Train the adapters with AdamW (no weight decay) on windows cut from the corpus at seeded random places.
 
@@ -298,6 +302,7 @@ def train(
         kept: for `recipe.hidden`: the teacher's block whose output each of the model's blocks has to reproduce.
             None: the same block, in models of one depth.
         report: called after each step with its number (from 1) and its loss.
+        memory: what it holds of an interrupted training of the same model is taken up: the rest gives the same bytes.
 
     Returns:
         One row per step with the keys `COLUMNS`, losses in nats before that step's update (`hidden` is relative);
@@ -314,16 +319,22 @@ def train(
     device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0, fused=True)
     sampler = torch.Generator().manual_seed(recipe.seed)
-    history = []
+    generators = [sampler, torch.default_generator, *torch.cuda.default_generators]  # the global ones: dropout
+    history: list[dict[str, float]] = []
     model.train()
     with _seeded(recipe.seed), repeatable_attention(device):
-        for step in range(1, recipe.steps + 1):
+        if before := memory.load(STATE):
+            resume.restore_training(before.tensors, parameters, optimizer, generators)
+            history = before.values
+        for step in range(len(history) + 1, recipe.steps + 1):
             ids = sample(tokens, recipe.batch, recipe.length, sampler).to(device)
             losses = _losses(model, teacher, ids, recipe, kept)
             learning_rate = rate(step, recipe)
             update(losses[0], optimizer, step, learning_rate)
             figures = [float(value.detach()) for value in losses]
             history.append(dict(zip(COLUMNS, (step, *figures, learning_rate), strict=True)))
+            if memory.due():
+                memory.save(STATE, resume.training_state(parameters, optimizer, generators), history)
             report(step, figures[0])
     model.eval()
     return history

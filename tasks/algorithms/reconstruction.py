@@ -22,8 +22,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms import distillation, families, layers
-from tasks.algorithms.masked_lora import COLUMNS, Recipe, rate, repeatable_attention, sample, update
+from tasks.algorithms import distillation, families, layers, resume
+from tasks.algorithms.masked_lora import COLUMNS, STATE, Recipe, rate, repeatable_attention, sample, update
 
 Report = Callable[[int, float], None]
 """Called after each step with its number (from 1, over all blocks) and its loss."""
@@ -39,6 +39,7 @@ def reconstruct(
     keep: Mapping[str, Tensor],
     kept: Sequence[int],
     report: Report = lambda step, loss: None,
+    memory: resume.Memory = resume.NOTHING,
 ) -> list[dict[str, float]]:
     """Train the blocks one after the other, in place; the model is in evaluation mode and frozen afterwards.
 
@@ -50,6 +51,7 @@ def reconstruct(
         targets: full names of the linears to train.
         keep: module name -> bool [out, in]; a linear without a mask is dense.
         kept: of each of the model's blocks, its index in the teacher; ascending.
+        memory: what it holds of an interrupted run on the same models is taken up: the rest gives the same bytes.
 
     Returns:
         One row per step of each block, `COLUMNS`; `loss` and `hidden` are the relative squared error before the update.
@@ -68,7 +70,8 @@ def reconstruct(
     def fit(target: Tensor) -> None:
         index = len(calls) - 1
         weights = {linear.weight: keep.get(name) for name, linear in linears[index].items() if name in targets}
-        for learning_rate, loss in _fit(blocks[index], calls[index], weights, state[0], target, recipe):
+        steps = _fit(blocks[index], calls[index], weights, state[0], target, recipe, memory, index)
+        for learning_rate, loss in steps:
             history.append(_row(len(history) + 1, loss, learning_rate))
             report(len(history), loss)
 
@@ -92,6 +95,8 @@ def _fit(
     hidden: Tensor,
     target: Tensor,
     recipe: Recipe,
+    memory: resume.Memory,
+    index: int,
 ) -> Iterator[tuple[float, float]]:
     """Train a block on hidden -> target, both [windows, length, hidden]; yields each step's learning rate and loss.
 
@@ -99,19 +104,44 @@ def _fit(
 
     Args:
         weights: those to train, each with its mask of what was kept, or None.
+        memory: its entry `block<index>` holds the trained weights, `STATE` the training that was interrupted.
     """
     positional, named = call
     batches = [slice(start, start + recipe.batch) for start in range(0, len(hidden), recipe.batch)]
-    optimizer = torch.optim.AdamW(list(weights), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
+    trained = list(weights)
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0, fused=True)
+    steps, finished = _taken(memory, index, trained, optimizer)
+    yield from list(steps)
     with _trainable(weights):
-        for step, where in enumerate(batches, start=1):
+        for step, where in enumerate(batches[len(steps) :], start=len(steps) + 1):
             loss = distillation.relative_error(block(hidden[where], *positional, **named), target[where])
             learning_rate = rate(step, recipe)
             update(loss, optimizer, step, learning_rate)
-            yield learning_rate, float(loss.detach())
+            steps.append((learning_rate, float(loss.detach())))
+            if memory.due():
+                state = resume.training_state(trained, optimizer)
+                memory.save(STATE, state, {"block": index, "steps": steps})
+            yield steps[-1]
+    if not finished:
+        memory.save(f"block{index}", {str(place): weight.detach() for place, weight in enumerate(trained)}, steps)
     with torch.no_grad():
         for where in batches:
             hidden[where] = block(hidden[where], *positional, **named)
+
+
+def _taken(
+    memory: resume.Memory, index: int, trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[list[tuple[float, float]], bool]:
+    """Steps of this block that an interrupted run took, and whether all; weights and optimizer are as after them."""
+    if finished := memory.load(f"block{index}"):
+        for place, weight in enumerate(trained):
+            weight.data.copy_(finished.tensors[str(place)])
+        return finished.values, True
+    begun = memory.load(STATE)
+    if begun is None or begun.values["block"] != index:
+        return [], False
+    resume.restore_training(begun.tensors, trained, optimizer)
+    return begun.values["steps"], False
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms import perplexity, protocols, token_bytes
+from tasks.algorithms import perplexity, protocols, resume, token_bytes
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.protocols import Protocol, Window
 
@@ -110,23 +110,28 @@ def documents_of(spans: Tensor, documents: Sequence[str], join: str) -> Tensor:
     return (torch.searchsorted(starts, spans.cumsum(0) - 1, right=True) - 1).clamp(min=0)
 
 
-def score(model: nn.Module, prepared: Prepared, batch: int = 1) -> Score:
+def score(model: nn.Module, prepared: Prepared, batch: int = 1, memory: resume.Memory = resume.NOTHING) -> Score:
     """Score prepared documents.
 
     Args:
         model: anything whose call returns `.logits` [batch, length, vocabulary].
         batch: windows per forward pass; no effect on the result beyond rounding.
+        memory: of an interrupted run with the same arguments.
     """
     order = sorted(range(len(prepared.windows)), key=lambda at: -_width(prepared.windows[at]))  # stable
-    nll: list[Tensor] = [torch.empty(0)] * len(order)
+    nll = {}  # window -> nats of its predictions, in `order`
+    if begun := memory.load("nll"):
+        counts = [prepared.windows[at].stop - prepared.windows[at].first for at in order[: begun.values]]
+        nll = dict(zip(order, begun.tensors["nll"].split(counts), strict=False))
     with torch.no_grad():
-        for start in range(0, len(order), batch):
+        for start in range(len(nll), len(order), batch):
             some = order[start : start + batch]
-            for at, own in zip(some, _nll(model, prepared, [prepared.windows[at] for at in some]), strict=True):
-                nll[at] = own
+            nll |= zip(some, _nll(model, prepared, [prepared.windows[at] for at in some]), strict=True)
+            if memory.due():
+                memory.save("nll", {"nll": torch.cat(list(nll.values()))}, len(nll))
     return Score(
         prepared.label,
-        torch.cat(nll),
+        torch.cat([nll[at] for at in range(len(order))]),
         torch.cat([prepared.spans[w.text][w.first : w.stop] for w in prepared.windows]),
         torch.cat([prepared.documents[w.text][w.first : w.stop] for w in prepared.windows]),
         len(order),

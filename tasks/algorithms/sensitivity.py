@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms import families, layers
+from tasks.algorithms import families, layers, resume
 
 POSITIONS = 128
 """Positions whose distributions are compared at once: float64 over a vocabulary of 128k they are 131 MB."""
@@ -36,6 +36,7 @@ def measure(
     widths: Sequence[int],
     done: Done | None = None,
     batch: int = 1,
+    memory: resume.Memory = resume.NOTHING,
 ) -> dict[str, dict[int, float]]:
     """KL(original || model with this linear quantised), averaged over all positions, in nats per token.
 
@@ -45,6 +46,7 @@ def measure(
         quantise: must not change the weight it gets.
         widths: the bits to try.
         batch: windows per forward pass; no effect on the result beyond rounding.
+        memory: linears that it holds aren't measured again.
 
     Returns:
         full module name -> bits -> divergence, in the order in which the linears run.
@@ -55,16 +57,20 @@ def measure(
     calls: list[Mapping[int, layers.Call]] = []
     last = layers.walk(model, input_ids, lambda index, block, inputs: calls.append(inputs.calls), batch)
     blocks, by_block = families.blocks(model), families.linears_by_block(model)
+    before = memory.load("measured")
+    known = {name: dict(found) for name, found in before.values} if before else {}
     measured: dict[str, dict[int, float]] = {}
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
         for name, linear in by_block[index].items():
             original = linear.weight.detach()
-            measured[name] = {}
-            for bits in widths:
+            measured[name] = known.get(name, {})
+            for bits in widths if name not in known else ():
                 with _replaced(linear, quantise(name, original, bits)):
                     changed = _continued(blocks[index:], calls[index:], inputs)
                     measured[name][bits] = _divergence(model, last, changed)
+            if name not in known and memory.due():
+                memory.save("measured", {}, [(each, list(found.items())) for each, found in measured.items()])
             if done:
                 done(len(measured))
 

@@ -36,6 +36,7 @@ import yaml
 
 from tasks import params as schema
 from tasks import tensor_files
+from tasks.algorithms import resume
 from tasks.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -232,6 +233,7 @@ class CachedStage(Stage):
         self.outs = [Path(out) for out in declared.outs]
         self.scratch = scratch
         self.published = []
+        self.journal = resume.NOTHING
 
     def input(self, name: str) -> Path:
         """As Stage's; the place of that dependency."""
