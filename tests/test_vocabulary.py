@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tasks import checkpoint, evaluate, tensor_files
+from tasks import checkpoint, tensor_files
 from tasks import vocabulary as stage_module
-from tasks.algorithms import perplexity, vocabulary
+from tasks.algorithms import perplexity, protocols, scoring, vocabulary
 from tasks.algorithms.errors import InputError
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -165,9 +165,8 @@ def test_rare_tokens_go_and_texts_still_come_back(folder, make, tmp_path):
 def bits(folder, texts, length):
     """Bits per byte of a folder's model on texts."""
     model, tokenizer = checkpoint.load_dense(folder), checkpoint.load_tokenizer(folder)
-    windows = perplexity.windows(perplexity.tokenise(tokenizer, texts), length, length)
-    sizes = perplexity.windows(evaluate.token_bytes(tokenizer, texts), length, length)
-    return evaluate.bits_per_byte(perplexity.token_nll(model, windows), sizes, length)
+    prepared = scoring.prepare(protocols.protocol("joined", length, length), tokenizer, texts)
+    return scoring.score(model, prepared).bits_per_byte
 
 
 @pytest.mark.parametrize("min_count", [1, 2])
