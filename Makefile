@@ -3,6 +3,7 @@
 # make ui       serve the Prefect UI with this project's runs (PORT=4200)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= 4200
+JOBS ?= 2# test processes; a file's tests share one
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -19,10 +20,10 @@ install: .venv/installed
 	touch $@
 
 test: install lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 test-fast: install
-	.venv/bin/python -m pytest -m 'not slow'
+	.venv/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile -m 'not slow'
 
 lint: install
 	.venv/bin/ruff check .
