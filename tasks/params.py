@@ -117,6 +117,20 @@ class Fetch(Section):
     corpora: Corpora
 
 
+class Overlap(Section):
+    """What of the other texts stands in train."""
+
+    enabled: bool
+    words: Count
+    """Of a run that counts as copied."""
+    domain_words: Count
+    """Of a run that tells the domain."""
+    sample: Count
+    """Documents of train, evenly spread, on which its own share of common runs is measured."""
+    in_domain: Fraction
+    """A split is in-domain from this share on, relative to train's own."""
+
+
 class Vocabulary(Section):
     """Trimming of the vocabulary to the tokens that a corpus uses."""
 
@@ -344,6 +358,7 @@ class Params(Section):
     corpus: Corpus
     base_model: BaseModelParams
     fetch: Fetch
+    overlap: Overlap
     vocabulary: Vocabulary
     calibrate: Calibrate
     importance: Importance

@@ -55,11 +55,13 @@ def test_the_resamples_of_a_pair_are_those_of_a_naive_loop() -> None:
         assert resample == pytest.approx([sum(column[i] for i in chosen) for column in columns])
 
 
-def test_memory_is_bounded_and_pieces_are_the_whole(monkeypatch) -> None:
-    a, b = documents(30)
-    whole = bootstrap.compare(a, b, np.random.default_rng(0), 500)
-    monkeypatch.setattr(bootstrap, "CELLS", 100)
-    assert bootstrap.compare(a, b, np.random.default_rng(0), 500) == whole
+def test_groups_of_neighbours_give_nearly_the_interval_of_single_documents(monkeypatch) -> None:
+    a, b = documents(1000, effect=0.02)
+    single = bootstrap.compare(a, b, np.random.default_rng(0))
+    monkeypatch.setattr(bootstrap, "GROUPS", 300)
+    grouped = bootstrap.compare(a, b, np.random.default_rng(0))
+    assert (grouped.ratio, grouped.documents) == (single.ratio, 1000)
+    assert grouped.high - grouped.low == pytest.approx(single.high - single.low, rel=0.15)
 
 
 def test_many_documents_agree_with_the_normal_approximation() -> None:

@@ -7,8 +7,8 @@ makes a document hard is the same for both; the interval of their ratio is far n
 
 Intervals are BCa, corrected for bias and skew, with the acceleration from the jackknife, whose leave-one-out figures
 are one subtraction each. It covers the noise of the choice of documents, and not that of training, of seeds or of the
-choice of prompts. Where windows span documents, neighbours share context; that dependence is neglected. Many comparisons
-at once are not corrected for.
+choice of prompts. Where windows span documents, neighbours share context; that dependence is neglected. It doesn't
+correct for many comparisons at once.
 
 Shapes: n = documents, r = resamples.
 """
@@ -30,8 +30,8 @@ CONFIDENCE = 0.95
 """Share of test sets on which such an interval would hold the true figure."""
 RESAMPLES = 4000
 """Moves an interval's ends from seed to seed by some hundredths of its width."""
-CELLS = 2**22
-"""Counts that are held at once: memory doesn't grow with documents times resamples."""
+GROUPS = 2000
+"""More documents than this are resampled in so many groups of neighbours: an interval as good, at bounded cost."""
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 
@@ -100,8 +100,8 @@ def interval(
 def compare(a: Sums, b: Sums, generator: np.random.Generator, resamples: int = RESAMPLES) -> Difference:
     """Model a beside model b, on the documents that both were scored on.
 
-    By perplexity where they agree in every such document's predictions, else (another vocabulary) by bits per byte: then
-    a document that the last window cuts may count with different bytes for each, which are each model's own.
+    By perplexity where they agree in every such document's predictions, else (another vocabulary) by bits per byte:
+    then a document that the last window cuts may count with different bytes for each, which are each model's own.
 
     Raises:
         InputError: no document in common.
@@ -161,6 +161,8 @@ def _intervals(
     values = [float(statistic(whole)) for statistic in statistics]
     if documents == 1:
         return [Interval(value, math.nan, math.nan) for value in values]
+    if documents > GROUPS:
+        columns = np.add.reduceat(columns, np.arange(GROUPS) * documents // GROUPS, axis=1)
     drawn = _resample(columns, generator, resamples)
     left_out = whole[:, None] - columns  # [columns, n]
     return [
@@ -172,13 +174,7 @@ def _intervals(
 def _resample(columns: np.ndarray, generator: np.random.Generator, resamples: int) -> np.ndarray:
     """Sums of each column over n documents drawn with replacement, float64 [columns, r]."""
     documents = columns.shape[1]
-    share = np.full(documents, 1 / documents)
-    step = max(1, CELLS // documents)
-    parts = [
-        columns @ generator.multinomial(documents, share, size=min(step, resamples - start)).T
-        for start in range(0, resamples, step)
-    ]
-    return np.concatenate(parts, axis=1)
+    return columns @ generator.multinomial(documents, np.full(documents, 1 / documents), size=resamples).T
 
 
 def _bca(value: float, drawn: np.ndarray, left_out: np.ndarray) -> tuple[float, float]:
