@@ -337,6 +337,20 @@ class Evaluate(Section):
         return self
 
 
+class Measure(Section):
+    """What the models are asked on this machine."""
+
+    enabled: bool
+    threads: Count
+    prompt_tokens: Count
+    new_tokens: Count
+    """Tokens that follow the prompt."""
+    generations: Count
+    """Timed ones per process, after one that warms up."""
+    rounds: Count
+    """Processes per model; the models take turns."""
+
+
 class HardwareFit(Section):
     enabled: bool
     device: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
@@ -371,6 +385,7 @@ class Params(Section):
     baseline_lora: BaselineLora
     baseline: Baseline
     evaluate: Evaluate
+    measure: Measure
     hardware_fit: HardwareFit
     report: Report
 
