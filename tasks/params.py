@@ -117,6 +117,20 @@ class Fetch(Section):
     corpora: Corpora
 
 
+class Overlap(Section):
+    """What of the other texts stands in train."""
+
+    enabled: bool
+    words: Count
+    """Of a run that counts as copied."""
+    domain_words: Count
+    """Of a run that tells the domain."""
+    sample: Count
+    """Documents of train, evenly spread, on which its own share of common runs is measured."""
+    in_domain: Fraction
+    """A split is in-domain from this share on, relative to train's own."""
+
+
 class Vocabulary(Section):
     """Trimming of the vocabulary to the tokens that a corpus uses."""
 
@@ -323,6 +337,20 @@ class Evaluate(Section):
         return self
 
 
+class Measure(Section):
+    """What the models are asked on this machine."""
+
+    enabled: bool
+    threads: Count
+    prompt_tokens: Count
+    new_tokens: Count
+    """Tokens that follow the prompt."""
+    generations: Count
+    """Timed ones per process, after one that warms up."""
+    rounds: Count
+    """Processes per model; the models take turns."""
+
+
 class HardwareFit(Section):
     enabled: bool
     device: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
@@ -344,6 +372,7 @@ class Params(Section):
     corpus: Corpus
     base_model: BaseModelParams
     fetch: Fetch
+    overlap: Overlap
     vocabulary: Vocabulary
     calibrate: Calibrate
     importance: Importance
@@ -356,6 +385,7 @@ class Params(Section):
     baseline_lora: BaselineLora
     baseline: Baseline
     evaluate: Evaluate
+    measure: Measure
     hardware_fit: HardwareFit
     report: Report
 

@@ -25,7 +25,7 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
-from tasks import charts, comparison, report_tables
+from tasks import charts, comparison, evaluations, report_tables
 from tasks.comparison import BASE, BITS_PER_BYTE, PACKAGE, PERPLEXITY, PLAIN, RECOVERED, SPLITS
 from tasks.report_tables import is_broken, model_of
 
@@ -101,7 +101,8 @@ def read(stage: Stage) -> Evidence:
     A plain model that was switched off is one that was not evaluated: its folder holds what the stage passed on.
     """
     folders = stage.inputs_below("evaluate")
-    metrics = {folder.name: _json(folder / "metrics.json") for folder in folders}
+    overlap = _json(stage.input("overlap.json"))
+    metrics = {folder.name: evaluations.read(folder, overlap) for folder in folders}
     completions = {folder.name: _json(folder / "completions.json") for folder in folders}
     plain = stage.has_input("baseline/bits.csv")
     bits = _table(stage.input("baseline/bits.csv")) if plain else pd.DataFrame()

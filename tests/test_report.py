@@ -219,7 +219,7 @@ def results(tmp_path):
     """The files that the report reads, by the suffix that it asks for."""
     inputs = {name: tmp_path / "data" / name for name in tables()}
     records = {"removed.json": {"removed": [6, 5], "kept": [], "method": "block_influence", "schedule": "one_shot"}}
-    records |= {"manifest.json": manifest(), "fit.json": fit()}
+    records |= {"manifest.json": manifest(), "fit.json": fit(), "overlap.json": {"measured": False, "splits": {}}}
     inputs |= {name: tmp_path / "data" / name for name in records}
     for name, table in tables().items():
         inputs[name].parent.mkdir(parents=True, exist_ok=True)
