@@ -5,8 +5,10 @@
 onnx-int4: ONNX Runtime GenAI with the package's own codes and scales. onnx-int8: the same engine, weights quantised
 again. gguf: llama.cpp, the package's codes and scales. gguf-f32: llama.cpp with every weight in float32, the way to
 compare it with PyTorch without its rounding of activations. DIR gets the engine's files and export.json: what was
-densified, merged or repeated, bytes by what they are for against the package's, and with `--text` perplexity and greedy
-tokens against the PyTorch model. Nothing is written where anything fails. It trains and repairs nothing.
+densified, merged or repeated, with the bytes of the component that it concerns (all its changes together) and whether
+the engine still computes with the package's values; bytes by what they are for against the package's; and with `--text`
+perplexity and greedy tokens against the PyTorch model: what the changes that are not exact cost, together. Nothing is
+written where anything fails. It trains and repairs nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ FORMATS = {
 }
 """Name -> (module, its function, the package that defines the format)."""
 REPORT = "export.json"
+_SAME = {"values": ("positions", "blocks")}
+"""Component of an export -> those of a source that are the same matter: where kept weights are; dense matrices."""
 _PROMPTS, _PROMPT, _NEW = 20, 16, 40
 """Of a check: prompts, the beginnings of documents; tokens of each; and greedy tokens after each."""
 _WINDOWS = 16
@@ -60,8 +64,9 @@ def export(folder: Path, kind: str, out: Path, text: Path | None = None) -> dict
         written = Path(scratch) / "model"
         written.mkdir()
         changes = getattr(module, function)(source, written)
-        report = {"format": kind, "written_with": f"{engine} {importlib.metadata.version(engine)}", "changes": changes}
+        report = {"format": kind, "written_with": f"{engine} {importlib.metadata.version(engine)}"}
         report |= _sizes(folder, written, module.component_bytes(written))
+        report["changes"] = {what: _cost(change, report["components"]) for what, change in changes.items()}
         if text:
             report["check"] = check(folder, written, windows, prompts)
         checkpoint.write_json(written / REPORT, report)
@@ -154,6 +159,14 @@ def _sizes(folder: Path, written: Path, components: dict[str, int]) -> dict[str,
     }
 
 
+def _cost(change: export_source.Change, components: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """A change as plain data, with the bytes that its component takes more than in the source."""
+    named = (change.component, *_SAME.get(change.component, ()))
+    before = sum(components["source"].get(name, 0) for name in named)
+    bytes_ = components["export"].get(change.component, 0) - before if change.component else 0
+    return {"done": change.done, "component": change.component, "bytes": bytes_, "exact": change.exact}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Export a model to ONNX Runtime GenAI or llama.cpp")
@@ -169,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     size = report["bytes"]
     print(f"{given.out}: {size['export']:,} bytes, {size['ratio']:.2f} of the {size['source']:,} of {given.model}")
     for what, done in report["changes"].items():
-        print(f"  {what}: {done}")
+        print(f"  {what}: {done['done']} ({done['bytes']:+,} bytes{'' if done['exact'] else ', not exact'})")
     if given.text:
         found = report["check"]
         change = found["perplexity"]["change"]
