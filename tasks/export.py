@@ -26,6 +26,8 @@ import numpy as np
 from tasks import checkpoint, corpora, engines, export_source, models
 from tasks.algorithms.errors import InputError
 
+_ENGINES = {"tasks.export_onnx": "onnxruntime_genai", "tasks.export_gguf": "llama_cpp"}
+"""Module -> the package that runs what it writes, which a check needs."""
 FORMATS = {
     "onnx-int4": ("tasks.export_onnx", "int4", "onnxruntime-genai"),
     "onnx-int8": ("tasks.export_onnx", "int8", "onnxruntime-genai"),
@@ -57,10 +59,11 @@ def export(folder: Path, kind: str, out: Path, text: Path | None = None) -> dict
     module, function, engine = _format(kind)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} isn't empty: name a folder that isn't there yet")
+    if text:
+        _need(_ENGINES[module.__name__], f"checking {kind}")
     windows, prompts = _check_data(folder, text) if text else ([], [])
     source = export_source.read(folder)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export") as scratch:
+    with _scratch(out.parent) as scratch:
         written = Path(scratch) / "model"
         written.mkdir()
         changes = getattr(module, function)(source, written)
@@ -122,14 +125,37 @@ def _format(kind: str) -> tuple[Any, str, str]:
     try:
         return importlib.import_module(module), function, engine
     except ModuleNotFoundError as error:
-        raise InputError(f"{kind} needs the package {error.name}, which isn't installed: install it") from error
+        raise InputError(_missing(kind, error.name)) from error
+
+
+def _need(package: str, what: str) -> None:
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise InputError(_missing(what, error.name)) from error
+
+
+def _missing(what: str, package: str | None) -> str:
+    way_out = "llama-cpp-python" if package == "llama_cpp" else "'.[export]'"
+    return f"{what} needs the package {package}, which isn't installed: pip install {way_out}"
+
+
+def _scratch(folder: Path) -> tempfile.TemporaryDirectory:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=folder, prefix=".export")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error.strerror}): name another folder") from error
 
 
 def _check_data(folder: Path, text: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Windows and prompts of a JSONL file, in the model's tokens."""
     if not text.is_file():
         raise InputError(f'{text} is no file: name a JSONL file of {{"text"}}')
-    rows = corpora.read(text)
+    try:
+        rows = [row + "" for row in corpora.read(text)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f'{text} is no JSONL of {{"text": a string}} ({error!r}): name another file') from error
     tokenizer = checkpoint.load_tokenizer(folder)
     length = min(256, models.config(folder).get("max_position_embeddings", 256))
     ids = np.array(tokenizer("\n".join(rows), add_special_tokens=False, verbose=False)["input_ids"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -376,7 +377,7 @@ def test_the_built_in_model_s_exports(tmp_path, kind):
         assert found["widest_gap"] < 0.1
 
 
-def test_what_cannot_be_exported_is_refused_and_nothing_is_left(pack, tmp_path):
+def test_what_cannot_be_exported_is_refused_and_nothing_is_left(pack, tmp_path, monkeypatch):
     packages("gguf")
     with pytest.raises(InputError, match="'onnx' is not known"):
         export.export(pack("plain"), "onnx", tmp_path / "out")
@@ -390,6 +391,15 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(pack, tmp_path):
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "too short"}\n')
     with pytest.raises(InputError, match="where a check needs"):
+        export.export(pack("plain"), "gguf", tmp_path / "out", short)
+    for content in ("no JSON", '{"txt": "x"}', '{"text": 1}', "[]"):
+        short.write_text(content + "\n")
+        with pytest.raises(InputError, match="is no JSONL of"):
+            export.export(pack("plain"), "gguf", tmp_path / "out", short)
+    with pytest.raises(InputError, match="cannot write to"):
+        export.export(pack("plain"), "gguf", short / "out")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(InputError, match="needs the package llama_cpp.*pip install llama-cpp-python"):
         export.export(pack("plain"), "gguf", tmp_path / "out", short)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "short.jsonl"]
 
