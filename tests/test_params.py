@@ -54,7 +54,7 @@ SECTIONS = tuple(params.Params.model_fields)
 
 
 def test_fields_are_found() -> None:
-    assert len(FIELDS) > 60 and len(SECTIONS) == 20
+    assert len(FIELDS) > 60 and len(SECTIONS) == 22
 
 
 def test_no_field_has_a_default() -> None:
@@ -189,6 +189,11 @@ BAD = [
         {"eora.rank": None, "eora.budget_bytes": None},
         "params.yaml: eora: give either `rank` or `budget_bytes`, and null for the other",
     ),
+    ({"harness.tasks": ["mmlu"]}, "params.yaml: `harness.tasks.0` = 'mmlu': input should be 'corpus', 'hellaswag'"),
+    ({"harness.tasks": ["piqa", "piqa"]}, "params.yaml: harness: tasks = ['piqa', 'piqa'] names a task twice"),
+    out_of_range("harness.tasks", [], "list should have at least 1 item"),
+    out_of_range("harness.limit", 0, ONE),
+    ({"harness_data.enabled": False}, "params.yaml: harness_data is switched off, but harness needs its documents"),
     out_of_range("gptq.act_order", True, "input should be 'none', 'descending' or 'group_aware'"),
     out_of_range("gptq.embedding.bits", 3, "input should be 4, 8 or 16"),
     out_of_range("gptq.scale_steps", 0, ONE),
