@@ -1,4 +1,4 @@
-"""The command that says whether a model fits a device, without the DAG; and the tables that it shares with hardware_fit.
+"""The command that says whether a model fits a device, without the DAG; and the tables that hardware_fit shares.
 
     python -m tasks.fit --model DIR --device raspberry-pi-5       one device; the exit code is the verdict
     python -m tasks.fit --model DIR                               a table of all
