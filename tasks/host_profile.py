@@ -174,8 +174,8 @@ def profile(rates: Rates) -> dict[str, Any]:
         "cache": cache,
         "compute": [{"precision": name, **_figure(rate, product)} for name, rate in rates.compute.items()],
         "weight_formats": {
-            "values": formats, "source": "PyTorch: floats; ONNX Runtime (MatMulNBits) and llama.cpp: 4- and 8-bit
-            integers, by int8 products",
+            "values": formats,
+            "source": "PyTorch: floats; ONNX Runtime (MatMulNBits), llama.cpp: 4- and 8-bit integers by int8 products",
         },
         "sparsity": [],
         "safety_margin": {"value": 0.1, "source": "estimate: a tenth, as in the profiles of data/devices"},

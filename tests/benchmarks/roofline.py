@@ -3,12 +3,12 @@
     .venv/bin/python -m tests.benchmarks.roofline                     all rows
     .venv/bin/python -m tests.benchmarks.roofline --only float32      rows whose name it is found in
 
-Models of random weights, Llama-shaped and larger than the last-level cache, in PyTorch (float32, bfloat16), and exported
-to ONNX Runtime GenAI and llama.cpp; then the built-in model and its package, which fit into it. A row is a process of its own, in which
-rounds of decoding and of `tasks.host_profile`'s reading passes take turns: both figures are of the fastest of many short
-pieces, so that what else runs disturbs both alike. The bound is `tasks.algorithms.fit`'s for the model's config, on a
-profile with the bandwidths so measured, those of the fastest reading kernel; PyTorch's own matrix-vector product is told
-beside it. A ratio above 1 would refute the bound.
+Models of random weights, Llama-shaped and larger than the last-level cache, in PyTorch (float32, bfloat16), and
+exported to ONNX Runtime GenAI and llama.cpp; then the built-in model and its package, which fit into it. A row is a
+process of its own, in which rounds of decoding and of `tasks.host_profile`'s reading passes take turns: both figures
+are of the fastest of many short pieces, so that what else runs disturbs both alike. The bound is
+`tasks.algorithms.fit`'s for the model's config, on a profile with the bandwidths so measured, those of the fastest
+reading kernel; PyTorch's own matrix-vector product is told beside it. A ratio above 1 would refute the bound.
 """
 
 from __future__ import annotations
