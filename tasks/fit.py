@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """The command."""
     given = _parser().parse_args(arguments)
     try:
-        model, workload = _model(given), None
+        model = _model(given)
         context = min(_CONTEXT, model.shape.context_limit) if given.context is None else given.context
         workload = Workload(context, given.batch, given.kv_bits, given.activation_bits)
         chosen = _chosen(given)
