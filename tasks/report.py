@@ -149,7 +149,7 @@ def figures(evidence: Evidence) -> dict[str, float | int | str | bool]:
     if not ledger.empty:
         found |= {f"package_{name}": int(ledger[name].sum()) for name in ("violations", "revived")}
     if checked(evidence.fit):
-        found["fits"] = evidence.fit["verdict"] == "FITS"
+        found["fits"] = fits(evidence.fit)
         found["tokens_per_second_bound"] = evidence.fit["tokens_per_second"]["bound"]
     return {key: value for key, value in found.items() if value is not None and _finite(value)}
 
@@ -175,7 +175,12 @@ def _size_figures(found: dict[str, Any]) -> dict[str, float]:
 
 def checked(fit: dict[str, Any]) -> bool:
     """Whether hardware_fit was switched on."""
-    return fit["verdict"] in ("FITS", "DOES_NOT_FIT")
+    return fit["verdict"] in ("FITS", "FITS_STREAMING", "DOES_NOT_FIT")
+
+
+def fits(fit: dict[str, Any]) -> bool:
+    """Whether it fits, be it by streaming weights from storage."""
+    return fit["verdict"] in ("FITS", "FITS_STREAMING")
 
 
 def verdict(evidence: Evidence, found: dict[str, Any]) -> list[str]:
@@ -185,7 +190,7 @@ def verdict(evidence: Evidence, found: dict[str, Any]) -> list[str]:
     if checked(fit):
         speed, base = fit["tokens_per_second"], fit.get("fetched")
         bound = f"At most {number(speed['bound'], 0)} tokens per second there, limited by {speed['limited_by']}"
-        if base and base["verdict"] == "FITS":
+        if base and fits(base):
             bound += "; the fetched model in bf16 would fit, too"
         elif base:
             over, term = base["bytes_over"], base["limiting_term"]
@@ -221,8 +226,10 @@ def _fit_sentence(fit: dict[str, Any]) -> str:
     if not checked(fit):
         return "The packaged model was not checked against a device (hardware_fit is switched off)."
     term = fit["limiting_term"]
-    if fit["verdict"] == "FITS":
-        return f"The packaged model fits {fit['device']}: {number(fit['headroom_bytes'])} bytes stay free ({term})."
+    if fits(fit):
+        how = " with weights streamed from storage" if fit["verdict"] == "FITS_STREAMING" else ""
+        free = number(fit["headroom_bytes"])
+        return f"The packaged model fits {fit['device']}{how}: {free} bytes stay free ({term})."
     return f"The packaged model does not fit {fit['device']}: {number(fit['bytes_over'])} bytes over ({term})."
 
 
