@@ -185,7 +185,7 @@ def _weights(source: ModelSource, folder: Path, inside: Path) -> list[str]:
 
 def _no_weights(source: ModelSource, folder: Path) -> str:
     if source.hub is not None:
-        with _hub_errors("model", source):
+        with hub_errors("model", source):
             names = HfApi().list_repo_files(source.hub, revision=source.revision)
     else:
         names = [path.name for path in folder.iterdir()]
@@ -376,7 +376,7 @@ def _hub_rows(source: CorpusSource) -> Iterator[tuple[str, Any]]:
     import datasets  # slow, and only needed here
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would report each use
-    with _hub_errors("data set", source):
+    with hub_errors("data set", source):
         data = datasets.load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
     if source.field not in data.column_names:
         found = ", ".join(data.column_names)
@@ -387,12 +387,12 @@ def _hub_rows(source: CorpusSource) -> Iterator[tuple[str, Any]]:
 
 def _download(source: ModelSource, names: list[str]) -> Path:
     """The folder of the hub's cache with these files of the repository, as far as it has them."""
-    with _hub_errors("model", source):
+    with hub_errors("model", source):
         return Path(snapshot_download(source.hub, revision=source.revision, allow_patterns=names))
 
 
 @contextmanager
-def _hub_errors(what: str, source: ModelSource) -> Iterator[None]:
+def hub_errors(what: str, source: ModelSource) -> Iterator[None]:
     """One sentence for each way in which the hub can fail."""
     name = f"{what} {source.hub}"
     try:
