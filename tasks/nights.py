@@ -247,9 +247,9 @@ def apply(top: Path, name: str, force: bool = False) -> Night:
     night = find(top, name)
     if night.record["verdict"] == FAILED:
         raise InputError(f"{night.name} failed ({night.record['reason']}); there is nothing to bring back")
-    if not force and (changes := _uncommitted(top)):
+    if not force and (changes := uncommitted(top)):
         raise InputError(
-            f"the workspace has uncommitted changes ({changes.split()[-1]}); commit them first, or lose them by --force"
+            f"the workspace has uncommitted changes ({changes}); commit them first, or lose them by --force"
         )
     with Repo(str(top), _wait_for_lock=True) as repo:
         try:
@@ -259,9 +259,9 @@ def apply(top: Path, name: str, force: bool = False) -> Night:
     return night
 
 
-def _uncommitted(top: Path) -> str:
-    """Changes of tracked files against HEAD; none where the workspace is exactly what was brought back before."""
-    changes = git(top, "status", "--porcelain", "--untracked-files=no")
+def uncommitted(top: Path) -> str:
+    """Tracked files that differ from HEAD, in words; none where the workspace is just what was brought back before."""
+    changes = ", ".join(git(top, "diff", "--name-only", "HEAD").splitlines())
     with contextlib.suppress(InputError):  # no such ref: nothing was brought back yet
         if changes and not git(top, "diff", "--name-only", EXEC_APPLY):
             return ""

@@ -411,10 +411,8 @@ class Gate(Section):
     streaming: bool
     """Whether a model that has to stream weights for every token counts as fitting."""
     overlap: Overlap
-    confidence: Annotated[float, Field(gt=0.5, lt=1)]
-    """Of the intervals: a limit is broken or held where the whole interval says so."""
     resamples: Annotated[int, Field(ge=100)]
-    """Bootstrap samples of the documents."""
+    """Bootstrap samples of the documents: a limit is broken or held where the whole 95 % interval says so."""
     seed: Seed
 
 

@@ -98,7 +98,7 @@ BAD = [
     out_of_range("nightly.overlap", "kill", "input should be 'cancel' or 'queue'"),
     out_of_range("nightly.retention.nights", 0, ONE),
     out_of_range("gate.perplexity_ratio.test", 0.0, ABOVE_ZERO),
-    out_of_range("gate.confidence", 1.0, BELOW_ONE),
+    out_of_range("gate.resamples", 99, "input should be greater than or equal to 100"),
     out_of_range("corpus.seed", -1, ZERO),
     out_of_range("corpus.seed", 2**31, "input should be less than 2147483648"),
     out_of_range("base_model.vocabulary", 100, "input should be greater than or equal to 300"),
