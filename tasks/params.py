@@ -416,7 +416,30 @@ class Gate(Section):
     seed: Seed
 
 
-OPERATIONS = ("nightly", "gate")
+class Sla(Section):
+    """What a canary has to keep, and how surely that has to be known: tasks.algorithms.canary."""
+
+    share: Annotated[float, Field(gt=0, lt=1)]
+    """Of the requests, where `canary start` names none."""
+    p95_latency_ms: Rate
+    """The canary's 95th percentile, at most."""
+    accuracy_drop: Fraction
+    """So much less than the promoted version's its accuracy may be, at most."""
+    min_samples: Count
+    """Of each version before the first verdict."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    """Of the verdict, over all times that it is asked for."""
+
+
+class Registry(Section):
+    """Versions: tasks.registry."""
+
+    keep: Annotated[int, Field(ge=2)]
+    """Promoted versions whose data stays, the one in use included."""
+    canary: Sla
+
+
+OPERATIONS = ("nightly", "gate", "registry")
 """Sections that no stage reads: they say when a run starts and what becomes of its result, not what the result is."""
 
 
@@ -442,6 +465,7 @@ class Params(Section):
     report: Report
     nightly: Nightly
     gate: Gate
+    registry: Registry
 
     @model_validator(mode="after")
     def _across(self) -> Params:

@@ -54,7 +54,7 @@ SECTIONS = tuple(params.Params.model_fields)
 
 
 def test_fields_are_found() -> None:
-    assert len(FIELDS) > 60 and len(SECTIONS) == 19
+    assert len(FIELDS) > 60 and len(SECTIONS) == 17 + len(params.OPERATIONS)
 
 
 def test_no_field_has_a_default() -> None:
@@ -189,6 +189,9 @@ BAD = [
     out_of_range("gptq.embedding.bits", 3, "input should be 4, 8 or 16"),
     out_of_range("gptq.scale_steps", 0, ONE),
     out_of_range("lora.distillation.hidden", -0.1, ZERO),
+    out_of_range("registry.keep", 1, "input should be greater than or equal to 2"),
+    out_of_range("registry.canary.share", 1.0, BELOW_ONE),
+    out_of_range("registry.canary.confidence", 0.5, "input should be greater than 0.5"),
 ]
 
 
