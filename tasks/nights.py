@@ -157,7 +157,7 @@ def _share_cache(top: Path, folder: Path) -> None:
     if own.exists():
         shutil.copyfile(own, folder / ".dvc/config.local")
     with Repo(str(top)) as workspace, Repo(str(folder), uninitialized=True) as repo:
-        cache = workspace.cache.local.path
+        cache = workspace.cache.local_cache_dir
         with repo.config.edit("local") as config:
             config.setdefault("cache", {})["dir"] = cache
 

@@ -53,7 +53,7 @@ def bring(top: Path, folder: Path) -> list[Source]:
         _place(top, folder, Path(path))
     pinned = {name: _commit(name, source, own) for name, source in _sources(own) if source.hub is not None}
     _pin(folder / "params.yaml", own, pinned)
-    hashes = _hashes(folder)
+    hashes = _hashes(folder, {source.path for source in local})
     found = [Source(name, source.hub, pinned[name]) for name, source in _sources(own) if source.hub is not None]
     found += [
         Source(name, source.path, hashes[source.path])
@@ -135,12 +135,14 @@ def _pin(path: Path, own: Params, pinned: dict[str, str]) -> None:
             section["revision"] = found
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """Path -> hash of the dependencies of fetch that no stage makes anew."""
+def _hashes(folder: Path, paths: set[str]) -> dict[str, str]:
+    """Path -> hash of those that stage fetch depends on and no stage makes anew."""
     with Repo(str(folder)) as repo:
         made = [out.fs_path for stage in repo.index.stages if not stage.frozen for out in stage.outs]
         found = {}
         for dep in repo.stage.load_one(name="fetch").deps:
+            if dep.def_path not in paths:
+                continue
             inside = any(Path(dep.fs_path).is_relative_to(path) for path in made)
             if not inside and (value := lineage.md5(dep)):
                 found[dep.def_path] = value
