@@ -90,6 +90,7 @@ def _serve(own: params.Nightly) -> int:
 
     strategies = {"cancel": ConcurrencyLimitStrategy.CANCEL_NEW, "queue": ConcurrencyLimitStrategy.ENQUEUE}
     processes.sweep()  # a dead night would hold the only slot
+    processes.drop_missed(f"{night.name}/{DEPLOYMENT}")
     night.serve(
         name=DEPLOYMENT,
         schedule=Cron(own.cron, timezone=own.timezone),

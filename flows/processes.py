@@ -1,7 +1,7 @@
 """Which process a flow run belongs to, and the end of those whose process is gone.
 
-A process that is killed (SIGKILL, power loss) can't tell the server, and its run stays Running: it is drawn as alive, and
-holds the deployment's only slot. So every flow of this project signs its run with process, start and boot, as labels,
+A process that is killed (SIGKILL, power loss) can't tell the server, and its run stays Running: it is drawn as alive,
+and holds the deployment's only slot. So every flow of this project signs its run with process, start and boot, as labels,
 and a night begins with a sweep. Runs of another host, and unsigned ones, are left to the heartbeat's automation.
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import psutil
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.states import Crashed
 
@@ -43,6 +46,27 @@ def sweep() -> list[FlowRun]:
             client.set_flow_run_state(run.id, Crashed(message=message), force=True)
             logging.getLogger("prefect").warning("flow run %s was left as running: %s", run.name, message)
     return dead
+
+
+def drop_missed(deployment: str) -> int:
+    """Of the runs that were due while nobody served the deployment, keep the last one; returns how many go.
+
+    Args:
+        deployment: "flow/deployment".
+    """
+    with get_client(sync_client=True) as client:
+        try:
+            known = client.read_deployment_by_name(deployment)
+        except ObjectNotFound:  # it was never served
+            return 0
+        due = {"before_": datetime.now(UTC)}
+        only = FlowRunFilter(
+            deployment_id={"any_": [known.id]}, state={"type": {"any_": [StateType.SCHEDULED]}}, expected_start_time=due
+        )
+        missed = client.read_flow_runs(flow_run_filter=only, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=PAGE)[1:]
+        for run in missed:
+            client.delete_flow_run(run.id)
+    return len(missed)
 
 
 def _alive(client: SyncPrefectClient) -> list[FlowRun]:

@@ -14,11 +14,13 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
 from dvc.exceptions import DvcException
 from dvc.fs import DVCFileSystem
 from dvc.repo import Repo
@@ -43,12 +45,14 @@ class Evidence(NamedTuple):
         figures: of the package.
         sums: evaluated model -> split -> scores per document.
         task_errors: task -> standard error of its accuracy.
+        host: machine, workload and seconds per token (median, least) of stage measure; empty where it wasn't measured.
         dense: the evaluated model that is the best dense reference; None where it had less recovery than the package.
     """
 
     figures: gate.Figures
     sums: Mapping[str, Mapping[str, Sums]]
     task_errors: Mapping[str, float]
+    host: Mapping[str, Any]
     dense: str | None
 
 
@@ -111,12 +115,14 @@ def _evidence(fs: DVCFileSystem) -> Evidence:
     dense = RECOVERED if sections.baseline_lora.enabled and sections.lora.enabled else None
     dense = dense or (None if sections.lora.enabled else BASE)
     accuracy, errors = _tasks(fs)
-    return Evidence(_figures(fs, metrics[PACKAGE], scored[PACKAGE], accuracy), scored, errors, dense)
+    host = _json(fs, f"data/measure/{PACKAGE}/host.json")
+    host = host if host.get("measured") else {}
+    figures = _figures(fs, metrics[PACKAGE], scored[PACKAGE])
+    figures = replace(figures, tasks=accuracy, seconds_per_token=host["seconds_per_token"]["median"] if host else None)
+    return Evidence(figures, scored, errors, host, dense)
 
 
-def _figures(
-    fs: DVCFileSystem, metrics: dict[str, Any], own: Mapping[str, Sums], accuracy: Mapping[str, float]
-) -> gate.Figures:
+def _figures(fs: DVCFileSystem, metrics: dict[str, Any], own: Mapping[str, Sums]) -> gate.Figures:
     manifest = _json(fs, f"{PACKAGE_FOLDER}/{MANIFEST}")
     files = _hashes(fs, PACKAGE_FOLDER)
     named = {name: entry["sha256"] for name, entry in manifest.get("files", {}).items()}
@@ -127,8 +133,6 @@ def _figures(
         bytes=metrics["bytes"]["total"],
         least_bytes=math.fsum(manifest.get("bound", {}).values()) or None,
         fit=_json(fs, "data/hardware_fit/fit.json").get("verdict"),
-        tasks=accuracy,
-        seconds_per_token=_seconds(fs),
         files=files if named else {},
         altered=tuple(altered) if named else (),
         overlap=_overlap(fs),
@@ -145,18 +149,24 @@ def _tokens(metrics: Mapping[str, Any], sums: Mapping[str, Sums]) -> str:
 
 
 def _overlap(fs: DVCFileSystem) -> dict[str, float]:
-    """Share of the test text that stands in the training text, by kind."""
-    return {}
+    """Share of the test text that stands in the training text, by kind; of the split with the larger one."""
+    splits = _json(fs, "data/overlap/overlap.json").get("splits", {})
+    found = [splits[split] for split in comparison.SPLITS if split in splits]
+    kinds = {"documents": "verbatim_share", "ngrams": "run_share"}
+    shares = {kind: [one[key] for one in found if one.get(key) is not None] for kind, key in kinds.items()}
+    return {kind: max(values) for kind, values in shares.items() if values}
 
 
 def _tasks(fs: DVCFileSystem) -> tuple[dict[str, float], dict[str, float]]:
-    """(accuracy, standard error) of the package's tasks."""
-    return {}, {}
-
-
-def _seconds(fs: DVCFileSystem) -> float | None:
-    """Seconds per generated token at batch 1, as measured on the host."""
-    return None
+    """(accuracy, standard error) of the package's tasks: every metric of a task that is a share, by "task metric"."""
+    accuracy, errors = {}, {}
+    for path in sorted(fs.glob(f"data/harness/{PACKAGE}-*/scores.json")):
+        scores = _json(fs, path)
+        for metric, found in scores.get("metrics", {}).items():
+            if found["higher_is_better"] and 0 <= found["value"] <= 1:
+                name = f"{scores['task']} {metric}"
+                accuracy[name], errors[name] = found["value"], found["stderr"] or 0.0
+    return accuracy, errors
 
 
 def _against(candidate: Evidence, promoted: Evidence, limits: Gate) -> gate.Comparison:
@@ -168,10 +178,19 @@ def _against(candidate: Evidence, promoted: Evidence, limits: Gate) -> gate.Comp
         drop = other.tasks[task] - own.tasks[task]
         width = z * math.hypot(candidate.task_errors.get(task, 0.0), promoted.task_errors.get(task, 0.0))
         drops[task] = gate.Interval(drop, drop - width, drop + width)
-    speeds = (own.seconds_per_token, other.seconds_per_token)
-    latency = gate.Interval.exact(speeds[0] / speeds[1]) if all(speeds) else None
     ratios = _ratios(candidate.sums.get(PACKAGE, {}), promoted.sums.get(PACKAGE, {}), limits)
-    return gate.Comparison(ratios, drops, latency)
+    return gate.Comparison(ratios, drops, _latency(candidate.host, promoted.host))
+
+
+def _latency(own: Mapping[str, Any], other: Mapping[str, Any]) -> gate.Interval | None:
+    """Ratio of the medians, with the ratio of the least times as the other bound: a busy host moves the two apart.
+
+    None where one was not measured, or on another host, or by another workload.
+    """
+    if not own or not other or any(own.get(key) != other.get(key) for key in ("host", "workload")):
+        return None
+    median, least = (own["seconds_per_token"][key] / other["seconds_per_token"][key] for key in ("median", "least"))
+    return gate.Interval(median, *sorted((median, least)))
 
 
 def _ratios(own: Mapping[str, Sums], other: Mapping[str, Sums], limits: Gate) -> dict[str, gate.Interval]:
@@ -242,8 +261,6 @@ def _json(fs: DVCFileSystem, path: str) -> dict[str, Any]:
 
 
 def _yaml(fs: DVCFileSystem, path: str) -> Any:
-    import yaml
-
     with fs.open(path, "r", encoding="utf-8") as file:
         return yaml.safe_load(file)
 

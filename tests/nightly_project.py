@@ -115,6 +115,8 @@ class NightlyProject:
             source["path"] = f"source/{name}.jsonl"
         (path / "params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
         self.run("git", "init", "-q")
+        self.run("git", "config", "user.name", "t")
+        self.run("git", "config", "user.email", "t@example.org")
         Repo.init(str(path)).close()
         self.commit("start")
 
@@ -128,14 +130,14 @@ class NightlyProject:
         path = self.path / "params.yaml"
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         for key, value in values.items():
-            section, name = key.split("__")
+            section, _, name = key.partition("__")
             raw[section][name] = value
         path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
 
     def commit(self, message: str) -> None:
         """Commit everything that git does not ignore."""
         self.run("git", "add", "-A")
-        self.run("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", message)
+        self.run("git", "commit", "-qm", message)
 
     def environment(self) -> dict[str, str]:
         """A user's, with an empty home directory."""

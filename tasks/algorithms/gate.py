@@ -60,7 +60,7 @@ class Figures:
         least_bytes: what its content must take at least.
         fit: verdict of the device.
         tasks: name -> accuracy, 0 to 1.
-        seconds_per_token: of generation at batch 1.
+        seconds_per_token: of generation at batch 1, the median.
         files: name -> sha256 of every file but the manifest.
         altered: files that are not what their manifest says.
         overlap: kind -> share of the test text that stands in the training text, 0 to 1.
@@ -85,7 +85,7 @@ class Comparison:
     Attributes:
         perplexity: split -> candidate's perplexity by the other's; a split without common predictions is left out.
         task_drop: name -> the other's accuracy less the candidate's.
-        latency: candidate's seconds per token by the other's.
+        latency: candidate's seconds per token by the other's, on the same host.
     """
 
     perplexity: Mapping[str, Interval] = field(default_factory=dict)
@@ -218,7 +218,7 @@ def _trust(candidate: Figures, limits: Limits, against_dense: Comparison) -> Ite
     for split in limits.dense_ratio:
         value = candidate.perplexity.get(split)
         possible = None if value is None else math.isfinite(value) and value >= 1
-        yield fact(f"perplexity possible, {split}", ANOMALOUS, possible, f"{value}", "at least 1, finite")
+        yield fact(f"perplexity possible, {split}", ANOMALOUS, possible, _short(value), "at least 1, finite")
     for split, limit in limits.dense_ratio.items():
         ratio = against_dense.perplexity.get(split)
         yield at_least(f"perplexity by dense model's, {split}", ANOMALOUS, ratio, limit)
