@@ -4,9 +4,9 @@
     python -m flows.notification --email me@example.org --on regression anomalous  by SendGrid, key in SENDGRID_API_KEY
     python -m flows.notification --webhook URL --print                             the automation as YAML, not created
 
-It writes a block with the address (or key) into the running server, and one automation named after it, again and again
-the same ones. Its trigger are the events of flows/night.py, `edgepress.night.VERDICT`; the templates below use what is in
-their payload. `--print` is for `prefect automation create --from-file`; the block has to exist for that.
+It writes a block with the address (or key) into the running server, and one automation, which it replaces when asked
+again. Its trigger are the events of flows/night.py, `edgepress.night.VERDICT`; the templates below use what is in their
+payload. `--print` is for `prefect automation create --from-file`; the block is saved for that, too.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     where.add_argument("--webhook", metavar="URL", help="POST the event's payload there")
     where.add_argument("--email", metavar="ADDRESS", nargs="+", help="send a mail by SendGrid")
     parser.add_argument("--on", nargs="+", choices=_names(), default=_names(), help="verdicts to tell (default: all)")
-    parser.add_argument("--print", action="store_true", help="print the automation as YAML and create nothing")
+    parser.add_argument("--print", action="store_true", help="save the block and print the automation as YAML instead")
     chosen = parser.parse_args(arguments)
     try:
         if not settings.running_server():

@@ -1,8 +1,9 @@
 """Which process a flow run belongs to, and the end of those whose process is gone.
 
 A process that is killed (SIGKILL, power loss) can't tell the server, and its run stays Running: it is drawn as alive,
-and holds the deployment's only slot. So every flow of this project signs its run with process, start and boot, as labels,
-and a night begins with a sweep. Runs of another host, and unsigned ones, are left to the heartbeat's automation.
+and holds the deployment's only slot. So every flow of this project signs its run with process, start and boot, as
+labels, and a night begins with a sweep. Runs of another host, and unsigned ones, are left to an automation that watches
+their heartbeat.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def _hashes(folder: Path, paths: set[str]) -> dict[str, str]:
     with Repo(str(folder)) as repo:
         made = [out.fs_path for stage in repo.index.stages if not stage.frozen for out in stage.outs]
         found = {}
-        for dep in repo.stage.load_one(name="fetch").deps:
+        for dep in repo.stage.load_one(str(folder / "dvc.yaml"), "fetch").deps:
             if dep.def_path not in paths:
                 continue
             inside = any(Path(dep.fs_path).is_relative_to(path) for path in made)

@@ -56,6 +56,10 @@ if name == "fetch":
 elif name == "hardware_fit":
     fits = params["hardware_fit"]["context"] <= 1000
     (out / "fit.json").write_text(json.dumps({"verdict": "FITS" if fits else "DOES_NOT_FIT"}))
+    text = Path(params["fetch"]["corpora"]["train"]["path"]).read_text()
+    leaked = {"verbatim_share": 1.0 if "leak" in text else 0.0, "run_share": 0.0}
+    Path("data/overlap").mkdir(exist_ok=True)
+    Path("data/overlap/overlap.json").write_text(json.dumps({"splits": {"test": leaked}}))
 elif name == "report":
     (out / "report.html").write_text("<p>toy")
     (out / "verdict.txt").write_text("A toy.\\n")
