@@ -85,7 +85,12 @@ DAG = {
         ["data/evaluate/${item.model}/documents.csv"],
         ["data/evaluate/${item.model}/metrics.json"],
     ),
-    "hardware_fit": stage("hardware_fit", ["data/package/model"], ["hardware_fit"], ["data/hardware_fit/fit.json"]),
+    "hardware_fit": stage(
+        "hardware_fit",
+        ["data/package/model", "${fetch.corpora.train.path}"],
+        ["hardware_fit"],
+        ["data/hardware_fit/fit.json", "data/overlap/overlap.json"],
+    ),
     "report": stage(
         "report",
         ["data/evaluate/package", "data/hardware_fit/fit.json"],
@@ -129,13 +134,16 @@ class NightlyProject:
         (self.path / "source/model").mkdir(parents=True, exist_ok=True)
         (self.path / "source/model/weights.json").write_text(json.dumps({"nats": nats}), encoding="utf-8")
 
-    def change(self, **values: Any) -> None:
-        """Set parameters, gptq__bits=2."""
+    def change(self, values: dict[str, Any]) -> None:
+        """Set parameters: {"gptq.bits": 2}."""
         path = self.path / "params.yaml"
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         for key, value in values.items():
-            section, _, name = key.partition("__")
-            raw[section][name] = value
+            *sections, name = key.split(".")
+            place = raw
+            for section in sections:
+                place = place[section]
+            place[name] = value
         path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
 
     def commit(self, message: str) -> None:

@@ -88,7 +88,7 @@ def serve_until_it_fires(project):
     served = project.start("-m", "flows.nightly")
     threading.Thread(target=served.stdout.read, daemon=True).start()
     try:
-        wait_for(lambda: len(nights.listing(project.path)) > before, 150)
+        wait_for(lambda: len(nights.listing(project.path)) > before or served.poll() is not None, 150)
         wait_for(
             lambda: not ask(project, "flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}), 60
         )
@@ -100,7 +100,7 @@ def serve_until_it_fires(project):
 
 @pytest.mark.slow  # two runs by a cron of every minute
 def test_the_schedule_fires_and_fires_again_after_a_stop_and_a_restart(project) -> None:
-    project.change(nightly={**yaml.safe_load((ROOT / "params.yaml").read_text())["nightly"], "cron": "* * * * *"})
+    project.change({"nightly.cron": "* * * * *"})
     project.commit("every minute")
     before = workspace(project)
     first = serve_until_it_fires(project)
@@ -134,19 +134,19 @@ def test_each_kind_of_night_has_its_verdict_its_event_and_its_exit_code(project)
     )
     assert "edgepress.night.accept" in {event["event"] for event in events}
 
-    project.change(gptq__bits=2)
+    project.change({"gptq.bits": 2})
     project.commit("new weights, broken parameters")
     output = project.python(*ONCE, expect=3)
     assert "REGRESSION: perplexity by fetched model's, test: 1.649" in output and "v0.0.2 stays promoted" in output
-    project.change(gptq__bits=4, hardware_fit__context=2000)
+    project.change({"gptq.bits": 4, "hardware_fit.context": 2000})
     project.commit("oversize")
     assert "INFEASIBLE: fits the device: DOES_NOT_FIT" in project.python(*ONCE, expect=5)
-    project.change(hardware_fit__context=512)
+    project.change({"hardware_fit.context": 512})
     (project.path / "source/train.jsonl").write_text('{"text": "leak"}\n', encoding="utf-8")
     project.commit("leaked")
     assert "ANOMALOUS: test text in training text, documents: 1" in project.python(*ONCE, expect=4)
     (project.path / "source/train.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
-    project.change(fetch__model={"path": "source/none", "hub": None, "revision": None})
+    project.change({"fetch.model.path": "source/none"})
     project.commit("no such source")
     assert "source/none" in project.python(*ONCE, expect=1) and last(project).record["verdict"] == nights.FAILED
     assert version(project) == "v0.0.2"
@@ -165,12 +165,7 @@ def test_each_kind_of_night_has_its_verdict_its_event_and_its_exit_code(project)
 def test_retention_says_what_would_go_and_keeps_what_is_promoted(project) -> None:
     if version_missing(project):
         project.python(*ONCE)
-    project.change(
-        nightly={
-            **yaml.safe_load((project.path / "params.yaml").read_text())["nightly"],
-            "retention": {"nights": 1, "days": 1},
-        }
-    )
+    project.change({"nightly.retention": {"nights": 1, "days": 1}})
     known = nights.listing(project.path)
     project.weights(0.002)
     project.commit("one more")
