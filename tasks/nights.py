@@ -260,9 +260,9 @@ def apply(top: Path, name: str, force: bool = False) -> Night:
 
 
 def uncommitted(top: Path) -> str:
-    """Tracked files that differ from HEAD, in words; none where the workspace is just what was brought back before."""
-    changes = ", ".join(git(top, "diff", "--name-only", "HEAD").splitlines())
+    """Tracked files that differ from HEAD, in words; none where they are just what was brought back before."""
+    changed = git(top, "diff", "--name-only", "HEAD").splitlines()
     with contextlib.suppress(InputError):  # no such ref: nothing was brought back yet
-        if changes and not git(top, "diff", "--name-only", EXEC_APPLY):
+        if changed and not git(top, "diff", "--name-only", EXEC_APPLY, "--", *changed):
             return ""
-    return changes
+    return ", ".join(changed)
