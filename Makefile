@@ -1,13 +1,14 @@
 # make          set up .venv, run the whole DAG as a Prefect flow, print the table and the report's path
 # make test     set up .venv, run every test
 # make ui       serve the Prefect UI with this project's runs (PORT=4200)
+# make nightly  serve the nightly deployment by the cron of params.yaml; needs `make ui` running
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= 4200
 JOBS ?= 2# test processes; a file's tests share one
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: all install test test-fast lint ui clean
+.PHONY: all install test test-fast lint ui nightly clean
 all: install
 	.venv/bin/python -m flows.compress
 
@@ -31,6 +32,9 @@ lint: install
 
 ui: install
 	.venv/bin/python -m flows.ui $(PORT)
+
+nightly: install
+	.venv/bin/python -m flows.nightly
 
 clean: # what DVC has cached stays
 	rm -rf .venv .prefect logs

@@ -24,7 +24,7 @@ from prefect.exceptions import TerminationSignal  # noqa: E402
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings  # noqa: E402
 from prefect.states import Completed, Failed, State  # noqa: E402
 
-from flows import server  # noqa: E402
+from flows import processes, server  # noqa: E402
 from flows.reproduction import Reproduction  # noqa: E402
 from tasks import comparison, params, summary  # noqa: E402
 from tasks.algorithms.errors import InputError  # noqa: E402
@@ -35,6 +35,7 @@ REPORT = Path("data/report/report.html")
 @flow(name="compress", persist_result=False, validate_parameters=False)
 def compress(targets: list[str] | None = None, force: bool = False) -> State:
     """Bring every stage up to date; a failing stage fails the run with the stage's own sentence."""
+    processes.sign()
     if problem := _problem():
         return Failed(message=problem)
     reproduction = Reproduction()

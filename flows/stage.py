@@ -74,12 +74,15 @@ def _as_flow_run(address: str) -> None:
     from prefect.runtime import flow_run
     from prefect.states import Failed
 
+    from flows import processes
+
     failures: list[InputError] = []
 
     redrawn = sys.stderr.isatty()  # a progress bar there; as log lines it would be one line per step
 
     @flow(name="stage", flow_run_name=address, persist_result=False, log_prints=not redrawn)
     def run() -> State | None:
+        processes.sign()
         try:
             execute(address, run_ids={"flow_run": str(flow_run.id)})
         except InputError as error:  # returned: raised, Prefect would print its traceback

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tasks.params import Params
+from tasks.params import OPERATIONS, Params
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -51,7 +51,7 @@ def test_there_are_stages() -> None:
 
 def test_stages_are_the_sections_of_the_parameters_and_the_modules() -> None:
     sections = list(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")))
-    assert sorted(STAGES) == sorted(sections) == sorted(Params.model_fields)
+    assert sorted([*STAGES, *OPERATIONS]) == sorted(sections) == sorted(Params.model_fields)
     for name in STAGES:
         assert (ROOT / "tasks" / f"{name}.py").exists()
 

@@ -54,7 +54,7 @@ SECTIONS = tuple(params.Params.model_fields)
 
 
 def test_fields_are_found() -> None:
-    assert len(FIELDS) > 60 and len(SECTIONS) == 22
+    assert len(FIELDS) > 60 and len(SECTIONS) == 22 + len(params.OPERATIONS)
 
 
 def test_no_field_has_a_default() -> None:
@@ -90,6 +90,15 @@ ONE, ZERO = "input should be greater than or equal to 1", "input should be great
 ABOVE_ZERO, BELOW_ONE = "input should be greater than 0", "input should be less than 1"
 BAD = [
     out_of_range("corpus.train_bytes", 0, ONE),
+    out_of_range("nightly.cron", "at two", "string should match pattern '^\\S+( \\S+){4}$'"),
+    (
+        {"nightly.timezone": "Zurich"},
+        "params.yaml: nightly.timezone: not a time zone of the IANA data base, such as UTC or Europe/Zurich",
+    ),
+    out_of_range("nightly.overlap", "kill", "input should be 'cancel' or 'queue'"),
+    out_of_range("nightly.retention.nights", 0, ONE),
+    out_of_range("gate.perplexity_ratio.test", 0.0, ABOVE_ZERO),
+    out_of_range("gate.resamples", 99, "input should be greater than or equal to 100"),
     out_of_range("corpus.seed", -1, ZERO),
     out_of_range("corpus.seed", 2**31, "input should be less than 2147483648"),
     out_of_range("base_model.vocabulary", 100, "input should be greater than or equal to 300"),
@@ -198,6 +207,9 @@ BAD = [
     out_of_range("gptq.embedding.bits", 3, "input should be 4, 8 or 16"),
     out_of_range("gptq.scale_steps", 0, ONE),
     out_of_range("lora.distillation.hidden", -0.1, ZERO),
+    out_of_range("registry.keep", 1, "input should be greater than or equal to 2"),
+    out_of_range("registry.canary.share", 1.0, BELOW_ONE),
+    out_of_range("registry.canary.confidence", 0.5, "input should be greater than 0.5"),
 ]
 
 
@@ -234,7 +246,7 @@ def test_each_section_is_a_stage_and_a_module() -> None:
     if not path.exists():
         pytest.skip("there is no dvc.yaml yet")
     stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
-    assert stages and list(stages) == list(SECTIONS)  # in the same order: preflight goes by it
+    assert stages and [*stages, *params.OPERATIONS] == list(SECTIONS)  # in the same order: preflight goes by it
     assert list(RAW) == list(SECTIONS)
     for name, stage in stages.items():
         assert any(entry.partition(".")[0] == name for entry in stage["params"]), name

@@ -1,0 +1,115 @@
+"""The flow of one night: sources, the DAG in the nights' worktree, the gate, the record, and the promotion.
+
+It compresses the committed HEAD with the newest revision of its sources (`tasks.upstream`), in a worktree of its own
+(`tasks.nights`), by the same flow as `make`, which becomes its subflow. What did not change is Cached. ACCEPT promotes
+through the registry; any other verdict leaves the promoted model as it is. One event per night tells verdict and
+figures. `python -m flows.nightly` runs and schedules it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from flows import settings
+
+settings.apply()
+
+from prefect import flow, get_run_logger  # noqa: E402  the settings must be in the environment before Prefect is imported
+from prefect.artifacts import create_table_artifact  # noqa: E402
+from prefect.events import emit_event  # noqa: E402
+from prefect.runtime import flow_run  # noqa: E402
+from prefect.states import Completed, Failed, State  # noqa: E402
+
+from flows import processes  # noqa: E402
+from flows.compress import compress  # noqa: E402
+from tasks import gate, nights, params, registry, upstream  # noqa: E402
+from tasks.algorithms.errors import InputError  # noqa: E402
+from tasks.algorithms.gate import ACCEPT  # noqa: E402
+from tasks.nights import FAILED, Night  # noqa: E402
+
+EVENT = "edgepress.night"
+"""Events are called edgepress.night.accept, edgepress.night.regression, …, edgepress.night.failed."""
+
+
+@flow(name="night", persist_result=False)
+def night() -> State:
+    """One night; the run's state is Completed and has the verdict as its name, or Failed."""
+    processes.sign()
+    processes.sweep()
+    try:
+        top = nights.root()
+        own = params.load(top / "params.yaml").nightly
+        with nights.locked(top, wait=own.overlap == "queue"):
+            return _night(top, datetime.now(ZoneInfo(own.timezone)))
+    except InputError as error:
+        return Failed(message=str(error))
+
+
+def _night(top: Path, started: datetime) -> State:
+    if changes := nights.uncommitted(top):
+        get_run_logger().warning("uncommitted changes are left out, a night compresses HEAD: %s", changes)
+    folder = nights.prepare(top)
+    sources = upstream.bring(top, folder)
+    name = f"{nights.PREFIX}{started:%Y%m%d-%H%M%S}-{upstream.digest(sources)[:8]}"
+    record = {"started": started.isoformat(timespec="seconds"), "flow_run": str(flow_run.id)}
+    record["upstream"] = [source._asdict() for source in sources]
+    with contextlib.chdir(folder):
+        state = compress(return_state=True)
+    record["stages"] = state.message
+    if not state.is_completed():
+        _announce(nights.save(folder, name, None, record | {"verdict": FAILED, "reason": state.message}))
+        return Failed(message=f"{name}: {state.message}")
+    found = _judged(top, folder, name, record)
+    promoted = _promoted(top, found)
+    _announce(found, promoted)
+    verdict = found.record["verdict"]
+    return Completed(name=verdict.capitalize(), message=f"{name}: {verdict}: {found.record['reason']}; {promoted}")
+
+
+def _judged(top: Path, folder: Path, name: str, record: dict[str, Any]) -> Night:
+    """Judge and record what the worktree holds, by the limits of the commit that was compressed."""
+    candidate = nights.snapshot(folder)
+    evidence, current = gate.read(top, candidate), registry.current(top)
+    limits = params.load(folder / "params.yaml").gate
+    verdict = gate.judge(evidence, gate.read(top, current.revision) if current else None, limits)
+    record |= {
+        "verdict": verdict.verdict,
+        "reason": verdict.reason,
+        "figures": gate.described(evidence),
+        "checks": [check.row() for check in verdict.checks],
+        "against": current.version if current else None,
+    }
+    rows = [{key: "" if value is None else value for key, value in row.items()} for row in record["checks"]]
+    create_table_artifact(key="gate", table=rows, description=f"{name}: {verdict.verdict}: {verdict.reason}")
+    print(f"\n{name}\n{gate.table(verdict)}")
+    return nights.save(folder, name, candidate, record)
+
+
+def _promoted(top: Path, found: Night) -> str:
+    """What became of the model, in words; an accepted one is promoted, unless somebody rolled it back before."""
+    before = found.record["against"]
+    if found.record["verdict"] != ACCEPT:
+        return f"{before} stays promoted" if before else "nothing is promoted"
+    verdict = {key: found.record[key] for key in ("verdict", "reason", "checks")} | {"night": found.name}
+    try:
+        version = registry.promote(top, found.commit, found.record["figures"], verdict).name
+    except InputError as error:
+        return f"not promoted: {error}"
+    return f"{version} stays promoted" if version == before else f"{version} is promoted"
+
+
+def _announce(found: Night, promoted: str = "") -> None:
+    """One event per night, for automations (flows/notification.py)."""
+    record = found.record
+    emit_event(
+        event=f"{EVENT}.{record['verdict'].lower()}",
+        resource={"prefect.resource.id": f"{EVENT}.{found.name}", "prefect.resource.name": found.name},
+        related=[{"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.role": "flow-run"}],
+        payload={key: value for key, value in record.items() if key != "checks"}
+        | {"night": found.name, "commit": found.commit, "promotion": promoted}
+        | {"failed": [check for check in record.get("checks", []) if check["outcome"] in ("fails", "undecided")]},
+    )

@@ -1,0 +1,160 @@
+"""`python -m flows.retention [--apply]`: remove what nights leave behind and nobody needs; without --apply a dry run.
+
+Kept are the newest nights and Prefect's runs and logs of so many days (params.yaml, nightly.retention), and whatever
+DVC data the workspace, a branch, a tag, another experiment, a kept night or a kept version of the registry
+(registry.keep) names. The rest of DVC's cache goes as by `dvc gc`. While a night runs, nothing is removed.
+
+It does not touch data of promoted models, git's objects, or the workspace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from dvc.repo import Repo
+from dvc_data.hashfile.gc import gc
+
+from flows import settings
+from tasks import nights, params, registry
+from tasks.algorithms.errors import InputError
+from tasks.params import Params
+
+PAGE = 200
+INTERNAL = tuple(f"refs/exps/{name}" for name in ("apply", "celery", "exec", "stash", "temp"))
+"""Refs of DVC's own that name no experiment."""
+
+
+class Item(NamedTuple):
+    """What would go.
+
+    Attributes:
+        kind: "night", "cache", "run", "log", "worktree", "version".
+        what: in words.
+        bytes: that it frees on disk; 0 where that is not known or not worth a word.
+        remove: does it.
+    """
+
+    kind: str
+    what: str
+    bytes: int
+    remove: Callable[[], object]
+
+
+def plan(top: Path, own: Params) -> list[Item]:
+    """Everything that would go, in the order in which it has to."""
+    kept = own.nightly.retention
+    gone = nights.listing(top)[: -kept.nights]
+    old = datetime.now(UTC) - timedelta(days=kept.days)
+    items = [
+        Item("night", night.name, 0, lambda ref=night.ref: nights.git(top, "update-ref", "-d", ref)) for night in gone
+    ]
+    items += _versions(top, own)
+    items += _cache(top, _named_commits(top, {night.ref for night in gone}, own))
+    items += _logs(top, old)
+    items += _worktrees(top)
+    return items + (_runs(old) if settings.running_server() else [])
+
+
+def main(arguments: list[str]) -> int:
+    """Show, and with --apply remove; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m flows.retention", description="remove what is no longer needed")
+    parser.add_argument("--apply", action="store_true", help="remove it; without, only say what would go")
+    chosen = parser.parse_args(arguments)
+    settings.apply()
+    try:
+        top = nights.root()
+        own = params.load(top / "params.yaml")
+        with nights.locked(top, wait=False, what="retention"):
+            items = plan(top, own)
+            for item in items:
+                print(f"{item.kind:9} {item.bytes:>14,}  {item.what}")
+                if chosen.apply:
+                    item.remove()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    freed = sum(item.bytes for item in items)
+    said = "gone" if chosen.apply else "would go; `python -m flows.retention --apply` removes them"
+    print(f"{len(items)} things and {freed:,} bytes {said}")
+    if not settings.running_server():
+        print("Prefect's runs were not looked at: no server answers (`make ui` starts it)")
+    return 0
+
+
+def _named_commits(top: Path, gone: set[str], own: Params) -> list[str]:
+    """Commits whose data stays: of every ref but those of nights and versions that go."""
+    staying = {version.revision for version in registry.kept(top, own.registry.keep)}
+    versions = {entry["revision"] for entry in registry.versions(top)}
+    form = "%(refname) %(if)%(*objectname)%(then)%(*objectname)%(else)%(objectname)%(end)"
+    commits = {nights.git(top, "rev-parse", "HEAD"), *staying}
+    for line in nights.git(top, "for-each-ref", f"--format={form}", "refs").splitlines():
+        ref, commit = line.split()
+        dropped = ref.startswith("refs/tags/") and commit in versions - staying
+        if ref not in gone and not dropped and not ref.startswith(INTERNAL):
+            commits.add(commit)
+    return sorted(commits)
+
+
+def _versions(top: Path, own: Params) -> list[Item]:
+    """Folders of versions that were promoted too long ago."""
+    folders = registry.prune(top, own.registry.keep, dry=True)
+    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in folders}
+    remove = lambda: registry.prune(top, own.registry.keep)  # noqa: E731  one call removes them all
+    return [Item("version", str(folder.relative_to(top)), size, remove) for folder, size in sizes.items()]
+
+
+def _cache(top: Path, commits: list[str]) -> list[Item]:
+    """The objects of DVC's cache that none of the commits and not the workspace name, as one item."""
+    with Repo(str(top), _wait_for_lock=True) as repo:
+        used = {found for objects in repo.used_objs(revs=commits).values() for found in objects}
+        odb = repo.cache.local
+    names = {found.value for found in used}
+    unused = [Path(odb.oid_to_path(oid)) for oid in odb.all() if oid not in names]
+    size = sum(path.stat().st_size for path in unused)
+    found = Item("cache", f"{len(unused)} objects of DVC's cache", size, lambda: gc(odb, used))
+    return [found] if unused else []
+
+
+def _logs(top: Path, old: datetime) -> list[Item]:
+    files = [file for folder in (top, top / nights.WORKTREE) for file in sorted(folder.glob("logs/*.log"))]
+    return [
+        Item("log", str(file.relative_to(top)), file.stat().st_size, file.unlink)
+        for file in files
+        if file.stat().st_mtime < old.timestamp()
+    ]
+
+
+def _worktrees(top: Path) -> list[Item]:
+    """Worktrees whose folder is gone."""
+    blocks = nights.git(top, "worktree", "list", "--porcelain").split("\n\n")
+    stale = [block.splitlines()[0].removeprefix("worktree ") for block in blocks if "\nprunable" in block]
+    return [Item("worktree", path, 0, lambda: nights.git(top, "worktree", "prune")) for path in stale]
+
+
+def _runs(old: datetime) -> list[Item]:
+    """Prefect's flow runs that ended before; their logs and artifacts go with them."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    def remove(run_id: object) -> None:
+        with get_client(sync_client=True) as client:
+            client.delete_flow_run(run_id)
+
+    found: list[Item] = []
+    with get_client(sync_client=True) as client:
+        only = FlowRunFilter(end_time={"before_": old})
+        while page := client.read_flow_runs(flow_run_filter=only, limit=PAGE, offset=len(found)):
+            found += [
+                Item("run", f"{run.name}, ended {run.end_time:%Y-%m-%d}", 0, lambda own=run.id: remove(own))
+                for run in page
+            ]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
