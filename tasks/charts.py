@@ -57,6 +57,8 @@ STEPS = 600
 """At most so many points of a training curve are drawn."""
 NEAR_X, NEAR_Y = 0.3, 0.05
 """Points of the pipeline closer than these shares of the plot have one label together."""
+STILL_WIDTH = 640
+"""Pixels across a chart that is a picture."""
 SHIFTS = {
     "left": {"pipeline": 10, "package": 10, "plain model": -10},
     "right": {"pipeline": 0, "package": 0, "plain model": 10},
@@ -365,6 +367,18 @@ def _finish(chart: Any) -> dict[str, Any]:
     )
     spec.pop("$schema")
     return spec
+
+
+def still(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same chart for a picture: of a fixed width, on white."""
+    return spec | {"width": STILL_WIDTH, "background": "white"}
+
+
+def ordered(nodes: Iterable[str], edges: Iterable[tuple[str, str]]) -> list[str]:
+    """The stages so that each follows those that it reads from; names decide where the DAG doesn't."""
+    nodes = sorted(nodes)
+    level = _levels(nodes, sorted(edges))
+    return sorted(nodes, key=lambda name: (level[name], name))
 
 
 NODE, MATRIX, HEIGHT, PITCH = 106, 150, 24, 42

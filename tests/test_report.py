@@ -7,6 +7,7 @@ import functools
 import hashlib
 import html
 import json
+import os
 import re
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ import networkx as nx
 import pandas as pd
 import pytest
 
-from tasks import charts, comparison, report, report_tables, summary
+from tasks import charts, comparison, report, report_tables, report_verdict, summary
+from tasks.report_sections import importance
 
 PIPELINE = ("fetch", "vocabulary", "depth_prune", "wanda", "lora", "gptq", "eora", "package")
 MODELS = (*PIPELINE, "baseline_lora", "baseline")
@@ -51,6 +53,7 @@ EVIL = 'be <script>alert(1)</script> & "quoted" {{ 7 * 7 }}'
 
 class Node(NamedTuple):
     addressing: str
+    outs: tuple = ()
 
 
 def sizes(name):
@@ -191,8 +194,7 @@ def ledger(zeros=8192, revived=0, violations=0):
 def tables():
     layers = range(12)
     scores = {
-        name: [0.02 + 0.01 * ((layer * step) % 7) for layer in layers]
-        for step, name in enumerate(report_tables.SCORES, 2)
+        name: [0.02 + 0.01 * ((layer * step) % 7) for layer in layers] for step, name in enumerate(importance.SCORES, 2)
     }
     count = len(linears(10))
     before = [0.05 + 0.002 * (index % 9) for index in range(count)]
@@ -241,6 +243,7 @@ def results(tmp_path):
 @pytest.fixture
 def make(make_stage, results, tmp_path, monkeypatch):
     monkeypatch.setattr(report.vl_convert, "javascript_bundle", lambda vl_version: bundle())
+    monkeypatch.setattr(report.vl_convert, "vegalite_to_svg", lambda spec, vl_version: "<svg/>")  # a third of a second
 
     def stage(out="out"):
         made = make_stage({"report": {"enabled": True}}, results, out)
@@ -248,6 +251,7 @@ def make(make_stage, results, tmp_path, monkeypatch):
         for user, dependency in EDGES:
             graph.add_edge(Node(user), Node(dependency))
         made.dvc = SimpleNamespace(repo=SimpleNamespace(index=SimpleNamespace(graph=graph)))
+        made.outs = [tmp_path / "data/report/report.html"]
         made.inputs_below = lambda folder: [tmp_path / "data" / folder / name for name in MODELS]
         return made
 
@@ -275,6 +279,11 @@ EDGES = [
 def page(stage):
     report.run(stage)
     return stage.output("report.html").read_text(encoding="utf-8")
+
+
+def sentences(stage):
+    report.run(stage)
+    return stage.output("verdict.txt").read_text().splitlines()
 
 
 def cells(text):
@@ -358,15 +367,20 @@ def test_metrics_are_flat_and_right(make):
     assert found["tokens_per_second_bound"] == 6543.21
 
 
-def test_the_first_line_is_what_a_plain_model_scores(make):
+def test_the_first_line_says_all_in_short(make):
     stage = make()
     text = page(stage)
-    first = re.search(r"<h1>(.*?)</h1>", text)[1]
-    assert first == (
+    first, second = stage.output("verdict.txt").read_text().splitlines()[:2]
+    assert first == (  # 4,770,688 / 1,150,072 = 4.148
+        "4.1 times smaller than the fetched model (1,150,072 bytes); perplexity 3.810 on test (fetched 3.123); better "
+        "than plain quantisation of equal size in domain, worse out of domain (plain 4.200); fits siracusa and "
+        "esp32-s3."
+    )
+    assert re.search(r"<h1>(.*?)</h1>", text)[1] == first
+    assert second == (
         "Better than plain quantisation of equal size in domain, worse out of domain: perplexity 3.810 in 1,150,072 "
         "bytes, plain GPTQ 4.200 in 1,148,380 bytes (test; out of domain 366.8 against 362.0)."
     )
-    assert stage.output("verdict.txt").read_text().splitlines()[0] == first
     assert "The packaged model fits siracusa: 1,992,769 bytes stay free (mram: weights)." in text
     assert "3.810 on test (fetched 3.123, +22.0 %) and 366.750 on test_ood (fetched 310.500, +18.1 %)" in text
     against = {row[0]: row[1:] for row in cells(text)[AGAINST]}
@@ -452,11 +466,28 @@ def test_a_plain_model_without_the_package_s_recovery_is_named_so():
     assert "plain GPTQ without recovery 5.000 in" in text
 
 
-def test_where_plain_wins_the_first_line_says_what_to_change(make, tmp_path):
+@pytest.mark.parametrize(
+    ("fitting", "expected"),
+    [
+        (["chosen"], "fits chosen, and none of 5 other devices"),
+        ([], "does not fit chosen, and none of 5 other devices"),
+        (["chosen", "a"], "fits chosen and a"),
+        (["chosen", "a", "b", "c", "d"], "fits chosen and 4 of 5 other devices"),
+        (["a", "b"], "does not fit chosen, but a, b"),
+    ],
+)
+def test_the_first_line_names_few_devices_and_counts_many(fitting, expected):
+    rows = [{"device": name, "verdict": "DOES_NOT_FIT"} for name in ("chosen", "a", "b", "c", "d", "e")]
+    for row in rows:
+        row["verdict"] = "FITS_STREAMING" if row["device"] in fitting else "DOES_NOT_FIT"
+    assert report_verdict.devices(rows[0] | {"all_devices": rows}) == expected
+
+
+def test_where_plain_wins_the_sentence_says_what_to_change(make, tmp_path):
     worst = metrics("package")
     worst["perplexity"] = {"test": 4.3, "test_ood": 370.0}
     (tmp_path / "data/evaluate/package/metrics.json").write_text(json.dumps(worst))
-    first = re.search(r"<h1>(.*?)</h1>", page(make()))[1]
+    first = sentences(make())[1]
     assert first.startswith("Worse than plain quantisation of equal size: perplexity 4.300 in")
     budget = 12 * (6784 + 8832 + 4736 + 17024 + 8832 + 6784)  # bytes of the plain model's linears
     assert first.endswith(
@@ -478,7 +509,7 @@ def test_a_baseline_that_is_off_has_no_figures(make, results):
     results["baseline/bits.csv"].write_text("linear,weights,bits,bytes,sensitivity\n")
     stage = make()
     text = page(stage)
-    assert "<h1>Not compared with a plain model of equal size.</h1>" in text
+    assert sentences(make("again"))[1] == "Not compared with a plain model of equal size."
     shown = {row[0]: row for row in cells(text)[STAGES - 1]}
     assert shown["plain: baseline"] == ["plain: baseline", "not evaluated (switched off)"]
     assert shown["plain: baseline_lora"][5].startswith("2.950")
@@ -499,7 +530,7 @@ def test_a_plain_model_without_recovery_is_fair_where_the_package_had_none(make,
 
 def test_recovery_is_measured_against_both_references(make):
     stage = make()
-    shares = {tuple(row[:2]): row[2:] for row in table_after(page(stage), "<h2>Recovery</h2>")[1:]}
+    shares = {tuple(row[:2]): row[2:] for row in table_after(page(stage), 'id="recovery"')[1:]}
     # (9.75 - 3.6789) / (9.75 - 3.1234) and / (9.75 - 2.95); (640.125 - 355.5) / (640.125 - 310.5) and / (… - 300.25)
     assert shares["test", "as fetched"] == ["9.750", "3.679", "3.123", "91.62 %"]
     assert shares["test", "recovered dense"] == ["9.750", "3.679", "2.950", "89.28 %"]
@@ -557,7 +588,7 @@ def test_bytes_stand_beside_what_they_must_hold(make):
 
 def test_bits_per_linear_where_they_are_mixed(make):
     text = page(make())
-    shown = {row[0]: row[1:] for row in table_after(text, "<h2>Quantisation and its compensation</h2>")}
+    shown = {row[0]: row[1:] for row in table_after(text, 'id="quantisation"')}
     assert shown["gptq"] == ["0", "0", "60", "0", "4.000"]
     assert shown["plain: baseline"] == ["12", "24", "24", "12", "4.000"]  # (3 + 4 + 2 + 8 + 4 + 3) / 6
     assert 'id="spec-bits-baseline"' in text and 'id="spec-bits-gptq"' not in text
@@ -617,6 +648,7 @@ def test_page_refers_to_nothing_outside_it(make):
 
 
 ORIGINAL = report.vl_convert.javascript_bundle
+DRAW = report.vl_convert.vegalite_to_svg
 
 
 @functools.cache
@@ -628,10 +660,15 @@ def bundle():
 def test_same_inputs_give_the_same_bytes(make, monkeypatch):
     one, other = make("one"), make("other")
     monkeypatch.setattr(report.vl_convert, "javascript_bundle", ORIGINAL)
+    monkeypatch.setattr(report.vl_convert, "vegalite_to_svg", DRAW)
     report.run(one)
     report.run(other)
     for name in ("report.html", "verdict.txt", "stages.csv", "bytes.csv", "metrics.json"):
         assert one.output(name).read_bytes() == other.output(name).read_bytes()
+    for folder, least in (("plots", 9), ("tables", 4)):
+        files = sorted(one.output(folder).iterdir())
+        assert len(files) >= least and [file.name for file in files] == sorted(os.listdir(other.output(folder)))
+        assert all(file.read_bytes() == (other.output(folder) / file.name).read_bytes() for file in files)
     assert one.output("report.html").stat().st_size < 2_000_000
 
 
