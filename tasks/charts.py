@@ -1,4 +1,4 @@
-"""The report's drawings: Vega-Lite specifications (through Altair) and the layout of the DAG.
+"""The report's charts: Vega-Lite specifications (through Altair).
 
 Every function is pure: tables in, plain data out, the same for the same input. It reads no file and writes no HTML.
 Charts take the width of their container; colours keep their meaning from chart to chart.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import altair as alt
@@ -274,6 +273,43 @@ def placement(rows: pd.DataFrame) -> dict[str, Any]:
     return _finish(chart.properties(width="container", height=30 * data["place"].nunique()))
 
 
+def kv_cache(rows: pd.DataFrame) -> dict[str, Any]:
+    """Perplexity by context, a line per number of bits. `rows`: context, bits, perplexity, bytes."""
+    widths = sorted(set(rows["bits"]))
+    data = rows.assign(held=[f"{bits} bit" for bits in rows["bits"]])
+    names = [f"{bits} bit" for bits in widths]
+    colours = [BITS.get(bits, GREY) for bits in widths]
+    scale = alt.Scale(domain=_padded(data["perplexity"], 0.12), nice=False, zero=False)
+    base = alt.Chart(data).encode(
+        x=alt.X("context:Q", title="context, tokens", axis=alt.Axis(values=sorted(set(data["context"])))),
+        y=alt.Y("perplexity:Q", title="perplexity", scale=scale),
+        color=alt.Color("held:N", scale=alt.Scale(domain=names, range=colours), title=None),
+        tooltip=["context", "held", alt.Tooltip("perplexity:Q", format=".4f"), alt.Tooltip("bytes:Q", format=",")],
+    )
+    points = base.mark_circle(size=70, opacity=1)
+    return _finish(alt.layer(base.mark_line(strokeWidth=1.5), points).properties(width="container", height=220))
+
+
+def task_scores(rows: pd.DataFrame) -> dict[str, Any]:
+    """A point per model with twice its standard error on both sides. `rows`: name, model, value, stderr."""
+    if rows.empty:
+        return {}
+    models = list(dict.fromkeys(rows["model"]))
+    data = rows.assign(low=rows["value"] - 2 * rows["stderr"], high=rows["value"] + 2 * rows["stderr"])
+    colours = list(itertools.islice(itertools.cycle((GREY, GREEN, ORANGE, *KINDS)), len(models)))
+    base = alt.Chart(data).encode(
+        y=alt.Y("name:N", sort=list(dict.fromkeys(data["name"])), title=None, axis=alt.Axis(labelLimit=190)),
+        yOffset=alt.YOffset("model:N", sort=models),
+        color=alt.Color("model:N", scale=alt.Scale(domain=models, range=colours), title=None),
+    )
+    tooltip = ["name", "model", alt.Tooltip("value:Q", format=".4f"), alt.Tooltip("stderr:Q", format=".4f")]
+    x = alt.X("value:Q", title="score", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=6))
+    points = base.mark_circle(size=60, opacity=1).encode(x=x, tooltip=tooltip)
+    errors = base.mark_rule(strokeWidth=1.5).encode(x=alt.X("low:Q"), x2="high:Q")
+    height = 16 * len(models) * data["name"].nunique()
+    return _finish(alt.layer(errors, points).properties(width="container", height=height))
+
+
 def _limit(at: float, text: str) -> alt.Chart:
     data = pd.DataFrame({"at": [at], "text": [text]})
     rule = alt.Chart(data).mark_rule(color=RED, strokeDash=[5, 3], strokeWidth=1.5)
@@ -372,68 +408,3 @@ def _finish(chart: Any) -> dict[str, Any]:
 def still(spec: dict[str, Any]) -> dict[str, Any]:
     """The same chart for a picture: of a fixed width, on white."""
     return spec | {"width": STILL_WIDTH, "background": "white"}
-
-
-def ordered(nodes: Iterable[str], edges: Iterable[tuple[str, str]]) -> list[str]:
-    """The stages so that each follows those that it reads from; names decide where the DAG doesn't."""
-    nodes = sorted(nodes)
-    level = _levels(nodes, sorted(edges))
-    return sorted(nodes, key=lambda name: (level[name], name))
-
-
-NODE, MATRIX, HEIGHT, PITCH = 106, 150, 24, 42
-LEFT, GAP, RIGHT, BUS = 70, 56, 26, 12
-
-
-def dag(nodes: Iterable[str], edges: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """A drawing of the DAG from top to bottom; a row is the longest way from a source.
-
-    The items of a matrix ("evaluate@gptq") stand in a second column.
-
-    Args:
-        nodes: names of stages.
-        edges: (from, to).
-
-    Returns:
-        width, height, boxes (name, x, y, width, height) and paths (title, d), in pixels.
-    """
-    nodes, edges = sorted(nodes), sorted(edges)
-    level = _levels(nodes, edges)
-    boxes: dict[str, dict[str, Any]] = {}
-    top = 4
-    for depth in range(max(level.values(), default=-1) + 1):
-        columns = [[n for n in nodes if level[n] == depth and ("@" in n) == matrix] for matrix in (False, True)]
-        for matrix, column in enumerate(columns):
-            x, width = (LEFT + NODE + GAP, MATRIX) if matrix else (LEFT, NODE)
-            for row, name in enumerate(column):
-                boxes[name] = {"name": name, "x": x, "y": top + row * PITCH, "width": width, "height": HEIGHT}
-        top += PITCH * max(map(len, columns))
-    paths = [{"title": f"{a} → {b}", "d": _path(boxes[a], boxes[b])} for a, b in edges]
-    width = LEFT + NODE + GAP + MATRIX + RIGHT if any("@" in name for name in nodes) else LEFT + NODE + 4
-    return {"width": width, "height": top, "boxes": list(boxes.values()), "paths": paths}
-
-
-def _levels(nodes: list[str], edges: list[tuple[str, str]]) -> dict[str, int]:
-    level = dict.fromkeys(nodes, 0)
-    for _ in nodes:
-        for a, b in edges:
-            level[b] = max(level[b], level[a] + 1)
-    return level
-
-
-def _path(a: dict[str, Any], b: dict[str, Any]) -> str:
-    down, middle_a, middle_b = b["y"] - a["y"], a["y"] + HEIGHT / 2, b["y"] + HEIGHT / 2
-    if a["x"] == b["x"]:
-        if down <= PITCH:
-            return f"M{a['x'] + a['width'] / 2:g},{a['y'] + HEIGHT} V{b['y'] - 1}"
-        out = a["x"] - min(LEFT * 1.28, 16 + 8 * down / PITCH)
-        return f"M{a['x']},{middle_a:g} C{out:g},{middle_a:g} {out:g},{middle_b:g} {b['x'] - 1},{middle_b:g}"
-    right = a["x"] + a["width"]
-    if a["x"] < b["x"]:
-        if down <= PITCH:
-            half = right + GAP / 2
-            return f"M{right},{middle_a:g} C{half:g},{middle_a:g} {half:g},{middle_b:g} {b['x'] - 1},{middle_b:g}"
-        bus = b["x"] - BUS
-        return f"M{right},{middle_a:g} H{bus - 6} q6,0 6,6 V{middle_b - 6:g} q0,6 6,6 H{b['x'] - 1}"
-    bus = right + BUS
-    return f"M{right},{middle_a:g} H{bus - 6} q6,0 6,6 V{middle_b - 6:g} q0,6 -6,6 H{b['x'] + b['width'] + 1}"

@@ -35,6 +35,7 @@ from tasks.report_sections import (
     completions,
     devices,
     importance,
+    kv_cache,
     lineage,
     pipeline,
     pruning,
@@ -42,6 +43,7 @@ from tasks.report_sections import (
     recovery,
     size,
     stages,
+    task_scores,
 )
 from tasks.report_verdict import verdict
 
@@ -54,6 +56,8 @@ SECTIONS: tuple[Section, ...] = (
     stages.SECTION,
     size.SECTION,
     devices.SECTION,
+    task_scores.SECTION,
+    kv_cache.SECTION,
     completions.SECTION,
     importance.SECTION,
     pruning.SECTION,

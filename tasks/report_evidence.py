@@ -40,6 +40,8 @@ class Evidence:
         plain_history: of the recovery of the plain model; without rows where that was switched off.
         ledgers: what each stage left of the sparsity pattern, per linear; without rows where it was switched off.
         bits: of every linear of the plain model; without rows where the baseline was switched off.
+        task_scores: what lm-evaluation-harness says of a model on a task, a record per item of stage harness.
+        kv_cache: perplexity and bytes by context and bits; without rows where the stage was switched off.
         edges, nodes: of DVC's graph, by address.
         outs: what every stage writes, by address.
     """
@@ -57,6 +59,8 @@ class Evidence:
     bits: pd.DataFrame
     manifest: dict[str, Any]
     fit: dict[str, Any]
+    task_scores: list[dict[str, Any]]
+    kv_cache: pd.DataFrame
     edges: list[tuple[str, str]]
     nodes: list[str]
     outs: dict[str, list[Link]]
@@ -110,10 +114,29 @@ def read(stage: Stage) -> Evidence:
         bits=bits,
         manifest=_json(stage.input("manifest.json")),
         fit=_json(stage.input("fit.json")),
+        task_scores=_task_scores(stage, measured=metrics),
+        kv_cache=_table(stage.input("kv_cache.csv")) if stage.has_input("kv_cache.csv") else pd.DataFrame(),
         edges=sorted((dependency.addressing, user.addressing) for user, dependency in graph.edges),
         nodes=sorted(node.addressing for node in graph.nodes),
         outs={node.addressing: _links(stage, node) for node in graph.nodes},
     )
+
+
+def _task_scores(stage: Stage, measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scores of models that are what their name says, by task, models in the order of dvc.yaml."""
+    records = [_json(path) for path in _items(stage, "harness", "scores.json")]
+    order = list(measured)
+    known = [each for each in records if measured.get(each["model"], {}).get("evaluated")]
+    return sorted(known, key=lambda each: (each["task"], order.index(each["model"])))
+
+
+def _items(stage: Stage, name: str, file: str) -> list[Path]:
+    """This file of each item of a matrix that dvc.yaml has now: older ones may lie beside them."""
+    if not stage.has_input(f"data/{name}"):
+        return []
+    folder = stage.input(f"data/{name}")
+    addresses = [node.addressing.partition("@") for node in stage.dvc.repo.index.graph.nodes]
+    return [folder / item / file for stem, _, item in addresses if stem == name]
 
 
 def _links(stage: Stage, node: Any) -> list[Link]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from tasks import charts
+from tasks import dag_drawing
 from tasks.comparison import PLAIN, RECOVERED
 from tasks.report_section import Section
 
@@ -32,7 +32,7 @@ def switched_off(evidence: Evidence) -> list[str]:
 def rows(evidence: Evidence) -> list[dict[str, Any]]:
     """Per stage in the order of the DAG: what it wrote and its record, as links."""
     found = []
-    for name in charts.ordered(evidence.nodes, evidence.edges):
+    for name in dag_drawing.ordered(evidence.nodes, evidence.edges):
         links = evidence.outs.get(name, [])
         record = next((link for link in links if PurePosixPath(link.path).parent == RECORDS), None)
         found.append({"stage": name, "outs": [link for link in links if link != record], "record": record})
@@ -41,7 +41,8 @@ def rows(evidence: Evidence) -> list[dict[str, Any]]:
 
 def context(evidence: Evidence) -> dict[str, Any]:
     """dag, off, and the stages' outputs."""
-    return {"dag": charts.dag(evidence.nodes, evidence.edges), "off": switched_off(evidence), "rows": rows(evidence)}
+    drawing = dag_drawing.dag(evidence.nodes, evidence.edges)
+    return {"dag": drawing, "off": switched_off(evidence), "rows": rows(evidence)}
 
 
 SECTION = Section("pipeline", "The pipeline", context)
