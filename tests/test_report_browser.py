@@ -158,7 +158,7 @@ def test_what_scrolls_can_be_reached_without_a_pointer_and_has_a_name(browser, p
             assert region.get_attribute("tabindex") == "0" and region.get_attribute("aria-label")
             assert region.aria_role == "region" or not region.is_displayed()  # in what is closed
         for plot in browser.find_elements(By.CSS_SELECTOR, "[data-plot]"):
-            assert plot.aria_role in ("image", "img") and len(plot.accessible_name) > 20
+            assert plot.aria_role == "graphics-document" and len(plot.accessible_name) > 20
         headings = browser.execute_script("return [...document.querySelectorAll('h1,h2,h3')].map(h => h.tagName)")
         assert headings[0] == "H1" and headings.count("H1") == 1
         ids = browser.execute_script("return [...document.querySelectorAll('section[id]')].map(s => s.id)")
