@@ -323,6 +323,31 @@ class Evaluate(Section):
         return self
 
 
+class KvCache(Section):
+    enabled: bool
+    bits: Annotated[list[Literal[2, 4, 8]], Field(min_length=1)]
+    """Of a cached value; each is compared with 16 (float16)."""
+    contexts: Annotated[list[Count], Field(min_length=1)]
+    """Tokens per window: how much the cache holds in the end."""
+    tokens: Count
+    """Of the test split, the first ones; the same for every context."""
+    group_size: Count | None
+    """Values of one head of one token that share a scale and a zero point; null: the whole head."""
+    residual: Annotated[int, Field(ge=4, multiple_of=4)]
+    """The newest tokens, up to so many less one, are not quantised yet; the cache is filled by so many at once."""
+
+    @model_validator(mode="after")
+    def _windows(self) -> KvCache:
+        if max(self.contexts) > self.tokens:
+            raise ValueError(f"tokens = {self.tokens} is less than one window of {max(self.contexts)} of `contexts`")
+        if min(self.contexts) <= self.residual:
+            raise ValueError(
+                f"contexts has {min(self.contexts)}, of which residual = {self.residual} leaves nothing to be read"
+                " from a quantised cache: lower residual"
+            )
+        return self
+
+
 class HardwareFit(Section):
     enabled: bool
     device: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
@@ -356,6 +381,7 @@ class Params(Section):
     baseline_lora: BaselineLora
     baseline: Baseline
     evaluate: Evaluate
+    kv_cache: KvCache
     hardware_fit: HardwareFit
     report: Report
 

@@ -55,6 +55,10 @@ class Shape:
     tied: bool
     stored: int
     """Bytes per parameter in the checkpoint."""
+    head: int
+    """Values of one attention head."""
+    window: int | None
+    """Tokens that attention reaches back; None: all."""
 
     @cached_property
     def in_blocks(self) -> int:
@@ -142,6 +146,8 @@ def shape(config: Mapping[str, Any]) -> Shape:
         linears=families.linear_shapes(config),
         tied=bool(config.get("tie_word_embeddings")),
         stored=2 if "16" in dtype else 4,
+        head=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
     )
 
 
@@ -174,6 +180,8 @@ def tokens_needed(params: Params) -> dict[str, tuple[int, str]]:
         own = _protocol(params)
         key = "evaluate.length with another evaluate.protocol" if own.fixed else "evaluate.length"
         needs["test"] = needs["test_ood"] = (2 if own.partial else own.length, key)
+    if params.kv_cache.enabled:
+        needs["test"] = max(needs.get("test", (0, "")), (max(params.kv_cache.contexts), "kv_cache.contexts"))
     return needs
 
 
@@ -284,6 +292,21 @@ def _eora(params: Params, model: Shape) -> Iterator[str]:
         yield from _rank_too_high("eora.rank", params.eora.rank, model)
 
 
+def _kv_cache(params: Params, model: Shape) -> Iterator[str]:
+    own = params.kv_cache
+    yield from _too_long("kv_cache.contexts", max(own.contexts), model)
+    if own.group_size and model.head % own.group_size:
+        yield (
+            f"kv_cache.group_size = {own.group_size} does not divide the {model.head} values of an attention head;"
+            f" choose a divisor of {model.head}, or null for the whole head"
+        )
+    if model.window:
+        yield (
+            f"kv_cache can't quantise the cache of a model whose attention has a window (sliding_window ="
+            f" {model.window} in its config.json): set kv_cache.enabled to false"
+        )
+
+
 RULES: dict[str, Callable[[Params, Shape], Iterator[str]]] = {
     "calibrate": _calibrate,
     "depth_prune": _depth_prune,
@@ -292,6 +315,7 @@ RULES: dict[str, Callable[[Params, Shape], Iterator[str]]] = {
     "gptq": _gptq,
     "eora": _eora,
     "evaluate": _evaluate,
+    "kv_cache": _kv_cache,
 }
 """Per section of params.yaml: the problems that its values have with the model."""
 
@@ -315,6 +339,11 @@ def _protocol(params: Params) -> protocols.Protocol:
 def _evaluate_memory(params: Params, model: Shape) -> int:
     tokens = params.evaluate.batch * _protocol(params).length
     return model.dense + 3 * 4 * tokens * model.vocabulary  # logits, their log-softmax, a copy
+
+
+def _kv_cache_memory(params: Params, model: Shape) -> int:
+    cached = 2 * 4 * model.layers * model.hidden  # keys and values in fp32, with as many heads as queries
+    return model.dense + max(params.kv_cache.contexts) * (3 * 4 * model.vocabulary + cached)
 
 
 def _gptq_memory(params: Params, model: Shape) -> int:
@@ -343,6 +372,7 @@ MEMORY: dict[str, Callable[[Params, Shape], int]] = {
     "baseline_lora": _lora_memory,
     "baseline": _gptq_memory,
     "evaluate": _evaluate_memory,
+    "kv_cache": _kv_cache_memory,
 }
 """Bytes that a stage holds at its peak, without the libraries."""
 

@@ -111,6 +111,9 @@ SMALL = {
     "evaluate.stride": 64,
     "evaluate.max_windows": 4,
     "evaluate.new_tokens": 4,
+    "kv_cache.contexts": [16, 48],
+    "kv_cache.tokens": 48,
+    "kv_cache.residual": 8,
     "hardware_fit.context": 64,
 }
 

@@ -54,7 +54,7 @@ SECTIONS = tuple(params.Params.model_fields)
 
 
 def test_fields_are_found() -> None:
-    assert len(FIELDS) > 60 and len(SECTIONS) == 17
+    assert len(FIELDS) > 60 and len(SECTIONS) == 18
 
 
 def test_no_field_has_a_default() -> None:
@@ -144,6 +144,19 @@ BAD = [
     (
         {"evaluate.stride": 600, "evaluate.length": 512},
         "params.yaml: evaluate: stride = 600 above length = 512 would skip",
+    ),
+    out_of_range("kv_cache.residual", 6, "input should be a multiple of 4"),
+    (
+        {"kv_cache.bits": [4, 3]},
+        "params.yaml: `kv_cache.bits.1` = 3: input should be 2, 4 or 8",
+    ),
+    (
+        {"kv_cache.tokens": 511, "kv_cache.contexts": [512]},
+        "params.yaml: kv_cache: tokens = 511 is less than one window of 512 of `contexts`",
+    ),
+    (
+        {"kv_cache.residual": 128, "kv_cache.contexts": [256, 128]},
+        "params.yaml: kv_cache: contexts has 128, of which residual = 128 leaves nothing to be read from a quantised",
     ),
     ({"calibrate.enabled": False}, "params.yaml: calibrate is switched off, but importance, wanda, gptq, eora need"),
     ({"importance.enabled": False}, "params.yaml: importance is switched off, but depth_prune needs its scores"),

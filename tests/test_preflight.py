@@ -146,6 +146,23 @@ SENTENCES = [
         for name in ("calibrate", "lora", "evaluate")
     ],
     (
+        {"kv_cache.contexts": [128, 513], "kv_cache.tokens": 600},
+        {},
+        "kv_cache.contexts = 513 is above the model's context of 512 tokens; lower it",
+    ),
+    (
+        {"kv_cache.group_size": 24},
+        {},
+        "kv_cache.group_size = 24 does not divide the 32 values of an attention head;"
+        " choose a divisor of 32, or null for the whole head",
+    ),
+    (
+        {},
+        {"sliding_window": 128},
+        "kv_cache can't quantise the cache of a model whose attention has a window (sliding_window = 128 in its"
+        " config.json): set kv_cache.enabled to false",
+    ),
+    (
         {"hardware_fit.device": "toaster"},
         {},
         "hardware_fit.device = toaster has no profile {devices}/toaster.yaml; known are phone, siracusa",
@@ -181,6 +198,7 @@ def test_all_problems_at_once() -> None:
         ({"gptq.group_size": -1}, {"intermediate_size": 352}),
         ({"wanda.pattern": "unstructured", "wanda.sparsity": 0.5, "wanda.of": 5}, {}),
         ({"calibrate.length": 4096}, {"max_position_embeddings": None}),
+        ({"kv_cache.group_size": 16}, {"sliding_window": 128, "use_sliding_window": False}),
         ({}, {"num_key_value_heads": None, "architectures": ["Qwen3ForCausalLM"]}),
     ],
 )

@@ -1,0 +1,138 @@
+"""Run a model over a text through its cache of keys and values, held in 16, 8, 4 or 2 bits.
+
+The caches are transformers': `DynamicCache` for 16 bits, `QuantizedCache` with the backend HQQ (Badri and Shaji, Half-
+Quadratic Quantization, 2023) below. Keys and values are handed to them in float16, whatever the model computes in, so
+that scales, zero points and what isn't quantised take the bytes that they take on a device. Groups are runs of values
+of one head of one token.
+
+What is measured is decoding: the text goes in by pieces of `residual` tokens, each attends to the cache of all before
+it, and is quantised into it when it is done. That equals decoding token by token with the library's `residual_length`,
+in which the newest 0 to `residual` - 1 tokens are float16; there is no prompt that attends to unquantised keys. The
+library dequantises and quantises the whole cache anew for each piece, and HQQ searches its zero points, so what it
+holds drifts a little: that is measured, too. Bytes are those held between two pieces; a layer's dequantised copy while
+it attends is not in them.
+
+It isn't fast: the reference implementation saves memory, no time. Keys get no scales per channel (KIVI, arXiv
+2402.02750), which the library doesn't offer.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig, QuantizedCache
+from transformers.cache_utils import QuantizedLayer
+
+from tasks.algorithms.errors import InputError
+
+PARTS = ("codes", "scales", "float16")
+"""What a cache's bytes are for: codes; scales and zero points; what isn't quantised."""
+
+
+class _InHalf:
+    """Gives a cache its keys and values in float16, and the model what it computes in."""
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        held = super().update(keys.half(), values.half(), layer_idx, *args, **kwargs)
+        return held[0].to(keys.dtype), held[1].to(values.dtype)
+
+
+class _Plain(_InHalf, DynamicCache):
+    pass
+
+
+class _Quantised(_InHalf, QuantizedCache):
+    pass
+
+
+class Sizes(NamedTuple):
+    """Sizes of a model's cache, per token: `heads` of keys (and as many of values) in each of `layers`."""
+
+    layers: int
+    heads: int
+    head: int
+    """Values of one head."""
+
+
+def sizes(config: PretrainedConfig) -> Sizes:
+    """Those that a model's config gives."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Sizes(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size)
+
+
+class Cached:
+    """A model that reads a text through a cache; a call returns `.logits` [1, length, vocabulary].
+
+    Args:
+        model: of transformers, with full attention.
+        bits: of the cached values: 16, 8, 4, 2.
+        group_size: values of a head that share a scale and a zero point, below 16 bits; None: the whole head.
+        residual: tokens per piece, a multiple of 4 (the library packs as many codes into a byte).
+
+    Raises:
+        InputError: the groups don't divide a head, or the model's attention has a window.
+    """
+
+    def __init__(self, model: nn.Module, bits: int, group_size: int | None, residual: int) -> None:
+        self.model, self.bits, self.residual = model, bits, residual
+        head = sizes(model.config).head
+        self.group_size = group_size or head
+        if head % self.group_size:
+            raise InputError(
+                f"a group of {self.group_size} values does not divide a head of {head};"
+                f" choose a divisor of {head}, or null for the whole head"
+            )
+        self.cache = self.empty()
+
+    def empty(self) -> DynamicCache | QuantizedCache:
+        """A cache with nothing in it."""
+        if self.bits == 16:
+            return _Plain()
+        try:
+            return _Quantised(
+                backend="hqq",
+                config=self.model.config,
+                nbits=self.bits,
+                axis_key=1,  # of [groups, group_size]: a scale per group
+                axis_value=1,
+                q_group_size=self.group_size,
+                residual_length=self.residual,
+            )
+        except ValueError as error:
+            raise InputError(f"transformers can't quantise this model's cache: {error}") from error
+
+    def __call__(self, input_ids: Tensor, use_cache: bool = True) -> Any:
+        """Logits of one text [1, length], read from an empty cache; `self.cache` then holds it."""
+        self.cache, logits = self.empty(), []
+        for piece in input_ids.split(self.residual, dim=1):
+            logits.append(self.model(input_ids=piece, past_key_values=self.cache, use_cache=True).logits)
+        return SimpleNamespace(logits=torch.cat(logits, dim=1))
+
+
+def held_bytes(cache: DynamicCache | QuantizedCache) -> dict[str, int]:
+    """Bytes of the memory behind every tensor that a cache holds, by `PARTS`."""
+    found = dict.fromkeys(PARTS, 0)
+    for layer in cache.layers:
+        found["float16"] += sum(_memory(tensor) for tensor in (layer.keys, layer.values))
+        pairs = (layer._quantized_keys, layer._quantized_values) if isinstance(layer, QuantizedLayer) else ()
+        for codes, described in pairs:
+            found["codes"] += _memory(codes)
+            found["scales"] += sum(_memory(entry) for entry in described.values() if isinstance(entry, Tensor))
+    return found
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+def planned_bytes(shape: Sizes, tokens: int, bits: int, group_size: int | None, residual: int) -> dict[str, int]:
+    """The same by arithmetic, after `tokens` tokens: `tokens` modulo `residual` are not quantised yet."""
+    rest = tokens if bits == 16 else tokens % residual
+    per_token = 2 * shape.layers * shape.heads * shape.head  # keys and values
+    quantised = (tokens - rest) * per_token
+    groups = quantised // (group_size or shape.head)
+    return {"codes": quantised * bits // 8, "scales": 2 * 2 * groups, "float16": 2 * rest * per_token}

@@ -1,0 +1,104 @@
+"""Stage kv_cache: what the packaged model loses, and a device saves, when the cache holds keys and values in few bits.
+
+kv_cache.csv has a row per context length and number of bits; 16 bits (float16) always lead, as what the others are
+compared with. The text is the first `tokens` tokens of the test split for every context, cut into windows of its length
+(protocol `joined`), each read from an empty cache.
+
+| column | |
+|---|---|
+| context, bits | tokens of a window; bits of a cached value |
+| protocol, windows, predictions | how the text was cut, and how many tokens were predicted |
+| perplexity, bits_per_byte | as in `tasks.evaluate` |
+| nats | mean negative log-likelihood per prediction above that of 16 bits on the same tokens |
+| nats_error | standard error of `nats` over the windows; empty where there is one |
+| bytes | held after a window, all layers, one sequence, of which `codes`, `scales` (and zero points), `float16` |
+| bytes_per_token | `bytes` / `context` |
+| ratio | bytes at 16 bits / `bytes` |
+
+How the cache is filled and what isn't counted: `tasks.algorithms.kv_cache`. It measures no speed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from tasks import checkpoint, corpora, models
+from tasks.algorithms import kv_cache, protocols, scoring
+
+if TYPE_CHECKING:
+    from tasks.stage import Stage
+
+FULL = 16
+COLUMNS = (
+    "context",
+    "bits",
+    "protocol",
+    "windows",
+    "predictions",
+    "perplexity",
+    "bits_per_byte",
+    "nats",
+    "nats_error",
+    "bytes",
+    *kv_cache.PARTS,
+    "bytes_per_token",
+    "ratio",
+)
+
+
+def run(stage: Stage) -> None:
+    """Write kv_cache.csv."""
+    folder, p = stage.input("model"), stage.params.kv_cache
+    model, tokenizer = models.load_model(folder), checkpoint.load_tokenizer(folder)
+    documents = corpora.read(stage.input("corpora") / "test.jsonl")
+    rows, bits = [], [FULL, *p.bits]
+    with stage.progress("kv_cache", len(p.contexts) * len(bits)) as progress:
+        for context in p.contexts:
+            protocol = protocols.protocol("joined", context, context)
+            protocols.check_context(protocol, getattr(model.config, "max_position_embeddings", None))
+            prepared = scoring.prepare(protocol, tokenizer, documents, p.tokens // context)
+            reference = None
+            for width in bits:
+                cached = kv_cache.Cached(model, width, p.group_size, p.residual)
+                score = scoring.score(cached, prepared, memory=stage.journal.part(f"{context}-{width}"))
+                reference = reference or score
+                if not cached.cache.get_seq_length():  # all windows were in the journal
+                    cached(prepared.ids[0][None, :context])
+                rows.append({"context": context, "bits": width, **_row(score, reference), **_held(cached, context)})
+                progress.update(len(rows), perplexity=score.perplexity)
+    table = pd.DataFrame(rows)
+    table["ratio"] = table.groupby("context")["bytes"].transform("first") / table["bytes"]
+    _write(stage, table)
+    print(table[["context", "bits", "perplexity", "nats", "nats_error", "bytes", "ratio"]].to_string(index=False))
+
+
+def skip(stage: Stage) -> None:
+    """Say that nothing was measured: no rows."""
+    _write(stage, pd.DataFrame(columns=list(COLUMNS)))
+
+
+def _write(stage: Stage, table: pd.DataFrame) -> None:
+    options = {"columns": list(COLUMNS), "index": False, "lineterminator": "\n", "float_format": "%.9g"}
+    table.to_csv(stage.output("kv_cache.csv"), **options)
+
+
+def _row(score: scoring.Score, reference: scoring.Score) -> dict[str, Any]:
+    differences = (score.nll - reference.nll).view(score.windows, -1).mean(dim=1)
+    return {
+        "protocol": score.label,
+        "windows": score.windows,
+        "predictions": len(score.nll),
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "nats": float(differences.mean()),
+        "nats_error": float(differences.std() / math.sqrt(score.windows)) if score.windows > 1 else None,
+    }
+
+
+def _held(cached: kv_cache.Cached, context: int) -> dict[str, Any]:
+    parts = kv_cache.held_bytes(cached.cache)
+    total = sum(parts.values())
+    return {"bytes": total, **parts, "bytes_per_token": total / context}
