@@ -16,16 +16,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import HfApi, constants, errors, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tasks import checkpoint, preflight
+from tasks import checkpoint, hub, preflight
 from tasks.algorithms import families
 from tasks.algorithms.errors import InputError
 from tasks.params import CorpusSource, ModelSource
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tasks.stage import Stage
-
-constants.HF_HUB_DISABLE_TELEMETRY = True  # the environment counts only before huggingface_hub's first import
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -185,7 +182,7 @@ def _weights(source: ModelSource, folder: Path, inside: Path) -> list[str]:
 
 def _no_weights(source: ModelSource, folder: Path) -> str:
     if source.hub is not None:
-        with _hub_errors("model", source):
+        with hub.failures("model", source):
             names = HfApi().list_repo_files(source.hub, revision=source.revision)
     else:
         names = [path.name for path in folder.iterdir()]
@@ -224,7 +221,7 @@ def _expected_tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], tuple[s
         with torch.device("meta"):  # sizes alone, no memory
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # any entry of an untrusted config can be wrong in its own way
-        raise InputError(f"transformers can't build the model of config.json: {_line(error)}") from error
+        raise InputError(f"transformers can't build the model of config.json: {hub.line(error)}") from error
     described = families.of_model(model)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     names = (f"{described.embedding}.weight", f"{described.head}.weight")
@@ -242,7 +239,8 @@ def _tensors(folder: Path, shards: list[str]) -> Iterator[tuple[str, torch.Tenso
                         raise InputError(f"the weights' {name} is stored as {dtype}, expected {', '.join(DTYPES)}")
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
-            raise InputError(f"{shard} is no whole safetensors file ({_line(error)}); fetch the model again") from error
+            why = hub.line(error)
+            raise InputError(f"{shard} is no whole safetensors file ({why}); fetch the model again") from error
 
 
 def _refuse_names(verb: str, names: list[str]) -> None:
@@ -254,7 +252,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return checkpoint.load_tokenizer(folder)
     except Exception as error:  # any entry of an untrusted tokenizer can be wrong in its own way
-        raise InputError(f"the tokenizer can't be loaded ({_line(error)}); take a model folder with one") from error
+        raise InputError(f"the tokenizer can't be loaded ({hub.line(error)}); take a model folder with one") from error
 
 
 def _tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -355,7 +353,7 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
                 row += 1
                 yield f"row {row}", value
     except ArrowInvalid as error:
-        raise InputError(f"{path} is no valid parquet file ({_line(error)})") from error
+        raise InputError(f"{path} is no valid parquet file ({hub.line(error)})") from error
 
 
 READERS = {".jsonl": _json_lines, ".parquet": _parquet, ".txt": _plain_text}
@@ -376,7 +374,7 @@ def _hub_rows(source: CorpusSource) -> Iterator[tuple[str, Any]]:
     import datasets  # slow, and only needed here
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would report each use
-    with _hub_errors("data set", source):
+    with hub.failures("data set", source):
         data = datasets.load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
     if source.field not in data.column_names:
         found = ", ".join(data.column_names)
@@ -387,38 +385,8 @@ def _hub_rows(source: CorpusSource) -> Iterator[tuple[str, Any]]:
 
 def _download(source: ModelSource, names: list[str]) -> Path:
     """The folder of the hub's cache with these files of the repository, as far as it has them."""
-    with _hub_errors("model", source):
+    with hub.failures("model", source):
         return Path(snapshot_download(source.hub, revision=source.revision, allow_patterns=names))
-
-
-@contextmanager
-def _hub_errors(what: str, source: ModelSource) -> Iterator[None]:
-    """One sentence for each way in which the hub can fail."""
-    name = f"{what} {source.hub}"
-    try:
-        yield
-    except Exception as error:  # httpx's, the hub's and `datasets`' errors have no base of their own
-        raise InputError(_hub_sentence(name, source, error)) from error
-
-
-def _hub_sentence(name: str, source: ModelSource, error: Exception) -> str:
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
-        error = error.__cause__  # the hub answered, and the files aren't in the local cache either
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.GatedRepoError):
-        return f"{name} is gated: ask for access on its page, then `hf auth login`"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{name} has no commit {source.revision}; copy the 40-digit one from its history"
-    if status in (401, 403, 404) or type(error).__name__ == "DatasetNotFoundError":
-        return (
-            f"the hub has no {name} at {source.revision}, or it is private or gated;"
-            " check name and revision, or `hf auth login`"
-        )
-    if status is not None:
-        return f"the hub answered {status} for {name}; try again later"
-    if isinstance(error, (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError)):
-        return f"the hub can't be reached for {name}; go online, or name a local folder or file"
-    return f"{name} can't be loaded: {_line(error)}"
 
 
 def _declared(stage: Stage, path: str) -> Path:
@@ -465,9 +433,3 @@ def _json(path: Path) -> Mapping[str, Any]:
 def _some(names: list[str], most: int = 3) -> str:
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _line(error: BaseException) -> str:
-    """The first line of a library's message, at most 200 characters."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]

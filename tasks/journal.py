@@ -194,14 +194,15 @@ class _Part:
         self.journal.forget_keys(f"{self.prefix}+")
 
 
-def open_for(stage: DvcStage, folder: Path) -> Journal:
+def open_for(stage: DvcStage, folder: Path, parameters: bool = True) -> Journal:
     """The journal of a stage for the state that its inputs, parameters, code and libraries are in now.
 
     Args:
         stage: as DVC has it.
         folder: of this stage's journals; those of other fingerprints are removed.
+        parameters: False: whatever the parameters; what the entries depend on of them has to be in their keys.
     """
-    name = fingerprint(stage)
+    name = fingerprint(stage, parameters)
     for other in sorted(folder.iterdir()) if folder.is_dir() else ():
         if other.name != name:
             print(f"{other}: the journal of other inputs, parameters or code is discarded", file=sys.stderr)
@@ -212,8 +213,8 @@ def open_for(stage: DvcStage, folder: Path) -> Journal:
     return journal
 
 
-def fingerprint(stage: DvcStage) -> str:
-    """A hash of everything that the result of the stage depends on."""
+def fingerprint(stage: DvcStage, parameters: bool = True) -> str:
+    """A hash of everything that the result of the stage depends on; without its parameters where that is asked."""
     machine = {
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -221,6 +222,8 @@ def fingerprint(stage: DvcStage) -> str:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
     described = {"format": FORMAT, "stage": stage.addressing, "machine": machine, **lineage.identity(stage)}
+    if not parameters:
+        del described["parameters"]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:SHORT]
 
 

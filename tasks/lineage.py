@@ -44,6 +44,7 @@ PACKAGES = (
     "datasets",
     "dvc",
     "gptqmodel",
+    "lm_eval",
     "numpy",
     "pandas",
     "peft",

@@ -323,6 +323,70 @@ class Evaluate(Section):
         return self
 
 
+class TaskSource(Section):
+    """Where a task's documents come from: a local file, or, where `path` is null, the hub's data set at a commit."""
+
+    path: str | None
+    """A .jsonl file, as seen from harness_data.folder."""
+    hub: HubName
+    revision: Revision
+    config: str | None
+    split: str
+
+
+class TaskSources(Section):
+    """Of every task but `corpus`, which is the fetched test split."""
+
+    hellaswag: TaskSource
+    arc_easy: TaskSource
+    arc_challenge: TaskSource
+    piqa: TaskSource
+    winogrande: TaskSource
+    triviaqa_closed: TaskSource
+    triviaqa_open: TaskSource
+    wikitext: TaskSource
+
+
+class HarnessData(Section):
+    """The documents of the tasks that `harness.tasks` names."""
+
+    enabled: bool
+    folder: str
+    """Where local files are looked for; the stage depends on all of it."""
+    sources: TaskSources
+
+
+TaskName = Literal[
+    "corpus",
+    "hellaswag",
+    "arc_easy",
+    "arc_challenge",
+    "piqa",
+    "winogrande",
+    "triviaqa_closed",
+    "triviaqa_open",
+    "wikitext",
+]
+"""The files of data/harness_tasks."""
+
+
+class Harness(Section):
+    """Evaluation tasks by lm-evaluation-harness."""
+
+    enabled: bool
+    tasks: Annotated[list[TaskName], Field(min_length=1)]
+    limit: Count | None
+    """Only the first so many documents of a task; null: all."""
+    batch: Count
+    """Requests per forward pass; no effect on the result beyond rounding."""
+
+    @model_validator(mode="after")
+    def _once(self) -> Harness:
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks = {self.tasks} names a task twice")
+        return self
+
+
 class KvCache(Section):
     enabled: bool
     bits: Annotated[list[Literal[2, 4, 8]], Field(min_length=1)]
@@ -382,6 +446,8 @@ class Params(Section):
     baseline: Baseline
     evaluate: Evaluate
     kv_cache: KvCache
+    harness_data: HarnessData
+    harness: Harness
     hardware_fit: HardwareFit
     report: Report
 
@@ -398,6 +464,8 @@ class Params(Section):
             raise ValueError("gptq.joint chooses the masks itself: switch wanda off")
         if self.eora.enabled and not self.gptq.enabled:
             raise ValueError("gptq is switched off, but eora compensates its error: switch eora off too")
+        if self.harness.enabled and not self.harness_data.enabled:
+            raise ValueError("harness_data is switched off, but harness needs its documents: switch harness off too")
         if self.importance.enabled and self.importance.windows > self.calibrate.windows:
             raise ValueError(
                 f"importance.windows = {self.importance.windows} is above calibrate.windows = {self.calibrate.windows}"

@@ -47,6 +47,8 @@ SCRATCH = Path("data/.scratch")
 """Unfinished outputs; on the same file system as data/ so that moving is atomic. Git and DVC ignore it."""
 JOURNALS = SCRATCH / "journal"
 """Of each stage a folder with what it had finished when it was interrupted (`tasks.journal`)."""
+ANSWERS = SCRATCH / "answers"
+"""Of each stage that asks a model a folder with its answers: another limit or a repetition asks for the rest alone."""
 DISK = {
     errno.EACCES: "permission is denied; make it yours or change its permissions (`ls -ld`, `chmod`)",
     errno.EDQUOT: "the disk quota is used up; free some space, then run again",
@@ -98,6 +100,13 @@ class Stage:
         from tasks import journal  # here, as it imports torch, which not every stage needs
 
         return journal.open_for(self.dvc, JOURNALS / self.address)
+
+    @functools.cached_property
+    def answers(self) -> Journal:
+        """What a model answered to which request, with the same inputs and code; it stays when the stage is done."""
+        from tasks import journal
+
+        return journal.open_for(self.dvc, ANSWERS / self.address, parameters=False)
 
     def input(self, name: str) -> Path:
         """The declared dependency whose path ends with `name` ("model", "wanda/model", "masks.safetensors").
@@ -208,6 +217,8 @@ def execute(address: str, *, run_ids: dict[str, str] | None = None) -> None:
                 lineage.record(stage, started=started, run_ids=run_ids or {})
                 _remove(SCRATCH / address)
                 _remove(JOURNALS / address)
+                if "answers" in vars(stage):
+                    stage.answers.flush()
             except BaseException as error:
                 traceback.clear_frames(error.__traceback__)  # the model that filled the memory
                 _remove(SCRATCH / address)  # first: the disk may be full

@@ -32,7 +32,7 @@ class _Progress:
 def make_stage(tmp_path):
     """make_stage({section: params}, {suffix: path}, out="out") -> what run(stage) gets; it writes to tmp_path / out."""
 
-    def make(params, inputs, out="out", item=None, journal=None):
+    def make(params, inputs, out="out", item=None, journal=None, answers=None):
         def output(name):
             path = tmp_path / out / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +53,7 @@ def make_stage(tmp_path):
             pass_on=pass_on,
             progress=lambda description, total: _Progress(),
             journal=resume.NOTHING if journal is None else journal,
+            answers=resume.NOTHING if answers is None else answers,
         )
 
     return make

@@ -16,7 +16,17 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("flows", "tasks", "data/devices", "dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", ".dvc/config")
+COPIED = (
+    "flows",
+    "tasks",
+    "data/devices",
+    "data/harness_tasks",
+    "dvc.yaml",
+    "params.yaml",
+    ".dvcignore",
+    ".gitignore",
+    ".dvc/config",
+)
 DOCUMENT = (
     "The {n} pump shall start within {n} seconds of the request, and shall report the {n} state to the operator. "
 )
@@ -114,6 +124,8 @@ SMALL = {
     "kv_cache.contexts": [16, 48],
     "kv_cache.tokens": 48,
     "kv_cache.residual": 8,
+    "harness_data.enabled": False,
+    "harness.enabled": False,
     "hardware_fit.context": 64,
 }
 

@@ -233,7 +233,7 @@ class CachedStage(Stage):
         self.outs = [Path(out) for out in declared.outs]
         self.scratch = scratch
         self.published = []
-        self.journal = resume.NOTHING
+        self.journal = self.answers = resume.NOTHING
 
     def input(self, name: str) -> Path:
         """As Stage's; the place of that dependency."""
@@ -260,7 +260,7 @@ def declared(path: Path, values: Mapping[str, Any]) -> dict[str, Declared]:
     """Every stage of a dvc.yaml, each item of a matrix apart ("evaluate@gptq"), by address in the file's order."""
     found = {}
     for name, stage in _yaml(path)["stages"].items():
-        matrix = stage.get("matrix", {})
+        matrix = {key: _values(given, values) for key, given in stage.get("matrix", {}).items()}
         for items in itertools.product(*matrix.values()):
             address = f"{name}@{'-'.join(items)}" if items else name
             context = {**values, "item": dict(zip(matrix, items, strict=True))}
@@ -323,6 +323,11 @@ def _lookup(values: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         values = values[part]
     return values
+
+
+def _values(given: str | list[str], values: Mapping[str, Any]) -> list[str]:
+    """A matrix's list, or the list of params.yaml that it names: `${harness.tasks}`."""
+    return _lookup(values, given[2:-1]) if isinstance(given, str) else given
 
 
 def _fill(text: str, context: Mapping[str, Any]) -> str:

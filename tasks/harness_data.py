@@ -1,0 +1,110 @@
+"""Bring the documents of the evaluation tasks into data/harness_data/: local files, or the hub's data sets at a commit.
+
+Only tasks that `harness.tasks` names are brought. Of each there is documents/<task>.jsonl, in one form whatever the
+source (`tasks.algorithms.task_documents`), so the stage `harness` needs no network, and a task reruns only where its
+own documents changed. sources.json says where each came from, and how many rows had no document. The hub's rows are
+streamed: nothing is left in a cache, and no code of a data set is run. What a split holds is not judged here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks import checkpoint, hub
+from tasks.algorithms import task_documents
+from tasks.algorithms.errors import InputError
+
+if TYPE_CHECKING:
+    from tasks.params import TaskSource
+    from tasks.stage import Stage
+
+CORPUS = "corpus"
+"""The task whose documents are the fetched test split."""
+
+
+def run(stage: Stage) -> None:
+    """Write documents/<task>.jsonl of each task, and sources.json.
+
+    Raises:
+        InputError: a file is not there, the hub can't be reached, or a row can't be used.
+    """
+    folder, sources = stage.output("documents"), {}
+    folder.mkdir()
+    for task in stage.params.harness.tasks:
+        source = _source(stage, task)
+        origin, rows = _hub(source) if source and source.path is None else _local(stage, task, source)
+        sources[task] = {**origin, **_write(task, rows, folder / f"{task}.jsonl")}
+        print(f"{task}: {sources[task]['documents']} documents, {sources[task]['rows_without_document']} rows without")
+    checkpoint.write_json(stage.output("sources.json"), sources)
+
+
+def skip(stage: Stage) -> None:
+    """Write empty files."""
+    stage.output("documents").mkdir()
+    for task in stage.params.harness.tasks:
+        (stage.output("documents") / f"{task}.jsonl").touch()
+    checkpoint.write_json(stage.output("sources.json"), {})
+
+
+def _source(stage: Stage, task: str) -> TaskSource | None:
+    return None if task == CORPUS else getattr(stage.params.harness_data.sources, task)
+
+
+def _local(stage: Stage, task: str, source: TaskSource | None) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
+    if source is None:
+        return {"kind": "corpus", "split": "test"}, _rows(stage.input("corpora") / "test.jsonl", task)
+    own = stage.params.harness_data.folder
+    folder = stage.input(os.path.relpath(own))
+    path = folder / source.path
+    if folder.resolve() not in path.resolve().parents:
+        raise InputError(f"harness_data.sources.{task}.path = {source.path} leads out of harness_data.folder = {own}")
+    if not path.is_file():
+        raise InputError(
+            f"harness_data.sources.{task}.path = {source.path} is no file in harness_data.folder = {own};"
+            " name one, or null for the hub's"
+        )
+    return {"kind": "local", "path": source.path}, _rows(path, task)
+
+
+def _rows(path: Path, task: str) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"line {number} of {path.name} (task {task}) is not valid JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise InputError(f"line {number} of {path.name} (task {task}) is no JSON object")
+            yield row
+
+
+def _hub(source: TaskSource) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
+    return {"kind": "hub", **source.model_dump(exclude={"path"})}, _hub_rows(source)
+
+
+def _hub_rows(source: TaskSource) -> Iterator[dict[str, Any]]:
+    import datasets  # slow, and only needed here
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would report each use
+    with hub.failures("data set", source):
+        yield from datasets.load_dataset(
+            source.hub, source.config, split=source.split, revision=source.revision, streaming=True
+        )
+
+
+def _write(task: str, rows: Iterator[dict[str, Any]], target: Path) -> dict[str, int]:
+    written = dropped = 0
+    with target.open("w", encoding="utf-8", newline="\n") as file:
+        for document in task_documents.documents(task, rows):
+            if document is None:
+                dropped += 1
+            else:
+                file.write(json.dumps(document, ensure_ascii=False, sort_keys=True) + "\n")
+                written += 1
+    if not written:
+        raise InputError(f"task {task} has no document in {dropped} rows; name another file for it")
+    return {"documents": written, "rows_without_document": dropped}
