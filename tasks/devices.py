@@ -11,11 +11,14 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tasks.algorithms import fit
+from tasks.algorithms import fit, footprint, placement
 from tasks.algorithms.errors import InputError
 
 Source = Annotated[str, Field(min_length=12)]
 """Publication, data sheet or vendor page, in words."""
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+HOST = "host"
+"""The profile that `python -m tasks.host_profile` measures. It is no source: git and DVC ignore it, the DAG never reads it."""
 
 
 class Part(BaseModel):
@@ -38,14 +41,24 @@ class Reserve(Part):
     source: Source
 
 
-class Tier(Part):
-    """One memory."""
+class Memory(Part):
+    """What every memory has."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     bytes: Figure
-    reserved: Reserve
     bandwidth: Figure
     """Peak bytes per second to the compute unit."""
+
+    def figures(self) -> list[tuple[str, Figure | Reserve]]:
+        """(name of the figure, the figure), for a table."""
+        named = ((field, getattr(self, field)) for field in type(self).model_fields)
+        return [(f"{self.name}.{field}", value) for field, value in named if isinstance(value, Figure | Reserve)]
+
+
+class Tier(Memory):
+    """A memory that the compute unit reads in place, and what may live there."""
+
+    reserved: Reserve
     holds: Annotated[list[Literal["weights", "kv_cache", "activations", "scratch"]], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -54,24 +67,39 @@ class Tier(Part):
             raise ValueError(f"reserved = {self.reserved.value} leaves nothing of bytes = {self.bytes.value}")
         return self
 
+    def tier(self) -> placement.Tier:
+        """The figures alone. Metadata and tables that are looked up in lie where weights may."""
+        holds = {*self.holds, *(["lookup"] if "weights" in self.holds else [])}
+        return placement.Tier(self.name, self.bytes.value, self.reserved.value, self.bandwidth.value, frozenset(holds))
 
-class Compute(Part):
-    """Peak arithmetic; a multiply-accumulate is two operations."""
 
-    operations_per_second: Figure
-    precision: str
-    """Of weights and activations at that peak, in words."""
-    activation_bits: Annotated[list[Literal[8, 16, 32]], Field(min_length=1)]
-    """Widths of activations that run at that peak."""
+class Storage(Memory):
+    """A memory from which weights are copied into another one before they are used."""
+
+    reserved: Reserve
+    buffer: Figure
+    """Bytes of one read at full bandwidth; two of them are kept in memory."""
+
+
+class Cache(Memory):
+    """The last-level cache, where the weights of a small model stay."""
+
+
+class Rate(Figure):
+    """Peak operations per second; a multiply-accumulate is two."""
+
+    precision: Precision
+    """Of weights and activations in the arithmetic."""
 
 
 class Formats(Part):
-    """Weight formats the compute unit, or the runtimes usual on the device, take without unpacking by the user."""
+    """Weight formats that the compute unit, or the runtimes usual on the device, compute with as they are."""
 
     values: Annotated[
-        list[Annotated[str, Field(pattern=r"^(fp32|fp16|bf16|int[2-8]-(channel|group))$")]], Field(min_length=1)
+        dict[Annotated[str, Field(pattern=r"^(fp32|fp16|bf16|int[2-8]-(channel|group))$")], Precision],
+        Field(min_length=1),
     ]
-    """-channel: one scale per output row; -group: one per group of inputs."""
+    """Format -> precision of the arithmetic. -channel: one scale per output row; -group: per group of inputs."""
     source: Source
 
 
@@ -84,6 +112,13 @@ class Sparsity(Part):
     source: Source
 
 
+class Margin(Part):
+    """Share of each memory's free bytes that stays free, and why."""
+
+    value: Annotated[float, Field(ge=0, lt=1)]
+    source: Source
+
+
 class Profile(Part):
     """A device."""
 
@@ -91,49 +126,65 @@ class Profile(Part):
     """As the file."""
     description: str
     tiers: Annotated[list[Tier], Field(min_length=1, max_length=6)]
-    """In order of preference, the fastest first."""
-    compute: Compute
+    """The fastest first."""
+    storage: Storage | None
+    cache: Cache | None
+    compute: Annotated[list[Rate], Field(min_length=1)]
+    """A peak per precision."""
     weight_formats: Formats
     sparsity: list[Sparsity]
     """Empty where zeros save nothing."""
-    safety_margin: Annotated[float, Field(ge=0, lt=1)]
-    """Share of each tier's free bytes that stays free."""
+    safety_margin: Margin
 
     @model_validator(mode="after")
     def _homes(self) -> Profile:
-        names = [tier.name for tier in self.tiers]
+        memories = [*self.tiers, *filter(None, (self.storage, self.cache))]
+        names = [memory.name for memory in memories]
         if len(set(names)) < len(names):
-            raise ValueError(f"tier names are not unique: {', '.join(names)}")
-        homeless = [item for item in fit.ITEMS if not any(item in tier.holds for tier in self.tiers)]
+            raise ValueError(f"names of memories are not unique: {', '.join(names)}")
+        held = {item for tier in self.tiers for item in tier.holds}
+        homeless = [item for item in ("weights", "kv_cache", "activations", "scratch") if item not in held]
         if homeless:
             raise ValueError(f"no tier holds {', '.join(homeless)}")
+        speeds = [tier.bandwidth.value for tier in self.tiers]
+        if speeds != sorted(speeds, reverse=True):
+            raise ValueError("tiers are not listed from the highest bandwidth to the lowest")
+        return self
+
+    @model_validator(mode="after")
+    def _precisions(self) -> Profile:
+        stated = [rate.precision for rate in self.compute]
+        if len(set(stated)) < len(stated):
+            raise ValueError(f"compute states a precision twice: {', '.join(stated)}")
+        for name, precision in self.weight_formats.values.items():
+            if precision not in stated:
+                raise ValueError(f"weight format {name} runs in {precision}, of which compute states no peak")
         return self
 
     def device(self) -> fit.Device:
         """The figures alone, for the arithmetic."""
+        storage, cache = self.storage, self.cache
+        saving = {
+            kind: frozenset((s.keep, s.of) for s in self.sparsity if kind in s.saves) for kind in ("bytes", "time")
+        }
+        rates = {rate.precision: rate.value for rate in self.compute}
         return fit.Device(
             name=self.name,
-            tiers=tuple(
-                fit.Tier(t.name, t.bytes.value, t.reserved.value, t.bandwidth.value, frozenset(t.holds))
-                for t in self.tiers
-            ),
-            operations_per_second=self.compute.operations_per_second.value,
-            weight_formats=frozenset(self.weight_formats.values),
-            activation_bits=frozenset(self.compute.activation_bits),
-            time_saving=frozenset((s.keep, s.of) for s in self.sparsity if "time" in s.saves),
-            margin=self.safety_margin,
+            tiers=tuple(tier.tier() for tier in self.tiers),
+            unit=footprint.Unit(self.weight_formats.values, rates, saving["bytes"], saving["time"]),
+            margin=self.safety_margin.value,
+            storage=storage and fit.Storage(_stored(storage), storage.buffer.value),
+            cache=cache and fit.Cache(cache.name, cache.bytes.value, cache.bandwidth.value),
         )
 
-    def sources(self) -> list[dict[str, str | int]]:
+    def sources(self) -> list[dict[str, str | int | float]]:
         """Each figure with its source, for a table."""
-        rows: list[dict[str, str | int]] = []
-        for tier in self.tiers:
-            for field in ("bytes", "reserved", "bandwidth"):
-                figure = getattr(tier, field)
-                rows.append({"figure": f"{tier.name}.{field}", "value": figure.value, "source": figure.source})
-        peak = self.compute.operations_per_second
-        rows.append({"figure": "operations_per_second", "value": peak.value, "source": peak.source})
-        formats = self.weight_formats
+        memories = [*self.tiers, *filter(None, (self.storage, self.cache))]
+        figures = [named for memory in memories for named in memory.figures()]
+        figures += [(f"operations per second in {rate.precision}", rate) for rate in self.compute]
+        rows = [{"figure": name, "value": figure.value, "source": figure.source} for name, figure in figures]
+        margin, formats = self.safety_margin, self.weight_formats
+        rows.append({"figure": "safety_margin", "value": f"{margin.value:.0%}", "source": margin.source})
         rows.append({"figure": "weight_formats", "value": ", ".join(formats.values), "source": formats.source})
         for s in self.sparsity:
             rows.append(
@@ -142,13 +193,18 @@ class Profile(Part):
         return rows
 
 
+def _stored(storage: Storage) -> placement.Tier:
+    holds = frozenset({"weights", "lookup"})
+    return placement.Tier(storage.name, storage.bytes.value, storage.reserved.value, storage.bandwidth.value, holds)
+
+
 def load_all(folder: Path) -> dict[str, Profile]:
-    """Every profile of the folder, by name.
+    """Every profile of the folder, by name, but for the measured one of this machine.
 
     Raises:
         InputError: a file breaks the schema, or the folder holds none.
     """
-    profiles = {path.stem: _load(path) for path in sorted(folder.glob("*.yaml"))}
+    profiles = {path.stem: load(path) for path in sorted(folder.glob("*.yaml")) if path.stem != HOST}
     if not profiles:
         raise InputError(f"{folder} holds no device profile (*.yaml)")
     return profiles
@@ -161,13 +217,32 @@ def pick(profiles: dict[str, Profile], name: str) -> Profile:
         InputError: there is none of that name.
     """
     if name not in profiles:
-        raise InputError(f"hardware_fit.device = {name!r} has no profile in data/devices; known: {', '.join(profiles)}")
+        raise InputError(f"device {name!r} has no profile; known: {', '.join(profiles)}")
     return profiles[name]
 
 
-def _load(path: Path) -> Profile:
+def load_host(folder: Path) -> Profile:
+    """The measured profile of this machine.
+
+    Raises:
+        InputError: it wasn't measured, or the file is damaged.
+    """
+    path = folder / f"{HOST}.yaml"
+    if not path.exists():
+        raise InputError(f"{path} isn't there: python -m tasks.host_profile measures this machine and writes it")
+    return load(path)
+
+
+def load(path: Path) -> Profile:
+    """One profile.
+
+    Raises:
+        InputError: the file can't be read, is no YAML, or breaks the schema.
+    """
     try:
         profile = Profile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}): name a device profile") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:

@@ -439,8 +439,9 @@ def available_memory() -> int:
 
 def _device_problems(params: Params, devices: Path) -> Iterator[str]:
     name = params.hardware_fit.device
-    if params.hardware_fit.enabled and not (devices / f"{name}.yaml").exists():
-        known = ", ".join(sorted(path.stem for path in devices.glob("*.yaml"))) or "none"
+    profiles = sorted(path.stem for path in devices.glob("*.yaml") if path.stem != "host")  # measured, no source
+    if params.hardware_fit.enabled and name not in profiles:
+        known = ", ".join(profiles) or "none"
         yield f"hardware_fit.device = {name} has no profile {devices / name}.yaml; known are {known}"
 
 

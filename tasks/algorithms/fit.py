@@ -1,123 +1,83 @@
-"""Does a model fit a device's memories, and how fast could it decode there at best: bytes and seconds by arithmetic.
+"""Does a model fit a device's memories, how fast could it decode there at best, and what would make it fit.
 
-A roofline (Williams, Waterman, Patterson, "Roofline", CACM 2009) for decoding one token at a time: every token reads
-all weights and the whole KV cache once, so for small batches the memories limit, not the arithmetic.
+A roofline (Williams, Waterman, Patterson, "Roofline", CACM 2009) for decoding one token at a time. Every token reads all
+weights and the whole KV cache once, so for small batches the memories limit, not the arithmetic:
 
-What is counted
-  weights      the tensor files as stored, and the metadata (tokenizer, configs, manifest): the device keeps both
-  kv_cache     keys and values of every layer for `context` tokens of `batch` sequences
-  activations  the largest set alive at once while one token per sequence goes through (prefill token by token as well)
-  scratch      two weight rows being unpacked (one in use, one arriving) and the widest block linear's 32-bit sums
-An item lives whole in one memory tier that may hold it; of all assignments the one with the fewest bytes over is taken,
-then the one that uses the tiers listed first. Each tier's capacity is lowered by what is reserved and by the margin.
+  bandwidth  bytes by the bandwidth of the memory they lie in, one memory after another, as each step of a token needs
+             the one before. Weights that lie where they can't be read in place are streamed into a buffer ahead of
+             their use, so their time runs beside the rest; it counts where it is longer. Where all that a token reads
+             fits into the cache, it is read from there.
+  compute    operations by the peak of the precision that they run in.
 
-What it does not do: no schedule, no cache hierarchy, no splitting of an item over tiers, no power, no latency of
-launches; code size is in a tier's `reserved`. The speed is an upper limit, never a forecast.
+The longer of the two is the least time of a step. `FITS`: everything lies in memories that the unit reads in place.
+`FITS_STREAMING`: weights that find no room there are read from storage for every token. `DOES_NOT_FIT`: neither.
+
+What it does not do: no schedule, no cache but the last level's, no power, no latency of launches; code size is in a
+tier's `reserved`. The speed is an upper limit, never a forecast.
 """
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
 
+from tasks.algorithms import footprint
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.footprint import Held, Model, Unit, Workload
+from tasks.algorithms.placement import Placement, Tier, place
 
-ITEMS = ("weights", "kv_cache", "activations", "scratch")
-"""What a tier may hold; `weights` includes the metadata files."""
+FITS, STREAMS, FAILS = VERDICTS = ("FITS", "FITS_STREAMING", "DOES_NOT_FIT")
+"""The best first."""
+_KV_BITS = (16, 8, 4)
+"""Of a quantised KV cache (transformers' quantised cache has 8 and 4)."""
 
 
 @dataclass(frozen=True)
-class Tier:
-    """One memory of a device. Bytes; bandwidth in bytes per second; `holds` is a subset of ITEMS."""
+class Storage:
+    """A memory that the compute unit can't read in place; `buffer`: bytes of a read at full bandwidth."""
+
+    tier: Tier
+    buffer: int
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The last-level cache: of everything that lies in memory, it holds what is read again and again, if all fits."""
 
     name: str
     bytes: int
-    reserved: int
     bandwidth: int
-    holds: frozenset[str]
-
-    def usable(self, margin: float) -> int:
-        """Whole bytes left after the reserve and the safety margin (0.1 keeps a tenth of the rest free)."""
-        return int((self.bytes - self.reserved) * (1 - Fraction(str(margin))))
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the verdict needs of a device profile.
-
-    Attributes:
-        tiers: memories in order of preference, the fastest first.
-        operations_per_second: peak; a multiply-accumulate is two operations.
-        weight_formats: "int4-group", "int8-channel", "fp16", … that the compute unit takes as they are.
-        activation_bits: widths of activations at which the peak holds.
-        time_saving: sparsity patterns (keep, of) that the compute unit skips.
-        margin: share of each tier that stays free.
-    """
+    """What the verdict needs of a device profile; `margin` is the share of each tier that stays free."""
 
     name: str
     tiers: tuple[Tier, ...]
-    operations_per_second: int
-    weight_formats: frozenset[str]
-    activation_bits: frozenset[int]
-    time_saving: frozenset[tuple[int, int]]
+    unit: Unit
     margin: float
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The dimensions of a Llama-like decoder; `context_limit` is the number of positions it was made for."""
-
-    layers: int
-    hidden: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    context_limit: int
-
-
-@dataclass(frozen=True)
-class Files:
-    """What lies in a model folder.
-
-    Attributes:
-        weights: bytes of the tensor files.
-        metadata: bytes of all other files.
-        streamed: bytes of tensors that each decoding step reads: all, but for an embedding that is only looked up in.
-        adapter_parameters: of low-rank branches that run beside the linears.
-        formats: weight formats in use, sorted.
-        pattern: (keep, of) of the pruned linears, if they have an N:M pattern.
-    """
-
-    weights: int
-    metadata: int
-    streamed: int
-    adapter_parameters: int = 0
-    formats: tuple[str, ...] = ()
-    pattern: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Tokens per sequence in the KV cache, sequences, bits of a KV element and of an activation."""
-
-    context: int
-    batch: int
-    kv_bits: int
-    activation_bits: int
+    storage: Storage | None = None
+    cache: Cache | None = None
 
 
 @dataclass(frozen=True)
 class Place:
-    """One tier and what was put there; bytes. `over` is how far `used` exceeds `usable`."""
+    """One memory and what was put there; bytes. `over` is how far `used` exceeds `usable`.
+
+    Attributes:
+        items: weights, metadata, kv_cache, activations, scratch -> bytes.
+        components: of weights and metadata, by `footprint.COMPONENTS`.
+        parts: which parts of the model lie there, as text.
+    """
 
     tier: str
     capacity: int
     usable: int
     items: dict[str, int]
+    components: dict[str, int]
+    parts: str
     used: int
     over: int
 
@@ -131,195 +91,307 @@ class Speed:
     compute: float
     limited_by: str
     tier: str
-    """The tier whose bandwidth limits."""
+    """The memory that takes most of the time of `bandwidth`."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A single change that makes the model fit without streaming, all else being equal."""
+
+    text: str
+    parameter: str
+    value: float
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The verdict. `bytes_over` and `headroom_bytes` are those of the tier in `limiting_term` ("tier: item")."""
+    """The verdict.
+
+    Attributes:
+        limiting_term: "memories: item" that exceeds its room by most, or fills it to the largest share.
+        bytes_over: bytes that found no room.
+        headroom_bytes: by which the limiting item may still grow.
+        weights_bytes: in the device's memory, which is not what the file has; without `metadata_bytes`.
+        activation_bytes: activations and scratch.
+        capacity_bytes: usable in all memories that are read in place.
+        streamed_bytes_per_token: read from storage in each step.
+        seconds: "bandwidth" and "compute" of one step, a token of each sequence.
+        components: bytes in memory by what they are for.
+        ways_to_fit: each enough alone; empty where it fits, or where none is.
+    """
 
     verdict: str
     limiting_term: str
     bytes_over: int
     headroom_bytes: int
+    weights_bytes: int
+    metadata_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    total_bytes: int
+    capacity_bytes: int
+    streamed_bytes_per_token: int
     placement: list[Place]
+    seconds: dict[str, float]
     tokens_per_second: Speed
+    components: dict[str, int]
     notes: list[str]
+    ways_to_fit: list[Way] = field(default_factory=list)
 
 
-def shape(config: dict[str, Any]) -> Shape:
-    """The dimensions from a config.json.
-
-    Raises:
-        InputError: a key is missing.
-    """
-    try:
-        heads = config["num_attention_heads"]
-        return Shape(
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            mlp=config["intermediate_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            vocabulary=config["vocab_size"],
-            context_limit=config["max_position_embeddings"],
-        )
-    except KeyError as error:
-        raise InputError(f"config.json has no {error}; hardware_fit needs a Llama-like decoder's dimensions") from error
-
-
-def kv_cache_bytes(shape: Shape, workload: Workload) -> int:
-    """Keys and values: 2 x layers x kv_heads x head_dim x context x batch elements of `kv_bits`."""
-    elements = 2 * shape.layers * shape.kv_heads * shape.head_dim * workload.context * workload.batch
-    return _bytes(elements, workload.kv_bits)
-
-
-def activation_bytes(shape: Shape, workload: Workload) -> int:
-    """The residual row and the widest step beside it, for one token of each sequence.
-
-    Steps, in elements, with nothing reused in place but what says so:
-      attention  normed row, queries, keys, values, scores of all heads over the context (softmax in place), mixed
-                 values
-      mlp        normed row, gate, up (their product in place)
-      head       normed row, the row of logits
-    """
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = shape.hidden + 2 * queries + 2 * keys + shape.heads * workload.context
-    mlp = shape.hidden + 2 * shape.mlp
-    head = shape.hidden + shape.vocabulary
-    return _bytes(workload.batch * (shape.hidden + max(attention, mlp, head)), workload.activation_bits)
-
-
-def scratch_bytes(shape: Shape, workload: Workload) -> int:
-    """Two unpacked rows of the block linear with the most inputs, and 32-bit sums for the one with the most outputs."""
-    queries = shape.heads * shape.head_dim
-    widest = max(shape.hidden, shape.mlp, queries)
-    return _bytes(2 * widest, workload.activation_bits) + 4 * widest * workload.batch
-
-
-def operations_per_token(shape: Shape, files: Files, workload: Workload) -> int:
-    """Two per parameter of every matrix a token is multiplied with, and four per query element and cached token."""
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    block = 2 * shape.hidden * (queries + keys) + 3 * shape.hidden * shape.mlp
-    parameters = shape.layers * block + shape.vocabulary * shape.hidden + files.adapter_parameters
-    return 2 * parameters + 4 * shape.layers * queries * workload.context
-
-
-def place(device: Device, shape: Shape, files: Files, workload: Workload) -> Fit:
-    """Put the model into the device's memories and say whether it fits.
+def judge(device: Device, model: Model, workload: Workload) -> Fit:
+    """Put the model into the device's memories; where it doesn't fit, look for changes after which it does.
 
     Raises:
-        InputError: the context is longer than the model's positions, or no tier of the device holds an item.
+        InputError: the context is longer than the model's positions.
     """
-    if workload.context > shape.context_limit:
+    result = _judge(device, model, workload)
+    return result if result.verdict == FITS else replace(result, ways_to_fit=ways(device, model, workload))
+
+
+def ways(device: Device, model: Model, workload: Workload) -> list[Way]:
+    """Single changes, the smallest of their kind, each tried: the model with it `FITS`."""
+
+    def fits(changed: Model = model, **values: int) -> bool:
+        return _judge(device, changed, replace(workload, **values)).verdict == FITS
+
+    found = []
+    layers = _smallest(1, model.shape.layers - 1, lambda n: fits(footprint.without_layers(model, n)))
+    if layers:
+        found.append(Way(f"-{layers} layer{'s' if layers > 1 else ''}", "layers", -layers))
+    tenths = _fewer_bits(model, device.unit, fits)
+    if tenths:
+        found.append(Way(f"{tenths / 10:.1f} bits per weight", "bits", tenths / 10))
+    for name in ("context", "batch"):
+        most = getattr(workload, name) - 1
+        less = _smallest(1, most, lambda n, name=name, most=most: fits(**{name: most + 1 - n}))
+        if less:
+            found.append(Way(f"{name} <= {most + 1 - less}", name, most + 1 - less))
+    bits = next((bits for bits in _KV_BITS if bits < workload.kv_bits and fits(kv_bits=bits)), None)
+    if bits:
+        found.append(Way(f"KV cache in {bits} bits", "kv_bits", bits))
+    return found
+
+
+def _fewer_bits(model: Model, unit: Unit, fits: Callable[[Model], bool]) -> int | None:
+    """The most tenths of a bit per weight of the blocks' linears with which it fits, below those that it takes now."""
+    widths = footprint.widths(unit)
+    if not widths:
+        return None
+    linears = [matrix for matrix in model.matrices() if matrix.component == "values"]
+    held = sum(footprint.held_bits(matrix, unit) * matrix.rows * matrix.cols for matrix in linears)
+    now = Fraction(held, sum(matrix.rows * matrix.cols for matrix in linears))
+    least, most = 10 * widths[0], min(10 * widths[-1], int(-(-now * 10 // 1)) - 1)
+    less = _smallest(0, most - least, lambda n: fits(footprint.with_bits(model, Fraction(most - n, 10), unit)))
+    return None if less is None else most - less
+
+
+def _smallest(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
+    """The smallest number from low to high for which it holds, as it does for all above; None where for none."""
+    if high < low or not holds(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return high
+
+
+def _judge(device: Device, model: Model, workload: Workload) -> Fit:
+    if workload.context > model.shape.context_limit:
         raise InputError(
-            f"hardware_fit.context = {workload.context} is above the model's max_position_embeddings = "
-            f"{shape.context_limit}; lower it"
+            f"context = {workload.context} is above the model's max_position_embeddings = "
+            f"{model.shape.context_limit}; lower it"
         )
-    sizes = {
-        "weights": files.weights + files.metadata,
-        "kv_cache": kv_cache_bytes(shape, workload),
-        "activations": activation_bytes(shape, workload),
-        "scratch": scratch_bytes(shape, workload),
-    }
-    homes = _assign(device, sizes)
-    placement = [_place(tier, index, device.margin, sizes, homes, files) for index, tier in enumerate(device.tiers)]
-    limiting = _limiting(placement)
+    held = footprint.hold(model, device.unit)
+    sizes = _sizes(held, model, workload)
+    tiers, verdict = device.tiers, FITS
+    placement = place(tiers, sizes, device.margin)
+    if placement.over and device.storage:
+        tiers, verdict = (*tiers, device.storage.tier), STREAMS
+        sizes["scratch"] += 2 * device.storage.buffer
+        placement = place(tiers, sizes, device.margin)
+    places = _places(tiers, placement, held, device.margin)
+    if device.storage and len(places) == len(device.tiers):
+        tier = device.storage.tier
+        places.append(Place(tier.name, tier.bytes, tier.usable(device.margin), {}, {}, "", 0, 0))
+    seconds, tier = _bandwidth(device, tiers, placement, model, workload)
+    operations = footprint.operations(model, device.unit, workload)
+    compute = workload.batch * sum(float(n) / device.unit.rates[precision] for precision, n in operations.items())
+    components = {name: sum(h.bytes for h in held if h.component == name) for name in footprint.COMPONENTS}
     return Fit(
-        verdict="FITS" if not any(p.over for p in placement) else "DOES_NOT_FIT",
-        limiting_term=f"{limiting.tier}: {max(limiting.items, key=lambda item: (limiting.items[item], item))}",
-        bytes_over=limiting.over,
-        headroom_bytes=max(0, limiting.usable - limiting.used),
-        placement=placement,
-        tokens_per_second=_speed(device, homes, sizes["kv_cache"], shape, files, workload),
-        notes=_notes(device, files, workload),
+        verdict=FAILS if placement.over else verdict,
+        limiting_term=_term(tiers, placement, sizes),
+        bytes_over=placement.over,
+        headroom_bytes=placement.headroom,
+        weights_bytes=sum(components.values()) - components["metadata"],
+        metadata_bytes=components["metadata"],
+        kv_bytes=sizes["kv_cache"],
+        activation_bytes=sizes["activations"] + sizes["scratch"],
+        total_bytes=sum(sizes.values()),
+        capacity_bytes=sum(tier.usable(device.margin) for tier in device.tiers),
+        streamed_bytes_per_token=_streamed(device, tiers, placement, model, workload),
+        placement=places,
+        seconds={"bandwidth": seconds, "compute": compute},
+        tokens_per_second=_speed(workload.batch, seconds, compute, tier),
+        components=components,
+        notes=notes(device, model, workload, components),
     )
 
 
-def _assign(device: Device, sizes: dict[str, int]) -> dict[str, int]:
-    """The tier index of each item; a handful of items and tiers, so all assignments are tried."""
-    choices = []
-    for item in ITEMS:
-        allowed = [index for index, tier in enumerate(device.tiers) if item in tier.holds]
-        if not allowed:
-            raise InputError(f"device {device.name}: no memory tier may hold {item}; add it to a tier's `holds`")
-        choices.append(allowed)
-    usable = [tier.usable(device.margin) for tier in device.tiers]
-
-    def cost(homes: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-        used = [0] * len(usable)
-        for item, home in zip(ITEMS, homes, strict=True):
-            used[home] += sizes[item]
-        return sum(max(0, u - limit) for u, limit in zip(used, usable, strict=True)), homes
-
-    return dict(zip(ITEMS, min(itertools.product(*choices), key=cost), strict=True))
+def _sizes(held: Sequence[Held], model: Model, workload: Workload) -> dict[str, int]:
+    return {
+        "scratch": footprint.scratch_bytes(model.shape, workload),
+        "activations": footprint.activation_bytes(model.shape, workload),
+        "kv_cache": footprint.kv_cache_bytes(model.shape, workload),
+        "weights": sum(one.bytes for one in held if one.read),
+        "lookup": sum(one.bytes for one in held if not one.read),
+    }
 
 
-def _place(tier: Tier, index: int, margin: float, sizes: dict[str, int], homes: dict[str, int], files: Files) -> Place:
-    items = {item: sizes[item] for item in ITEMS if homes[item] == index}
-    if "weights" in items:
-        items |= {"weights": files.weights, "metadata": files.metadata}
-    used, usable = sum(items.values()), tier.usable(margin)
-    return Place(tier.name, tier.bytes, usable, items, used, max(0, used - usable))
+def _term(tiers: Sequence[Tier], placement: Placement, sizes: Mapping[str, int]) -> str:
+    item = max(placement.limiting, key=lambda one: sizes[one])
+    return f"{'+'.join(tiers[index].name for index in placement.tiers)}: {'metadata' if item == 'lookup' else item}"
 
 
-def _limiting(placement: list[Place]) -> Place:
-    """The tier with the most bytes over; when all fit, the one that is filled to the largest share."""
-    taken = [place for place in placement if place.items]
-    if any(place.over for place in taken):
-        return max(taken, key=lambda place: place.over)
-    return max(taken, key=lambda place: Fraction(place.used, max(1, place.usable)))
+def _places(tiers: Sequence[Tier], placement: Placement, held: Sequence[Held], margin: float) -> list[Place]:
+    """The model's parts go into the room that the placement gives its weights, in the order of the model."""
+    waiting = {"weights": [one for one in held if one.read], "lookup": [one for one in held if not one.read]}
+    places = []
+    for tier, items in zip(tiers, placement.held, strict=True):
+        taken = [one for item in waiting for one in _take(waiting[item], items.get(item, 0))]
+        components = {name: sum(o.bytes for o in taken if o.component == name) for name in footprint.COMPONENTS}
+        shown = {item: size for item, size in items.items() if item not in waiting}
+        weights = sum(components.values()) - components["metadata"]
+        shown |= {name: n for name, n in (("weights", weights), ("metadata", components["metadata"])) if n}
+        used, usable = sum(items.values()), tier.usable(margin)
+        components = {name: size for name, size in components.items() if size}
+        over = max(0, used - usable)
+        places.append(Place(tier.name, tier.bytes, usable, shown, components, _parts(taken, held), used, over))
+    return places
 
 
-def _speed(
-    device: Device, homes: dict[str, int], kv_bytes: int, shape: Shape, files: Files, workload: Workload
-) -> Speed:
-    """Reads from different tiers may overlap, so the slowest tier limits; reads from one tier add up."""
-    reads = dict.fromkeys((homes["weights"], homes["kv_cache"]), 0)
-    reads[homes["weights"]] += files.streamed
-    reads[homes["kv_cache"]] += kv_bytes
-    seconds = {index: read / device.tiers[index].bandwidth for index, read in reads.items()}
-    slowest = max(seconds, key=lambda index: seconds[index])
-    bandwidth = workload.batch / seconds[slowest]
-    rate = float(device.operations_per_second)
-    if files.pattern in device.time_saving and files.pattern is not None:
-        keep, of = files.pattern
-        rate *= of / keep
-    compute = rate / operations_per_token(shape, files, workload)
-    return Speed(
-        bound=min(bandwidth, compute),
-        bandwidth=bandwidth,
-        compute=compute,
-        limited_by="bandwidth" if bandwidth <= compute else "compute",
-        tier=device.tiers[slowest].name,
-    )
+def _take(waiting: list[Held], size: int) -> list[Held]:
+    """The first `size` bytes, which leave the list; one at the border is split."""
+    taken = []
+    while size:
+        first = waiting.pop(0)
+        if first.bytes > size:
+            waiting.insert(0, replace(first, bytes=first.bytes - size))
+            first = replace(first, bytes=size)
+        taken.append(first)
+        size -= first.bytes
+    return taken
 
 
-def _notes(device: Device, files: Files, workload: Workload) -> list[str]:
-    """What the bytes alone don't show: formats the compute unit can't take, zeros it doesn't skip."""
-    notes = [
-        f"{device.name} has no compute unit for {name} weights: they are unpacked or run in software, "
-        "so the speed limit can't be reached"
-        for name in files.formats
-        if not _takes(device.weight_formats, name)
-    ]
-    if workload.activation_bits not in device.activation_bits:
-        stated = ", ".join(map(str, sorted(device.activation_bits)))
-        notes.append(f"{device.name}'s peak holds for activations of {stated} bits, not {workload.activation_bits}")
-    if files.pattern is not None and files.pattern not in device.time_saving:
-        keep, of = files.pattern
-        zeros = float(1 - Fraction(keep, of))
-        notes.append(
-            f"{device.name} skips no zeros of {keep} kept of {of} ({zeros:.0%} zeros): they save no time there"
+def _parts(taken: Sequence[Held], held: Sequence[Held]) -> str:
+    """ "layers.0 to layers.4, layers.5 (38%), norms": whole ones, and shares of those that are split."""
+    whole, here = ({}, {})
+    for sizes, ones in ((whole, held), (here, taken)):
+        for one in ones:
+            sizes[one.part] = sizes.get(one.part, 0) + one.bytes
+    texts: list[str] = []
+    first = last = None
+    for name in here:
+        complete = here[name] == whole[name]
+        index = int(name.partition(".")[2]) if name.startswith("layers.") and complete else None
+        if index is not None and last is not None and index == last + 1:
+            texts[-1] = f"layers.{first} to layers.{index}"
+        else:
+            first = index
+            texts.append(name if complete else f"{name} ({here[name] / whole[name]:.0%})")
+        last = index
+    return ", ".join(texts)
+
+
+def _streamed(device: Device, tiers: Sequence[Tier], placement: Placement, model: Model, workload: Workload) -> int:
+    """Bytes that a step reads from storage."""
+    if len(tiers) == len(device.tiers):
+        return 0
+    last = placement.held[-1]
+    rows = workload.batch * footprint.row_bytes(model, device.unit) if "lookup" in last else 0
+    return last.get("weights", 0) + min(rows, last.get("lookup", 0))
+
+
+def _bandwidth(
+    device: Device, tiers: Sequence[Tier], placement: Placement, model: Model, workload: Workload
+) -> tuple[float, str]:
+    """Seconds that a step's reads take, and the memory that takes most of them."""
+    rows = workload.batch * footprint.row_bytes(model, device.unit)
+    reads = [items.get("weights", 0) + items.get("kv_cache", 0) for items in placement.held]
+    home = max((index for index, items in enumerate(placement.held) if "lookup" in items), default=0)
+    reads[home] += min(rows, placement.held[home].get("lookup", 0))
+    streamed = reads.pop() if len(tiers) > len(device.tiers) else 0
+    if streamed:
+        buffer = next(index for index, items in enumerate(placement.held) if "scratch" in items)
+        reads[buffer] += streamed
+    working = sum(reads) + sum(items.get(i, 0) for items in placement.held for i in ("activations", "scratch"))
+    if device.cache and working <= device.cache.bytes and not streamed:
+        return sum(reads) / device.cache.bandwidth, device.cache.name
+    seconds = {tier.name: read / tier.bandwidth for tier, read in zip(device.tiers, reads, strict=True)}
+    in_place = sum(seconds.values())
+    if streamed and streamed / device.storage.tier.bandwidth > in_place:
+        return streamed / device.storage.tier.bandwidth, device.storage.tier.name
+    return in_place, max(seconds, key=lambda name: seconds[name])
+
+
+def _speed(batch: int, bandwidth: float, compute: float, tier: str) -> Speed:
+    limited_by = "bandwidth" if bandwidth >= compute else "compute"
+    return Speed(batch / max(bandwidth, compute), batch / bandwidth, batch / compute, limited_by, tier)
+
+
+def notes(device: Device, model: Model, workload: Workload, components: Mapping[str, int]) -> list[str]:
+    """What the bytes alone don't show: formats the unit can't take, zeros it has no use for."""
+    unit, matrices = device.unit, list(model.matrices())
+    found = _format_notes(device, sorted({matrix.format for matrix in matrices}))
+    patterns = {matrix.pattern for matrix in matrices if matrix.pattern}
+    found += [_pattern_note(device, pattern, model, components) for pattern in sorted(patterns)]
+    if any(matrix.unstructured for matrix in matrices):
+        found.append(f"zeros without an N:M pattern save neither bytes nor time on {device.name}")
+    precisions = {footprint.precision_of(matrix, unit) for matrix in matrices}
+    if "int8" in precisions and workload.activation_bits > 8:
+        found.append(
+            f"{device.name} multiplies these weights in int8: activations of {workload.activation_bits} bits are "
+            "rounded to 8 on the way"
         )
-    return notes
+    return [note for note in found if note]
 
 
-def _takes(supported: frozenset[str], name: str) -> bool:
-    """`int8` without a granularity is taken where any int8 is."""
-    return name in supported or ("-" not in name and any(one.partition("-")[0] == name for one in supported))
+def _format_notes(device: Device, names: Sequence[str]) -> list[str]:
+    """One for all formats that are held in the same other one, and one for those that nothing holds."""
+    homes: dict[tuple[str | None, bool], list[str]] = {}
+    for name in names:
+        held = footprint.nearest(name, device.unit.formats)
+        merged = name.endswith("-group") and held is not None and held.endswith("-channel")
+        if held != name:
+            homes.setdefault((held, merged), []).append(name)
+    found = []
+    for (held, merged), some in homes.items():
+        formats = " and ".join(some)
+        if held is None:
+            found.append(
+                f"{device.name} computes with nothing as wide as {formats}: those weights are counted as they are, and "
+                "would have to be quantised to run"
+            )
+            continue
+        lost = "; the scales of groups become one per row, which quantises again and is in no perplexity here"
+        found.append(
+            f"{device.name} doesn't compute with {formats}: those weights are unpacked to {held} in memory"
+            f"{lost if merged else ''}"
+        )
+    return found
 
 
-def _bytes(elements: int, bits: int) -> int:
-    return -(-elements * bits // 8)
+def _pattern_note(device: Device, pattern: tuple[int, int], model: Model, components: Mapping[str, int]) -> str | None:
+    """Where a pattern saves nothing, or only one of time and bytes."""
+    bytes_, time = (pattern in saved for saved in (device.unit.saves_bytes, device.unit.saves_time))
+    keep, of = pattern
+    named = f"{keep} kept of {of} ({float(1 - Fraction(keep, of)):.0%} zeros)"
+    stored = model.stored_components.get("values", 0) + model.stored_components.get("positions", 0)
+    if bytes_ and time:
+        return None
+    if bytes_:
+        return f"{device.name} skips no zeros of {named}: they save bytes, but no time"
+    kept = f"in memory are all {components['values']:,} bytes of codes, where the file has {stored:,} with positions"
+    if time:
+        return f"{device.name} skips the zeros of {named}, but holds them: {kept}"
+    return f"{device.name} has no use for the zeros of {named}: they save neither bytes nor time; {kept}"
