@@ -40,6 +40,7 @@ ITEMS = {
     "activations": "#3d8b57",
     "scratch": "#6b4e8a",
 }
+VERDICTS = {"fits": GREEN, "fits by streaming": ORANGE, "does not fit": RED}
 KINDS = ("#1f5f99", "#86b3d9", "#3d8b57", "#9bc7a6", "#d98f1f", "#b3361e", "#6b4e8a", "#a9a294")
 LOSSES = {"loss": INK, "causal_lm": BLUE, "distillation": ORANGE, "hidden": GREEN}
 MIB = 2**20
@@ -239,6 +240,35 @@ def bit_widths(layers: pd.DataFrame) -> dict[str, Any]:
     colour = alt.condition(f"datum.bits >= {DARK}", alt.value("white"), alt.value(INK))
     text = base.mark_text(fontSize=10).encode(text="bits:Q", color=colour)
     return _finish(alt.layer(cells, text).properties(width="container", height=24 * len(kinds)))
+
+
+def devices(rows: pd.DataFrame) -> dict[str, Any]:
+    """Bound on tokens per second by device, coloured by verdict. `rows`: of devices.csv, verdict in words."""
+    known = [(name, colour) for name, colour in VERDICTS.items() if name in set(rows["verdict"])]
+    names, colours = ([pair[part] for pair in known] for part in range(2))
+    chart = (
+        alt.Chart(rows[["device", "verdict", "tokens_per_second_bound", "limited_by", "total_bytes", "capacity_bytes"]])
+        .mark_circle(size=110, opacity=1)
+        .encode(
+            x=alt.X(
+                "tokens_per_second_bound:Q",
+                title="tokens per second at most",
+                scale=alt.Scale(type="log"),
+                axis=alt.Axis(format=",.4~r", tickCount=6, labelOverlap=True),
+            ),
+            y=alt.Y("device:N", sort="-x", title=None, axis=alt.Axis(grid=True)),
+            color=alt.Color("verdict:N", scale=alt.Scale(domain=names, range=colours), title=None),
+            tooltip=[
+                "device",
+                "verdict",
+                alt.Tooltip("tokens_per_second_bound:Q", format=",.4r"),
+                "limited_by",
+                alt.Tooltip("total_bytes:Q", format=","),
+                alt.Tooltip("capacity_bytes:Q", format=","),
+            ],
+        )
+    )
+    return _finish(chart.properties(width="container", height=24 * len(rows)))
 
 
 def placement(rows: pd.DataFrame) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What the package is worth: against a plain model of equal size, and how much of the pruning recovery made up for.
 
-Pure: evaluations in (metrics.json of stage evaluate), figures and sentences out. Two models are compared by perplexity
-where both predict the same tokens by the same protocol, otherwise (another vocabulary) by bits per byte. It measures
-nothing, and test noise beyond MARGIN is not estimated.
+Pure: evaluations in (`tasks.evaluations.read`), figures and sentences out. Two models are compared by perplexity
+where both predict the same tokens by the same protocol, otherwise (another vocabulary) by bits per byte. A difference
+counts where its interval over documents says so (`tasks.algorithms.bootstrap`); evaluations without sums per document
+have no interval, and MARGIN stands in for it. It measures nothing.
 """
 
 from __future__ import annotations
@@ -11,34 +12,47 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from tasks.algorithms import bootstrap
+from tasks.algorithms.bootstrap import BETTER, BITS_PER_BYTE, NO_DIFFERENCE, PERPLEXITY, WORSE, Difference, Interval
+
 SPLITS = ("test", "test_ood")
 DOMAINS = {"test": "in domain", "test_ood": "out of domain"}
+"""What the splits are meant to be, said where stage overlap measured nothing."""
 BASE, RECOVERED, PACKAGE, PLAIN = "fetch", "baseline_lora", "package", "baseline"
 """The evaluated models that the report is about: as fetched, recovered without pruning, shipped, plainly quantised."""
 PLAIN_MODELS = (RECOVERED, PLAIN)
 MARGIN = 0.005
-"""Ratios no further from 1 are no difference."""
+"""Ratios no further from 1 are no difference, where there is no interval."""
+SEED = 0
+"""Of the resamples, so that the same documents give the same interval."""
 EQUAL_SIZE = 0.02
 """Sizes whose ratio is no further from 1 are called equal."""
-PERPLEXITY, BITS_PER_BYTE = "perplexity", "bits_per_byte"
 
 Metrics = Mapping[str, Any]
 
 
 class Comparison(NamedTuple):
-    """One split of the package and of the plain model, by one measure (lower is better)."""
+    """One split of the package and of the plain model, by one measure (lower is better).
+
+    `difference` is the paired one over documents, by the same measure; None where it isn't known.
+    """
 
     measure: str
     package: float
     plain: float
+    difference: Difference | None = None
 
     @property
     def outcome(self) -> str:
         """ "better", "worse" (of the package) or "no difference"."""
+        if self.difference:
+            return self.difference.verdict
         low, high = sorted((self.package, self.plain))
         if high <= low * (1 + MARGIN):
-            return "no difference"
-        return "better" if self.package < self.plain else "worse"
+            return NO_DIFFERENCE
+        return BETTER if self.package < self.plain else WORSE
 
 
 class Share(NamedTuple):
@@ -80,8 +94,41 @@ def compare(package: Metrics, plain: Metrics) -> dict[str, Comparison]:
         if scale := measure([package, plain], split):
             pair = [model[scale][split] for model in (package, plain)]
             if math.isfinite(min(pair)):  # two infinite ones say nothing
-                found[split] = Comparison(scale, *pair)
+                measured = difference(package, plain, split)
+                found[split] = Comparison(scale, *pair, measured if measured and measured.measure == scale else None)
     return found
+
+
+def difference(a: Metrics, b: Metrics, split: str) -> Difference | None:
+    """The paired difference of two models over the documents of a split, None where it can't be known.
+
+    It can't without two documents that both were scored on by the same protocol, or with infinite perplexities.
+    """
+    if measure([a, b], split) is None:
+        return None
+    pair = [model.get("documents", {}).get(split) for model in (a, b)]
+    if None in pair or len(np.intersect1d(pair[0].document, pair[1].document)) < 2:
+        return None
+    found = bootstrap.compare(*pair, np.random.default_rng(SEED))
+    return found if math.isfinite(found.low) and math.isfinite(found.high) else None
+
+
+def interval(model: Metrics, split: str, scale: str = PERPLEXITY) -> Interval | None:
+    """A model's own perplexity or bits per byte on a split; None where it can't be known."""
+    documents = model.get("documents", {}).get(split)
+    if documents is None or len(documents.document) < 2:
+        return None
+    found = bootstrap.interval(documents, np.random.default_rng(SEED), scale)
+    return found if math.isfinite(found.low) and math.isfinite(found.high) else None
+
+
+def places(model: Metrics, splits: Sequence[str]) -> dict[str, str]:
+    """How a sentence names the splits: "in domain", "out of domain" as stage overlap found them, else as they're meant.
+
+    Splits of one domain are "on test", "on test_ood".
+    """
+    named = {split: model.get("domains", DOMAINS)[split].replace("-", " ") for split in splits}
+    return named if len(set(named.values())) == len(named) else {split: f"on {split}" for split in splits}
 
 
 def sentence(package: Metrics, plain: Metrics, changes: Sequence[str], same_recovery: bool) -> str:
@@ -101,7 +148,7 @@ def sentence(package: Metrics, plain: Metrics, changes: Sequence[str], same_reco
         return "Not compared with a plain model (the two have no common measure)."
     outcomes = {split: comparison.outcome for split, comparison in found.items()}
     text = f"{result(package, plain)}: {_values(found, package, plain, same_recovery)}"
-    if "worse" not in outcomes.values() or "better" in outcomes.values():
+    if WORSE not in outcomes.values() or BETTER in outcomes.values():
         return f"{text}."
     advice = f": {', '.join(changes)}" if changes else ""
     return f"{text}; plain quantisation is better here{advice}."
@@ -113,7 +160,7 @@ def result(package: Metrics, plain: Metrics) -> str:
     Both must be evaluated and comparable (`compare`).
     """
     outcomes = {split: comparison.outcome for split, comparison in compare(package, plain).items()}
-    return _result(outcomes, _size(package, plain))
+    return _result(outcomes, places(package, list(outcomes)), _size(package, plain))
 
 
 def way_out(parameters: Mapping[str, Any], plain_bytes: int | None) -> list[str]:
@@ -169,14 +216,14 @@ def _size(package: Metrics, plain: Metrics) -> str:
     return f"plain quantisation in {100 * abs(ratio - 1):.1f} % {'fewer' if ratio < 1 else 'more'} bytes"
 
 
-def _result(outcomes: Mapping[str, str], other: str) -> str:
+def _result(outcomes: Mapping[str, str], named: Mapping[str, str], other: str) -> str:
     """ "Better than OTHER", or a result for each split where they differ."""
-    words = {"better": "better than", "worse": "worse than", "no difference": "no difference to"}
+    words = {BETTER: "better than", WORSE: "worse than", NO_DIFFERENCE: "no difference to"}
     if len(set(outcomes.values())) == 1:
         (outcome,) = set(outcomes.values())
         return f"{words[outcome].capitalize()} {other}"
     (first, one), (second, two) = outcomes.items()
-    return f"{words[one].capitalize()} {other} {DOMAINS[first]}, {two} {DOMAINS[second]}"
+    return f"{words[one].capitalize()} {other} {named[first]}, {two} {named[second]}"
 
 
 def _values(found: Mapping[str, Comparison], package: Metrics, plain: Metrics, same_recovery: bool) -> str:
@@ -184,7 +231,17 @@ def _values(found: Mapping[str, Comparison], package: Metrics, plain: Metrics, s
     kind = "plain GPTQ" if same_recovery else "plain GPTQ without recovery"
     text = f"{first.measure.replace('_', ' ')} {score(first.package)} in {package['bytes']['total']:,} bytes, "
     text += f"{kind} {score(first.plain)} in {plain['bytes']['total']:,} bytes ({split}"
+    text += f", {package['domains'][split]}" if "domains" in package else ""
+    text += f", {_ratio(first.difference)}" if first.difference else ""
+    named = places(package, list(found))
     for name, each in others:
         scale = "" if each.measure == first.measure else f"{each.measure.replace('_', ' ')} "
-        text += f"; {DOMAINS[name]} {scale}{score(each.package)} against {score(each.plain)}"
+        text += f"; {named[name]} {scale}{score(each.package)} against {score(each.plain)}"
+        text += f", {_ratio(each.difference)}" if each.difference else ""
     return f"{text})"
+
+
+def _ratio(found: Difference) -> str:
+    """ "ratio 0.856, 95 % interval 0.846 to 0.867"."""
+    share = f"{100 * bootstrap.CONFIDENCE:.0f} %"
+    return f"ratio {score(found.ratio)}, {share} interval {score(found.low)} to {score(found.high)}"

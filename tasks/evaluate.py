@@ -3,8 +3,9 @@
 The protocol is one of `tasks.algorithms.protocols`, its name stands beside the numbers. Perplexity is per token, so it
 can't be compared between vocabularies. Bits per byte can: the information of the same predictions over the UTF-8 bytes
 of the text that they stand for. documents.csv has the sums per document, from which the difference of two models gets
-its confidence interval. Each model is an item of the stage's matrix and so is cached on its own. It judges nothing:
-limits and comparisons are the report's.
+its confidence interval. What goes wrong in the completions is counted (`tasks.algorithms.generation_failures`). Each
+model is an item of the stage's matrix and so is cached on its own. It judges nothing: limits and comparisons are the
+report's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pandas as pd
 import torch
 
 from tasks import checkpoint, corpora, models, tensor_files
-from tasks.algorithms import masks, protocols, resume, scoring
+from tasks.algorithms import generation_failures, masks, protocols, resume, scoring
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,9 +60,11 @@ def run(stage: Stage) -> None:
             f" ({score.label}, {score.windows} windows)"
         )
     print(f"{metrics['bytes']['total']} bytes, {metrics['zero_fraction']:.4f} zeros in the blocks")
+    written = completions(model, tokenizer, p, stage.journal)
+    metrics["failures"] = generation_failures.count(written)
     _write_documents(stage, tables)
     checkpoint.write_json(stage.output("metrics.json"), metrics)
-    checkpoint.write_json(stage.output("completions.json"), completions(model, tokenizer, p, stage.journal))
+    checkpoint.write_json(stage.output("completions.json"), written)
 
 
 def skip(stage: Stage) -> None:
@@ -99,10 +102,12 @@ def sparsity(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 def completions(
     model: Any, tokenizer: Any, p: Evaluate, memory: resume.Memory = resume.NOTHING
-) -> list[dict[str, str]]:
-    """The greedy continuation of every prompt, at most `new_tokens` tokens."""
+) -> list[dict[str, Any]]:
+    """The greedy continuation of every prompt, at most `new_tokens` tokens, and what goes wrong in it."""
     begun = memory.load("completions")
     rows = begun.values if begun else []
+    end = model.generation_config.eos_token_id
+    ends = [] if end is None else [end] if isinstance(end, int) else list(end)
     for prompt in p.prompts[len(rows) :]:
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         with torch.no_grad():
@@ -113,9 +118,10 @@ def completions(
                 do_sample=False,
                 pad_token_id=tokenizer.eos_token_id,
             )
-        rows.append(
-            {"prompt": prompt, "completion": tokenizer.decode(full[0, ids.shape[1] :], skip_special_tokens=True)}
-        )
+        new = full[0, ids.shape[1] :]
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        described = generation_failures.describe(new.tolist(), text, ends)
+        rows.append({"prompt": prompt, "completion": text, **described})
         if memory.due():
             memory.save("completions", {}, rows)
     return rows

@@ -34,6 +34,7 @@ from tasks.report_sections import (
     against_plain,
     completions,
     devices,
+    domains,
     importance,
     kv_cache,
     lineage,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 SECTIONS: tuple[Section, ...] = (
     against_plain.SECTION,
     stages.SECTION,
+    domains.SECTION,
     size.SECTION,
     devices.SECTION,
     task_scores.SECTION,
@@ -146,7 +148,9 @@ def render(evidence: Evidence, sentences: list[str], drawn: dict[str, dict[str, 
 
 
 def _drawn(plots: dict[str, Plot]) -> dict[str, Plot]:
-    return {name: plot for name, plot in plots.items() if plot.spec}
+    """Those with data, their captions as the names by which a screen reader calls them."""
+    named = {name: plot._replace(spec=plot.spec | {"description": plot.caption}) for name, plot in plots.items()}
+    return {name: named[name] for name, plot in plots.items() if plot.spec}
 
 
 def _write(stage: Stage, metrics: dict[str, dict[str, Any]], found: dict[str, Any], sentences: list[str]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
+from tasks import evaluations
 from tasks.comparison import PLAIN, RECOVERED
 
 if TYPE_CHECKING:
@@ -35,18 +36,21 @@ class Evidence:
     """What the stages wrote.
 
     Attributes:
-        metrics, completions: of the evaluated models by name, in the order of dvc.yaml.
+        metrics, completions: of the evaluated models by name, in the order of dvc.yaml (`tasks.evaluations.read`).
+        overlap: how the splits relate to the training text; `measured` is false where stage overlap was switched off.
         scores, masks, history, quantised, compensated: tables; without rows where the stage was switched off.
         plain_history: of the recovery of the plain model; without rows where that was switched off.
         ledgers: what each stage left of the sparsity pattern, per linear; without rows where it was switched off.
         bits: of every linear of the plain model; without rows where the baseline was switched off.
         task_scores: what lm-evaluation-harness says of a model on a task, a record per item of stage harness.
+        devices: the packaged model on every device; without rows where hardware_fit was switched off.
         kv_cache: perplexity and bytes by context and bits; without rows where the stage was switched off.
         edges, nodes: of DVC's graph, by address.
         outs: what every stage writes, by address.
     """
 
     metrics: dict[str, dict[str, Any]]
+    overlap: dict[str, Any]
     completions: dict[str, list[dict[str, str]]]
     scores: pd.DataFrame
     removed: dict[str, Any]
@@ -60,6 +64,7 @@ class Evidence:
     manifest: dict[str, Any]
     fit: dict[str, Any]
     task_scores: list[dict[str, Any]]
+    devices: pd.DataFrame
     kv_cache: pd.DataFrame
     edges: list[tuple[str, str]]
     nodes: list[str]
@@ -91,7 +96,8 @@ def read(stage: Stage) -> Evidence:
     A plain model that was switched off is one that was not evaluated: its folder holds what the stage passed on.
     """
     folders = stage.inputs_below("evaluate")
-    metrics = {folder.name: _json(folder / "metrics.json") for folder in folders}
+    overlap = _json(stage.input("overlap.json"))
+    metrics = {folder.name: evaluations.read(folder, overlap) for folder in folders}
     completions = {folder.name: _json(folder / "completions.json") for folder in folders}
     plain = stage.has_input("baseline/bits.csv")
     bits = _table(stage.input("baseline/bits.csv")) if plain else pd.DataFrame()
@@ -102,6 +108,7 @@ def read(stage: Stage) -> Evidence:
     graph = stage.dvc.repo.index.graph  # an edge leads from a stage to one it depends on
     return Evidence(
         metrics=metrics,
+        overlap=overlap,
         completions=completions,
         scores=_table(stage.input("importance/scores.csv")),
         removed=_json(stage.input("removed.json")),
@@ -115,7 +122,8 @@ def read(stage: Stage) -> Evidence:
         manifest=_json(stage.input("manifest.json")),
         fit=_json(stage.input("fit.json")),
         task_scores=_task_scores(stage, measured=metrics),
-        kv_cache=_table(stage.input("kv_cache.csv")) if stage.has_input("kv_cache.csv") else pd.DataFrame(),
+        devices=_table(stage.input("devices.csv")),
+        kv_cache=_table(stage.input("kv_cache.csv")),
         edges=sorted((dependency.addressing, user.addressing) for user, dependency in graph.edges),
         nodes=sorted(node.addressing for node in graph.nodes),
         outs={node.addressing: _links(stage, node) for node in graph.nodes},
@@ -132,8 +140,6 @@ def _task_scores(stage: Stage, measured: dict[str, dict[str, Any]]) -> list[dict
 
 def _items(stage: Stage, name: str, file: str) -> list[Path]:
     """This file of each item of a matrix that dvc.yaml has now: older ones may lie beside them."""
-    if not stage.has_input(f"data/{name}"):
-        return []
     folder = stage.input(f"data/{name}")
     addresses = [node.addressing.partition("@") for node in stage.dvc.repo.index.graph.nodes]
     return [folder / item / file for stem, _, item in addresses if stem == name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -75,6 +76,7 @@ def metrics(name):
         "zeros": blocks // 2 if sparse else 0,
         "zero_fraction": 0.5 if sparse else 0.0,
         "max_kept": {"4": 2, "8": 4, "16": 8, "32": 16} if sparse else {"4": 4, "8": 8, "16": 16, "32": 32},
+        "failures": failures(name),
         "bytes": sizes(name) | {"total": sum(sizes(name).values())},
     }
 
@@ -210,6 +212,7 @@ def tables():
         **{f"{name}/sparsity.csv": ledger(zeros=8300) for name in ("gptq", "eora", "package")},
         "baseline_lora/history.csv": history(),
         "kv_cache/kv_cache.csv": kv_cache(),
+        "hardware_fit/devices.csv": devices(),
         "baseline/bits.csv": pd.DataFrame(plain).assign(sensitivity=0.001),
     }
 
@@ -266,15 +269,74 @@ def kv_cache():
     return pd.DataFrame(rows)
 
 
+def devices():
+    """devices.csv of stage hardware_fit."""
+    rows = []
+    for name, verdict, over, way in (
+        ("esp32-s3", "DOES_NOT_FIT", 700_000, "-2 layers; 1.9 bits per weight"),
+        ("phone", "FITS_STREAMING", 0, "context <= 384"),
+        ("siracusa", "FITS", 0, ""),
+    ):
+        row = {"device": name, "verdict": verdict, "weights_bytes": 1_632_104, "kv_bytes": 1_310_720}
+        row |= {"activation_bytes": 9_072, "total_bytes": 3_100_000, "capacity_bytes": 4_000_000}
+        row |= {"headroom_bytes": 900_000 if not over else 0, "bytes_over": over, "limiting_term": "mram: weights"}
+        row |= {"placement": "mram 1,632,104 of 3,774,873: weights (all)", "streamed_bytes_per_token": 0}
+        row |= {"bandwidth_seconds": 1e-4, "compute_seconds": 1e-5, "tokens_per_second_bound": 6543.21}
+        row |= {"limited_by": "bandwidth of mram", "ways_to_fit": way, "notes": "no use for zeros"}
+        rows.append(row | {"fetched_verdict": "FITS"})
+    return pd.DataFrame(rows)
+
+
+def overlap():
+    """overlap.json: test is in-domain, test_ood isn't."""
+    common = {"documents": 60, "verbatim": 0, "verbatim_share": 0.0, "contaminated": 3, "contaminated_share": 0.05}
+    common |= {"run_share": 0.002, "same_source": None, "domain_share": 0.1}
+    inside = common | {"similarity": 0.42, "domain": "in-domain", "because": "similarity 0.420, limit 0.075"}
+    outside = common | {"similarity": 0.01, "domain": "out-of-domain", "because": "similarity 0.010, limit 0.075"}
+    return {"measured": True, "words": 13, "domain_words": 5, "splits": {"test": inside, "test_ood": outside}} | {
+        "train": {"documents": 16_000, "own_share": 0.3}
+    }
+
+
+def documents(name, perplexity=None):
+    """documents.csv of stage evaluate: sums of 20 documents a split, which agree with the model's perplexity.
+
+    Each document deviates by as much in every model, so that of the paired differences nothing is left.
+    """
+    rows = []
+    for split, value in zip(("test", "test_ood"), perplexity or PERPLEXITY[name], strict=True):
+        for document in range(20):
+            nll = 100 * math.log(value) + (document % 5 - 2)
+            rows.append({"split": split, "document": document, "predictions": 100, "bytes": 400, "nll": nll})
+    return pd.DataFrame(rows)
+
+
+def evaluation(folder, name, perplexity):
+    """Write another perplexity of a model, on (test, test_ood)."""
+    evaluated = folder / "data/evaluate" / name
+    found = metrics(name) | {"perplexity": dict(zip(("test", "test_ood"), perplexity, strict=True))}
+    (evaluated / "metrics.json").write_text(json.dumps(found))
+    documents(name, perplexity).to_csv(evaluated / "documents.csv", index=False)
+
+
+def failures(name):
+    """What a model's completions are counted as; one of wanda's loops."""
+    return {"completions": 2, "loops": int(name == "wanda"), "empty": 0, "never_ending": 2} | {
+        "seq_rep_4": 0.25,
+        "non_ascii_share": 0.0,
+    }
+
+
 def records():
     removed = {"removed": [6, 5], "kept": [], "method": "block_influence", "schedule": "one_shot"}
-    return {"removed.json": removed, "manifest.json": manifest(), "fit.json": fit()}
+    return {"removed.json": removed, "manifest.json": manifest(), "fit.json": fit(), "overlap.json": overlap()}
 
 
 def write(folder):
     """All of it as files below folder / data; returns them by the name that the report asks for."""
     inputs = {name: folder / "data" / name for name in (*tables(), *records())}
     inputs |= {"data/harness": folder / "data/harness", "kv_cache.csv": inputs["kv_cache/kv_cache.csv"]}
+    inputs |= {"devices.csv": inputs["hardware_fit/devices.csv"]}
     for name, table in tables().items():
         inputs[name].parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(inputs[name], index=False)
@@ -288,6 +350,7 @@ def write(folder):
         evaluated = folder / "data/evaluate" / name
         evaluated.mkdir(parents=True)
         (evaluated / "metrics.json").write_text(json.dumps(metrics(name)))
+        documents(name).to_csv(evaluated / "documents.csv", index=False)
         rows = [
             {"prompt": "The software must", "completion": EVIL},
             {"prompt": "Users", "completion": f" log in {name}"},

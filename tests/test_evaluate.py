@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tasks import checkpoint, evaluate, packed, tensor_files
-from tasks.algorithms import families
+from tasks.algorithms import families, generation_failures
 from tasks.algorithms.errors import InputError
 
 PARAMS = {
@@ -188,7 +188,9 @@ def test_metrics_agree_with_the_definitions(stage, model_folder: Path) -> None:
     assert metrics["parameters"] == sum(w.numel() for w in load_file(model_folder / "model.safetensors").values())
     sizes = metrics["bytes"]
     assert sizes.pop("total") == sum(sizes.values()) == on_disk(model_folder)
-    assert len(json.loads(stage.output("completions.json").read_text())) == 2
+    written = json.loads(stage.output("completions.json").read_text())
+    assert [(row["tokens"], row["ended"]) for row in written] == [(7, False)] * 2  # the model has no end token
+    assert metrics["failures"] == generation_failures.count(written)
 
 
 @pytest.mark.parametrize("stride", [16, 5])

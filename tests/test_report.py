@@ -156,13 +156,14 @@ def test_the_first_line_says_all_in_short(make):
     assert re.search(r"<h1>(.*?)</h1>", text)[1] == first
     assert second == (
         "Better than plain quantisation of equal size in domain, worse out of domain: perplexity 3.810 in 1,150,072 "
-        "bytes, plain GPTQ 4.200 in 1,148,380 bytes (test; out of domain 366.8 against 362.0)."
+        "bytes, plain GPTQ 4.200 in 1,148,380 bytes (test, in-domain, ratio 0.9071, 95 % interval 0.9071 to 0.9071; "
+        "out of domain 366.8 against 362.0, ratio 1.013, 95 % interval 1.013 to 1.013)."
     )
     assert "The packaged model fits siracusa: 1,992,769 bytes stay free (mram: weights)." in text
     assert "3.810 on test (fetched 3.123, +22.0 %) and 366.750 on test_ood (fetched 310.500, +18.1 %)" in text
     against = {row[0]: row[1:] for row in cells(text)[AGAINST]}
-    assert against["bytes"] == ["1,150,072", "1,148,380", "+0.1 %"]
-    assert against["perplexity, test_ood"] == ["366.750", "362.000", "+1.3 %"]
+    assert against["bytes"] == ["1,150,072", "1,148,380", "+0.1 %", "–"]
+    assert against["perplexity, test_ood"] == ["366.750", "362.000", "+1.3 % +1.3 % to +1.3 %", "worse"]
 
 
 def evaluation(test, ood, size=1000, **given):
@@ -261,9 +262,7 @@ def test_the_first_line_names_few_devices_and_counts_many(fitting, expected):
 
 
 def test_where_plain_wins_the_sentence_says_what_to_change(make, tmp_path):
-    worst = metrics("package")
-    worst["perplexity"] = {"test": 4.3, "test_ood": 370.0}
-    (tmp_path / "data/evaluate/package/metrics.json").write_text(json.dumps(worst))
+    synthetic_results.evaluation(tmp_path, "package", (4.3, 370.0))
     first = sentences(make())[1]
     assert first.startswith("Worse than plain quantisation of equal size: perplexity 4.300 in")
     budget = 12 * (6784 + 8832 + 4736 + 17024 + 8832 + 6784)  # bytes of the plain model's linears

@@ -19,25 +19,39 @@ if TYPE_CHECKING:
 def rows(evidence: Evidence) -> list[dict[str, Any]]:
     """The package beside the plain model: a row per measure and split; empty where one was not evaluated.
 
-    No row for perplexities of different tokens.
+    No row for perplexities of different tokens. `low` and `high`: interval of the ratio; `judged`: its verdict, on
+    the row of the measure by which the split is compared.
     """
     package, plain = evidence.model(PACKAGE), evidence.model(PLAIN)
     if not (package.get("evaluated") and plain.get("evaluated")):
         return []
-    found = [
-        {"figure": "bytes", "package": package["bytes"]["total"], "plain": plain["bytes"]["total"], "digits": None}
-    ]
-    for measure in (PERPLEXITY, BITS_PER_BYTE):
+    found = [_row("bytes", None, package["bytes"]["total"], plain["bytes"]["total"])]
+    compared = comparison.compare(package, plain)
+    for measure, digits in ((PERPLEXITY, 3), (BITS_PER_BYTE, 4)):
         for split in SPLITS:
             pair = [model.get(measure, {}).get(split) for model in (package, plain)]
             fair = measure == BITS_PER_BYTE or comparison.measure([package, plain], split) == PERPLEXITY
             if fair and None not in pair:
-                row = {"figure": f"{measure.replace('_', ' ')}, {split}", "package": pair[0], "plain": pair[1]}
-                found.append(row | {"digits": 3 if measure == PERPLEXITY else 4})
-    for row in found:
-        ratio = row["package"] / row["plain"] if row["plain"] else math.nan
-        row["ratio"] = ratio if math.isfinite(ratio) else None
+                judged = compared[split] if split in compared and compared[split].measure == measure else None
+                found.append(_row(f"{measure.replace('_', ' ')}, {split}", digits, *pair, judged))
     return found
+
+
+def _row(
+    figure: str, digits: int | None, package: float, plain: float, judged: comparison.Comparison | None = None
+) -> dict[str, Any]:
+    ratio = package / plain if plain else math.nan
+    difference = judged.difference if judged else None
+    return {
+        "figure": figure,
+        "package": package,
+        "plain": plain,
+        "ratio": ratio if math.isfinite(ratio) else None,
+        "low": difference.low if difference else None,
+        "high": difference.high if difference else None,
+        "judged": judged.outcome if judged else None,
+        "digits": digits,
+    }
 
 
 def context(evidence: Evidence) -> dict[str, Any]:

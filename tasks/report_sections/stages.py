@@ -30,8 +30,10 @@ def rows(evidence: Evidence) -> list[dict[str, Any]]:
 
 
 def context(evidence: Evidence) -> dict[str, Any]:
-    """rows, splits, and the protocols."""
-    return {"rows": rows(evidence), "splits": SPLITS, "protocols": report_tables.protocols(evidence.metrics)}
+    """rows, splits with their domains, and the protocols."""
+    known = evidence.overlap["splits"]
+    domains = {split: known.get(split, {}).get("domain") for split in SPLITS}
+    return {"rows": rows(evidence), "domains": domains, "protocols": report_tables.protocols(evidence.metrics)}
 
 
 def _ratio(compared: comparison.Comparison | None, measure: str) -> float | None:
