@@ -271,6 +271,25 @@ def devices(rows: pd.DataFrame) -> dict[str, Any]:
     return _finish(chart.properties(width="container", height=24 * len(rows)))
 
 
+def speeds(rows: pd.DataFrame) -> dict[str, Any]:
+    """Bars of tokens per second by model, one per batch size. `rows`: model, batch, tokens_per_second."""
+    batches = sorted(set(rows["batch"]))
+    names = [f"batch {batch}" for batch in batches]
+    data = rows.assign(model=rows["model"].map(title), together=[f"batch {batch}" for batch in rows["batch"]])
+    chart = (
+        alt.Chart(data)
+        .mark_bar()
+        .encode(
+            x=alt.X("tokens_per_second:Q", title="tokens per second", axis=alt.Axis(tickCount=6)),
+            y=alt.Y("model:N", sort=list(dict.fromkeys(data["model"])), title=None),
+            yOffset=alt.YOffset("together:N", sort=names),
+            color=alt.Color("together:N", scale=alt.Scale(domain=names, range=list(KINDS[: len(names)])), title=None),
+            tooltip=["model", "batch", alt.Tooltip("tokens_per_second:Q", format=",.1f")],
+        )
+    )
+    return _finish(chart.properties(width="container", height=14 * len(data)))
+
+
 def placement(rows: pd.DataFrame) -> dict[str, Any]:
     """What lies in each memory as a share of what is usable there. `rows`: place, item, bytes, usable."""
     if rows.empty:

@@ -44,6 +44,7 @@ class Evidence:
         bits: of every linear of the plain model; without rows where the baseline was switched off.
         task_scores: what lm-evaluation-harness says of a model on a task, a record per item of stage harness.
         devices: the packaged model on every device; without rows where hardware_fit was switched off.
+        host: what stage measure measured of a model; `measured` is false where that was switched off.
         kv_cache: perplexity and bytes by context and bits; without rows where the stage was switched off.
         edges, nodes: of DVC's graph, by address.
         outs: what every stage writes, by address.
@@ -65,6 +66,7 @@ class Evidence:
     fit: dict[str, Any]
     task_scores: list[dict[str, Any]]
     devices: pd.DataFrame
+    host: dict[str, dict[str, Any]]
     kv_cache: pd.DataFrame
     edges: list[tuple[str, str]]
     nodes: list[str]
@@ -123,6 +125,7 @@ def read(stage: Stage) -> Evidence:
         fit=_json(stage.input("fit.json")),
         task_scores=_task_scores(stage, measured=metrics),
         devices=_table(stage.input("devices.csv")),
+        host=_host(stage, metrics),
         kv_cache=_table(stage.input("kv_cache.csv")),
         edges=sorted((dependency.addressing, user.addressing) for user, dependency in graph.edges),
         nodes=sorted(node.addressing for node in graph.nodes),
@@ -136,6 +139,14 @@ def _task_scores(stage: Stage, measured: dict[str, dict[str, Any]]) -> list[dict
     order = list(measured)
     known = [each for each in records if measured.get(each["model"], {}).get("evaluated")]
     return sorted(known, key=lambda each: (each["task"], order.index(each["model"])))
+
+
+def _host(stage: Stage, measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """host.json of models that are what their name says, in the order of dvc.yaml."""
+    if not stage.has_input("data/measure"):
+        return {}
+    folder = stage.input("data/measure")
+    return {name: _json(folder / name / "host.json") for name, found in measured.items() if found["evaluated"]}
 
 
 def _items(stage: Stage, name: str, file: str) -> list[Path]:

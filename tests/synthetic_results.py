@@ -319,6 +319,28 @@ def evaluation(folder, name, perplexity):
     documents(name, perplexity).to_csv(evaluated / "documents.csv", index=False)
 
 
+def host(name):
+    """host.json of stage measure; the machine has no meter of energy."""
+    speed = 20.0 + MODELS.index(name)
+    return {
+        "model": name,
+        "measured": True,
+        "engine": "PyTorch, float32",
+        "bytes": sum(sizes(name).values()),
+        "host": {"processor": "A processor", "cores": 2},
+        "workload": {"threads": 1, "prompt_tokens": 32, "new_tokens": 64, "generations": 3, "rounds": 1},
+        "import_seconds": 3.0,
+        "load_seconds": 0.25,
+        "first_token_seconds": 0.0625,
+        "cpu_seconds_per_token": 0.05,
+        "peak_bytes": 512 * 2**20,
+        "above_libraries_bytes": 24 * 2**20,
+        "seconds_per_token": {"median": 1 / speed, "least": 0.9 / speed, "largest": 1.2 / speed},
+        "tokens_per_second": {"1": speed, "4": 3 * speed},
+        "joules_per_token": None,
+    }
+
+
 def failures(name):
     """What a model's completions are counted as; one of wanda's loops."""
     return {"completions": 2, "loops": int(name == "wanda"), "empty": 0, "never_ending": 2} | {
@@ -335,7 +357,8 @@ def records():
 def write(folder):
     """All of it as files below folder / data; returns them by the name that the report asks for."""
     inputs = {name: folder / "data" / name for name in (*tables(), *records())}
-    inputs |= {"data/harness": folder / "data/harness", "kv_cache.csv": inputs["kv_cache/kv_cache.csv"]}
+    inputs |= {f"data/{name}": folder / "data" / name for name in ("harness", "measure")}
+    inputs |= { "kv_cache.csv": inputs["kv_cache/kv_cache.csv"]}
     inputs |= {"devices.csv": inputs["hardware_fit/devices.csv"]}
     for name, table in tables().items():
         inputs[name].parent.mkdir(parents=True, exist_ok=True)
@@ -350,6 +373,9 @@ def write(folder):
         evaluated = folder / "data/evaluate" / name
         evaluated.mkdir(parents=True)
         (evaluated / "metrics.json").write_text(json.dumps(metrics(name)))
+        measured = folder / "data/measure" / name
+        measured.mkdir(parents=True)
+        (measured / "host.json").write_text(json.dumps(host(name)))
         documents(name).to_csv(evaluated / "documents.csv", index=False)
         rows = [
             {"prompt": "The software must", "completion": EVIL},
