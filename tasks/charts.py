@@ -323,20 +323,21 @@ def placement(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def kv_cache(rows: pd.DataFrame) -> dict[str, Any]:
-    """Perplexity by context, a line per number of bits. `rows`: context, bits, perplexity, bytes."""
-    widths = sorted(set(rows["bits"]))
-    data = rows.assign(held=[f"{bits} bit" for bits in rows["bits"]])
+    """Loss by context, a point per number of bits with its interval. `rows`: context, bits, nats, low, high, bytes."""
+    widths = sorted(set(rows["bits"]), reverse=True)
     names = [f"{bits} bit" for bits in widths]
     colours = [BITS.get(bits, GREY) for bits in widths]
-    scale = alt.Scale(domain=_padded(data["perplexity"], 0.12), nice=False, zero=False)
-    base = alt.Chart(data).encode(
-        x=alt.X("context:Q", title="context, tokens", axis=alt.Axis(values=sorted(set(data["context"])))),
-        y=alt.Y("perplexity:Q", title="perplexity", scale=scale),
+    base = alt.Chart(rows.assign(held=[f"{bits} bit" for bits in rows["bits"]])).encode(
+        x=alt.X("context:O", title="context, tokens", axis=alt.Axis(labelAngle=0)),
+        xOffset=alt.XOffset("held:N", sort=names),
         color=alt.Color("held:N", scale=alt.Scale(domain=names, range=colours), title=None),
-        tooltip=["context", "held", alt.Tooltip("perplexity:Q", format=".4f"), alt.Tooltip("bytes:Q", format=",")],
     )
-    points = base.mark_circle(size=70, opacity=1)
-    return _finish(alt.layer(base.mark_line(strokeWidth=1.5), points).properties(width="container", height=220))
+    loss = alt.Y("nats:Q", title="loss in nats per token")
+    tooltip = ["context", "held", alt.Tooltip("nats:Q", format="+.5f"), alt.Tooltip("perplexity:Q", format=".4f")]
+    points = base.mark_circle(size=70, opacity=1).encode(y=loss, tooltip=[*tooltip, alt.Tooltip("bytes:Q", format=",")])
+    errors = base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q"), y2="high:Q")
+    zero = alt.Chart(pd.DataFrame({"at": [0.0]})).mark_rule(color=GREY, strokeDash=[5, 3]).encode(y="at:Q")
+    return _finish(alt.layer(zero, errors, points).properties(width="container", height=220))
 
 
 def task_scores(rows: pd.DataFrame) -> dict[str, Any]:

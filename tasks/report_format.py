@@ -52,8 +52,10 @@ def signed(value: float | None, digits: int | None = None) -> str:
 
 
 def significant(value: float | None) -> str:
-    """Four significant digits: "42.38", "0.001234"."""
-    return MISSING if missing(value) else f"{value:,.4g}"
+    """Four significant digits, and never less than the whole number: "42.38", "0.001234", "123,456"."""
+    if missing(value):
+        return MISSING
+    return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 1000 else f"{value:.4g}"
 
 
 def missing(value: Any) -> bool:

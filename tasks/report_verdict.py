@@ -78,7 +78,8 @@ def devices(fit: dict[str, Any]) -> str:
     others = [name for name in fitting if name != fit["device"]]
     if not others:
         return chosen if len(rows) < 2 else f"{chosen}, and none of {len(rows) - 1} other devices"
-    names = ", ".join(others) if len(others) <= NAMED else f"{len(others)} of {len(rows) - 1} other devices"
+    counted = "all" if len(others) == len(rows) - 1 else f"{len(others)} of"
+    names = ", ".join(others) if len(others) <= NAMED else f"{counted} {len(rows) - 1} other devices"
     return f"{chosen} and {names}" if fit["verdict"] in FITTING else f"{chosen}, but {names}"
 
 

@@ -251,6 +251,7 @@ def test_a_plain_model_without_the_package_s_recovery_is_named_so():
         ([], "does not fit chosen, and none of 5 other devices"),
         (["chosen", "a"], "fits chosen and a"),
         (["chosen", "a", "b", "c", "d"], "fits chosen and 4 of 5 other devices"),
+        (["chosen", "a", "b", "c", "d", "e"], "fits chosen and all 5 other devices"),
         (["a", "b"], "does not fit chosen, but a, b"),
     ],
 )
@@ -578,7 +579,7 @@ def test_tasks_are_judged_by_their_standard_errors(make):
     # 0.33 - 0.30 is within 1.96 x 0.0224
     assert shown["hellaswag", "acc"] == ["40", "0.3 ± 0.02", "0.33 ± 0.01", "0.22 ± 0.021", "no difference"]
     assert shown["corpus", "bits_per_byte"] == ["40", "1.5", "1.51", "1.52", "–"]
-    assert len(shown) == 2 and "At most the first 40 documents" in text
+    assert len(shown) == 2 and "At most the first 40 documents of a task" in text
 
 
 @pytest.mark.parametrize(
@@ -599,7 +600,7 @@ def test_a_task_is_better_or_worse_beyond_the_error(package, base, higher, word)
 def test_the_cache_loses_only_beyond_its_error(make):
     shown = {tuple(row[:2]): row[2:] for row in table_after(page(make()), 'id="kv-cache"')[1:]}
     assert [shown["512", bits][3] for bits in ("16", "8", "4")] == ["reference", "no difference", "worse"]
-    assert shown["128", "4"][2] == "+0.0200 ± 0.0010" and shown["128", "4"][4:] == ["40,960", "320.0", "4.00×"]
+    assert shown["128", "4"][2] == "+0.02000 ± 0.00100" and shown["128", "4"][4:] == ["40,960", "320.0", "4.00×"]
 
 
 def test_every_section_has_a_heading_a_link_and_its_tables_a_caption(make):
