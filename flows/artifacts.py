@@ -19,6 +19,7 @@ from prefect.artifacts import Artifact, ImageArtifact, LinkArtifact, MarkdownArt
 
 from tasks import comparison, summary
 
+PLAIN = f"{' and '.join(comparison.PLAIN_MODELS)} are the plain models that it is compared with"
 PICTURE = "data:image/svg+xml;base64,"
 
 
@@ -32,9 +33,9 @@ def made(report: Path) -> Iterator[Artifact]:
     folder = report.parent
     sentences = (folder / "verdict.txt").read_text(encoding="utf-8").splitlines()
     rest = "\n\n".join(map(_plain, sentences[1:]))
-    yield MarkdownArtifact(key="verdict", markdown=f"## {_plain(sentences[0])}\n\n{rest}", description=sentences[0])
+    yield MarkdownArtifact(key="verdict", markdown=f"## {_plain(sentences[0])}\n\n{rest}", description="what came out")
     yield LinkArtifact(key="report", link=report.resolve().as_uri(), link_text=str(report.resolve()))
-    yield TableArtifact(key="stages", table=summary.rows(), description=_described())
+    yield TableArtifact(key="stages", table=summary.rows(), description=f"the model after each stage; {PLAIN}")
     for path in sorted((folder / "tables").glob("*.csv")):
         name = path.stem.replace("_", "-")
         yield TableArtifact(key=name, table=_rows(path), description=f"table {name} of the report")
@@ -58,8 +59,3 @@ def _rows(path: Path) -> list[dict]:
 def _plain(sentence: str) -> str:
     """Names of devices and stages keep their underscores and stars in markdown."""
     return "".join(f"\\{character}" if character in "\\*_`[]<>#" else character for character in sentence)
-
-
-def _described() -> str:
-    plain = " and ".join(comparison.PLAIN_MODELS)
-    return f"the model after each stage; {plain} are the plain models that it is compared with. {summary.verdict()}"

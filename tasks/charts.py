@@ -322,6 +322,22 @@ def placement(rows: pd.DataFrame) -> dict[str, Any]:
     return _finish(chart.properties(width="container", height=30 * data["place"].nunique()))
 
 
+def attribution(rows: pd.DataFrame) -> dict[str, Any]:
+    """Change of perplexity by stage with its interval; none is grey. `rows`: stage, change, low, high, verdict."""
+    verdicts = {"better": GREEN, "worse": RED, "no difference": GREY}
+    known = [name for name in verdicts if name in set(rows["verdict"])]
+    scale = alt.Scale(domain=known, range=[verdicts[name] for name in known])
+    base = alt.Chart(rows).encode(y=alt.Y("stage:N", sort=list(rows["stage"]), title=None))
+    figures = [alt.Tooltip(f"{name}:Q", format="+.4f") for name in ("change", "low", "high")]
+    bars = base.mark_bar().encode(
+        x=alt.X("change:Q", title="change of perplexity on test", axis=alt.Axis(tickCount=6)),
+        color=alt.Color("verdict:N", scale=scale, title=None),
+        tooltip=["stage", "verdict", *figures],
+    )
+    errors = base.mark_rule(strokeWidth=2, color=INK).encode(x=alt.X("low:Q"), x2="high:Q")
+    return _finish(alt.layer(bars, errors).properties(width="container", height=24 * len(rows)))
+
+
 def kv_cache(rows: pd.DataFrame) -> dict[str, Any]:
     """Loss by context, a point per number of bits with its interval. `rows`: context, bits, nats, low, high, bytes."""
     widths = sorted(set(rows["bits"]), reverse=True)

@@ -337,6 +337,20 @@ class Evaluate(Section):
         return self
 
 
+class Measure(Section):
+    """What the models are asked on this machine."""
+
+    enabled: bool
+    threads: Count
+    prompt_tokens: Count
+    new_tokens: Count
+    """Tokens that follow the prompt."""
+    generations: Count
+    """Timed ones per process, after one that warms up."""
+    rounds: Count
+    """Processes per model; the models take turns."""
+
+
 class TaskSource(Section):
     """Where a task's documents come from: a local file, or, where `path` is null, the hub's data set at a commit."""
 
@@ -460,6 +474,7 @@ class Params(Section):
     baseline_lora: BaselineLora
     baseline: Baseline
     evaluate: Evaluate
+    measure: Measure
     harness_data: HarnessData
     harness: Harness
     kv_cache: KvCache

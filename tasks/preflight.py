@@ -242,6 +242,11 @@ def _evaluate(params: Params, model: Shape) -> Iterator[str]:
         yield f"evaluate.{sentence}"
 
 
+def _measure(params: Params, model: Shape) -> Iterator[str]:
+    tokens = params.measure.prompt_tokens + params.measure.new_tokens
+    yield from _too_long("measure.prompt_tokens + measure.new_tokens", tokens, model)
+
+
 def _depth_prune(params: Params, model: Shape) -> Iterator[str]:
     own = params.depth_prune
     free = max(model.layers - own.protect_first - own.protect_last, 0)
@@ -315,6 +320,7 @@ RULES: dict[str, Callable[[Params, Shape], Iterator[str]]] = {
     "gptq": _gptq,
     "eora": _eora,
     "evaluate": _evaluate,
+    "measure": _measure,
     "kv_cache": _kv_cache,
 }
 """Per section of params.yaml: the problems that its values have with the model."""
@@ -372,6 +378,7 @@ MEMORY: dict[str, Callable[[Params, Shape], int]] = {
     "baseline_lora": _lora_memory,
     "baseline": _gptq_memory,
     "evaluate": _evaluate_memory,
+    "measure": lambda params, model: model.dense,  # its few tokens at batch 4 hardly count
     "kv_cache": _kv_cache_memory,
 }
 """Bytes that a stage holds at its peak, without the libraries."""

@@ -32,6 +32,7 @@ from tasks.report_format import FILTERS
 from tasks.report_section import Plot, Section
 from tasks.report_sections import (
     against_plain,
+    attribution,
     completions,
     devices,
     domains,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 SECTIONS: tuple[Section, ...] = (
     against_plain.SECTION,
     stages.SECTION,
+    attribution.SECTION,
     domains.SECTION,
     size.SECTION,
     devices.SECTION,

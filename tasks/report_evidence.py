@@ -46,6 +46,7 @@ class Evidence:
         devices: the packaged model on every device; without rows where hardware_fit was switched off.
         host: what stage measure measured of a model; `measured` is false where that was switched off.
         kv_cache: perplexity and bytes by context and bits; without rows where the stage was switched off.
+        inputs: paths of what every stage depends on, in the order of dvc.yaml, without matrix items.
         edges, nodes: of DVC's graph, by address.
         outs: what every stage writes, by address.
     """
@@ -68,6 +69,7 @@ class Evidence:
     devices: pd.DataFrame
     host: dict[str, dict[str, Any]]
     kv_cache: pd.DataFrame
+    inputs: dict[str, list[str]]
     edges: list[tuple[str, str]]
     nodes: list[str]
     outs: dict[str, list[Link]]
@@ -127,6 +129,9 @@ def read(stage: Stage) -> Evidence:
         devices=_table(stage.input("devices.csv")),
         host=_host(stage, metrics),
         kv_cache=_table(stage.input("kv_cache.csv")),
+        inputs={
+            node.addressing: [dep.def_path for dep in node.deps] for node in graph.nodes if "@" not in node.addressing
+        },
         edges=sorted((dependency.addressing, user.addressing) for user, dependency in graph.edges),
         nodes=sorted(node.addressing for node in graph.nodes),
         outs={node.addressing: _links(stage, node) for node in graph.nodes},
@@ -143,8 +148,6 @@ def _task_scores(stage: Stage, measured: dict[str, dict[str, Any]]) -> list[dict
 
 def _host(stage: Stage, measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """host.json of models that are what their name says, in the order of dvc.yaml."""
-    if not stage.has_input("data/measure"):
-        return {}
     folder = stage.input("data/measure")
     return {name: _json(folder / name / "host.json") for name, found in measured.items() if found["evaluated"]}
 

@@ -16,7 +16,6 @@ sentence. Any other error keeps its traceback.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import functools
@@ -24,7 +23,6 @@ import importlib
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 import traceback
@@ -35,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from tasks import lineage, params, preflight
+from tasks import lineage, params, preflight, processes
 from tasks.algorithms.errors import InputError
 
 if TYPE_CHECKING:
@@ -124,6 +122,10 @@ class Stage:
         """The declared dependencies that lie directly in a folder of this name, in the order of dvc.yaml."""
         return [path for path in self._inputs if path.parent.name == folder]
 
+    def inputs_named(self, name: str) -> list[Path]:
+        """The declared dependencies of this last name, in the order of dvc.yaml."""
+        return [path for path in self._inputs if path.name == name]
+
     def output(self, name: str) -> Path:
         """Where to write the declared output whose path ends with `name`; its parent folder exists.
 
@@ -205,7 +207,7 @@ def execute(address: str, *, run_ids: dict[str, str] | None = None) -> None:
     Raises:
         InputError: what a user can mend; the previous outputs are back in place.
     """
-    _die_with_parent()
+    processes.die_with_parent()  # DVC's: an orphan would overwrite the outputs of a later run
     started = time.time()
     stage = None
     try:
@@ -315,13 +317,6 @@ def _altered_inputs(stage: Stage) -> list[str]:
     made = {out.fs_path: out for other in stage.dvc.repo.index.stages for out in other.outs}
     inputs = (made.get(dep.fs_path) for dep in stage.dvc.deps)
     return [str(out) for out in inputs if out and out.hash_info and lineage.md5(out) != out.hash_info.value]
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end this process with DVC's: an orphan would overwrite the outputs of a later run."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _lock(address: str) -> Any:

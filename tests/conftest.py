@@ -49,6 +49,7 @@ def make_stage(tmp_path):
             item=item,
             input=lambda name: Path(inputs[name]),
             has_input=lambda name: name in inputs,
+            inputs_named=lambda name: [path for path in map(Path, inputs.values()) if path.name == name],
             output=output,
             pass_on=pass_on,
             progress=lambda description, total: _Progress(),

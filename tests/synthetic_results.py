@@ -49,9 +49,14 @@ class Out(NamedTuple):
     fs_path: str
 
 
+class Dep(NamedTuple):
+    def_path: str
+
+
 class Node(NamedTuple):
     addressing: str
     outs: tuple
+    deps: tuple
 
 
 def sizes(name):
@@ -358,7 +363,7 @@ def write(folder):
     """All of it as files below folder / data; returns them by the name that the report asks for."""
     inputs = {name: folder / "data" / name for name in (*tables(), *records())}
     inputs |= {f"data/{name}": folder / "data" / name for name in ("harness", "measure")}
-    inputs |= { "kv_cache.csv": inputs["kv_cache/kv_cache.csv"]}
+    inputs |= {"kv_cache.csv": inputs["kv_cache/kv_cache.csv"]}
     inputs |= {"devices.csv": inputs["hardware_fit/devices.csv"]}
     for name, table in tables().items():
         inputs[name].parent.mkdir(parents=True, exist_ok=True)
@@ -409,4 +414,7 @@ def node(folder, address):
     """A stage that writes a model and its record."""
     name, _, item = address.partition("@")
     paths = [f"data/{name}/{item}" if item else f"data/{name}/model", f"data/lineage/{address}.json"]
-    return Node(address, tuple(Out(str(folder / path)) for path in paths))
+    deps = tuple(
+        Dep(f"data/{source}/model") for source, user in zip(PIPELINE, PIPELINE[1:], strict=False) if user == name
+    )
+    return Node(address, tuple(Out(str(folder / path)) for path in paths), deps)

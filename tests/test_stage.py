@@ -182,7 +182,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(stages.params, "load", load)
     monkeypatch.setattr(stages.preflight, "check_workspace", lambda *_: None)
-    monkeypatch.setattr(stages, "_die_with_parent", lambda: None)
+    monkeypatch.setattr(stages.processes, "die_with_parent", lambda: None)
 
     def go(run, skip=None) -> None:
         monkeypatch.setitem(sys.modules, "tasks.toy", SimpleNamespace(run=run, skip=skip))
