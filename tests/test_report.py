@@ -636,3 +636,61 @@ def test_plots_and_tables_are_files_too(make, monkeypatch):
         assert svg.startswith("<svg") and svg.count("<path") > 5
     table = pd.read_csv(stage.output("tables") / "task_scores.csv")
     assert list(table.columns) == list(task_scores.COLUMNS) and len(table) == 6
+
+
+def test_each_stage_is_compared_with_the_model_that_it_was_given(make, tmp_path):
+    synthetic_results.evaluation(tmp_path, "eora", PERPLEXITY["gptq"])  # which changes nothing
+    shown = {row[0]: row[1:] for row in table_after(page(make()), 'id="attribution"')[1:]}
+    # 9.75 - 4.2 and 640.125 - 402.25; every document deviates by as much in both, so the interval is the ratio's alone
+    assert shown["wanda"][0] == "depth_prune"
+    assert shown["wanda"][1].split()[0] == "+5.550" and shown["wanda"][2].split()[0] == "+237.875"
+    assert shown["eora"][1].startswith("no difference")
+    assert shown["wanda"][3:] == ["0", "+860,160", "no difference", "0.0 MiB"]  # half of 1,720,320 weights
+    assert shown["gptq"][3] == "−3,050,024"  # 1,720,664 - 4,770,688
+    assert list(shown) == list(PIPELINE[1:])
+
+
+def test_speed_and_memory_are_those_of_the_measurement(make):
+    shown = {row[0]: row[1:] for row in table_after(page(make()), 'id="host"')[1:]}
+    assert shown["lora"] == [
+        "0.25",
+        "0.062",
+        "24.0",
+        "72.0",
+        "50.00",
+        "512.00 MiB",
+        "24.00 MiB",
+        "4,770,688",
+        "not available",
+    ]
+
+
+def test_failures_of_generation_are_counted_per_stage(make):
+    shown = {row[0]: row[1:] for row in table_after(page(make()), 'id="completions"')[1:]}
+    assert shown["wanda"] == ["2", "1", "0", "2", "0.250", "0.00 %"] and shown["lora"][1] == "0"
+
+
+def test_devices_say_what_would_make_it_fit(make):
+    rows = table_after(page(make()), "<h3>All devices</h3>")
+    shown = {row[0]: row[1:] for row in rows[1:]}
+    assert (
+        shown["esp32-s3"][0].startswith("does not fit") and shown["esp32-s3"][-1] == "-2 layers, or 1.9 bits per weight"
+    )
+    assert shown["phone"][0].startswith("fits by streaming") and shown["siracusa"][-1] == "–"
+
+
+def test_splits_are_named_by_their_measured_domain(make, results):
+    text = page(make())
+    assert cells(text)[STAGES][0][5] == "perplexity test in-domain"
+    shown = {row[0]: row[1:] for row in table_after(text, 'id="domains"')[1:]}
+    assert shown["test_ood"] == [
+        "out-of-domain",
+        "0.010",
+        "60",
+        "0 0.00 %",
+        "3 5.00 %",
+        "similarity 0.010, limit 0.075",
+    ]
+    results["overlap.json"].write_text(json.dumps({"measured": False, "splits": {}}))
+    text = page(make("again"))
+    assert "which split is in-domain was not measured" in text and "in-domain" not in cells(text)[STAGES][0][5]

@@ -1,4 +1,4 @@
-"""What each stage changed against the one before: quality, bytes, zeros, latency, memory (`tasks.attribution_table`)."""
+"""What each stage changed against the one before it: quality, bytes, zeros, latency and memory."""
 
 from __future__ import annotations
 
