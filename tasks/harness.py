@@ -15,8 +15,9 @@ or {"model", "task", "evaluated": false} where the stage is switched off. `agree
 texts: our own log-likelihood of the same texts (`tasks.algorithms.scoring`, protocol rolling; nats, summed) and how far
 lm_eval's is from it. Standard errors are lm_eval's, null where it has none.
 
-`lm_eval.evaluate` seeds nothing, `simple_evaluate` would reseed random, numpy and torch for the whole process and run
-git and pip for its report: so it is the former. Nothing is fetched and nothing sent. It compares no models.
+`lm_eval.evaluate` seeds nothing (it draws a task's name from `random`, which nothing else here uses); `simple_evaluate`
+would seed random, numpy and torch for the whole process, and run git and pip for a report of its own: so it is the
+former. Nothing is fetched and nothing sent. It compares no models.
 """
 
 from __future__ import annotations

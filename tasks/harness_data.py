@@ -102,9 +102,12 @@ def _write(task: str, rows: Iterator[dict[str, Any]], target: Path) -> dict[str,
         for document in task_documents.documents(task, rows):
             if document is None:
                 dropped += 1
-            else:
+                continue
+            written += 1
+            try:
                 file.write(json.dumps(document, ensure_ascii=False, sort_keys=True) + "\n")
-                written += 1
+            except UnicodeEncodeError as error:
+                raise InputError(f"document {written} of task {task} is no valid Unicode ({error.reason})") from error
     if not written:
         raise InputError(f"task {task} has no document in {dropped} rows; name another file for it")
     return {"documents": written, "rows_without_document": dropped}

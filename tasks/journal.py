@@ -209,7 +209,8 @@ def open_for(stage: DvcStage, folder: Path, parameters: bool = True) -> Journal:
             shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink()
     journal = Journal(folder / name, float(os.environ.get(SECONDS, INTERVAL)))
     if journal.files:
-        print(f"{stage.addressing}: goes on with what an interrupted run has left in {journal.folder}", flush=True)
+        left = "what an interrupted run has left" if parameters else "the answers that earlier runs have left"
+        print(f"{stage.addressing}: goes on with {left} in {journal.folder}", flush=True)
     return journal
 
 

@@ -35,6 +35,8 @@ ACTIVATIONS = (16, 4)
 """Values kept for a backward pass per token and layer, in units of the hidden and of the MLP size."""
 PROBE = 128
 """Tokens on which stage vocabulary compares the logits of both models."""
+UNLIMITED = 2048
+"""Tokens that lm_eval takes for the context of a model without one."""
 CONTROL_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 FOLLOWS = {"baseline_lora": "lora", "baseline": "gptq"}
 """Stages that pass their input on where another one is switched off."""
@@ -352,6 +354,11 @@ def _kv_cache_memory(params: Params, model: Shape) -> int:
     return model.dense + max(params.kv_cache.contexts) * (3 * 4 * model.vocabulary + cached)
 
 
+def _harness_memory(params: Params, model: Shape) -> int:
+    tokens = params.harness.batch * (model.context or UNLIMITED)
+    return model.dense + 3 * 4 * tokens * model.vocabulary  # as in evaluate
+
+
 def _gptq_memory(params: Params, model: Shape) -> int:
     return 2 * model.dense + 2 * _boundary(params, model) + 4 * 4 * model.widest**2  # the Hessian and its factors
 
@@ -380,6 +387,7 @@ MEMORY: dict[str, Callable[[Params, Shape], int]] = {
     "evaluate": _evaluate_memory,
     "measure": lambda params, model: model.dense,  # its few tokens at batch 4 hardly count
     "kv_cache": _kv_cache_memory,
+    "harness": _harness_memory,
 }
 """Bytes that a stage holds at its peak, without the libraries."""
 

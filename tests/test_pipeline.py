@@ -264,3 +264,25 @@ def test_the_plain_model_fills_the_bytes_of_the_package(project) -> None:
         for name in ("package", "baseline")
     )
     assert 0.9 * package < plain <= package
+
+
+def test_each_task_of_each_model_is_cached_alone(project) -> None:
+    tasks, params = ("harness@fetch-corpus", "harness@package-corpus"), project.path / "params.yaml"
+    rows = [{"goal": f"To open {n}", "sol1": "pull", "sol2": "push", "label": n % 2} for n in range(6)]
+    path, before = project.path / "own/piqa.jsonl", params.read_text(encoding="utf-8")
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    try:
+        project.change({"harness_data.enabled": True, "harness.enabled": True})
+        assert ran(project.repro(*tasks).stdout) >= {"harness_data", *tasks}
+        own = {"harness_data.folder": "own", "harness_data.sources.piqa.path": "piqa.jsonl"}
+        project.change(own | {"harness.tasks": ["corpus", "piqa"]})
+        assert ran(project.repro(*tasks, "harness@fetch-piqa").stdout) == {"harness_data", "harness@fetch-piqa"}
+        project.change({"harness_data.sources.piqa.path": "gone.jsonl"})
+        refused = project.repro("harness_data", check=False)
+        assert refused.returncode and "Traceback" not in refused.stdout
+        assert "error: harness_data: harness_data.sources.piqa.path = gone.jsonl is no file" in refused.stdout
+        scores = json.loads((project.path / "data/harness/package-corpus/scores.json").read_text(encoding="utf-8"))
+        assert scores["agreement"]["relative_difference"] < 1e-4
+    finally:
+        params.write_text(before, encoding="utf-8")

@@ -528,3 +528,24 @@ def test_what_an_interrupted_stage_noted_is_there_again_until_inputs_parameters_
     run_here(run)
     assert seen == [None, 1, None, None, 4]
     assert not journals.exists()
+
+
+def test_answers_outlive_the_stage_and_its_parameters_but_no_other_input(made, run_here, capsys) -> None:
+    seen = []
+
+    def run(stage: Stage) -> None:
+        found = stage.answers.load("request")
+        seen.append(found and found.values)
+        stage.answers.save("request", {}, len(seen))  # not due: written when the stage is done
+        write(stage)
+
+    run_here(run)
+    made.set(value=9)  # another parameter
+    run_here(run)
+    assert "toy: goes on with the answers that earlier runs have left" in capsys.readouterr().out
+    path = Path("other/text.txt")
+    path.unlink()
+    path.write_text("another model")
+    run_here(run)
+    assert seen == [None, 1, None]
+    assert len(list(Path("data/.scratch/answers/toy").iterdir())) == 1

@@ -36,15 +36,27 @@ def documents(task: str, rows: Iterable[Row]) -> Iterator[dict[str, Any] | None]
     if task == "wikitext":
         yield from _pages(rows)
         return
-    convert = CONVERTERS[task]
     for number, row in enumerate(rows, 1):
         try:
-            yield convert(row)
+            document = CONVERTERS[task](row)
+            _check_texts(document or {})
+            yield document
         except KeyError as error:
             found = ", ".join(sorted(map(str, row))) or "none"
             raise InputError(f"row {number} of task {task} has no column {error}, only {found}") from error
         except (TypeError, ValueError, AttributeError) as error:
             raise InputError(f"row {number} of task {task} can't be used: {error}") from error
+
+
+def _check_texts(document: Mapping[str, Any]) -> None:
+    """Everything but a number as label is text, or lists of text."""
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            _check_texts(value)
+            continue
+        texts = value if isinstance(value, list) else [] if key == "label" else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"`{key}` is {value!r}, expected text")
 
 
 def _hellaswag(row: Row) -> dict[str, Any]:
@@ -117,12 +129,13 @@ def _pages(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
     """
     page: list[str] = []
     for number, row in enumerate(rows, 1):
-        if "page" in row:
-            yield {"page": row["page"]}
-            continue
-        if not isinstance(row.get("text"), str):
+        text = row.get("page", row.get("text"))
+        if not isinstance(text, str):
             raise InputError(f"row {number} of task wikitext has no text in a column `text` or `page`")
-        line = row["text"].removesuffix("\n") or " "
+        if "page" in row:
+            yield {"page": text}
+            continue
+        line = text.removesuffix("\n") or " "
         if _is_title(line):
             yield from _page(page)
             page = []
