@@ -5,8 +5,10 @@
 onnx-int4: ONNX Runtime GenAI with the package's own codes and scales. onnx-int8: the same engine, weights quantised
 again. gguf: llama.cpp, the package's codes and scales. gguf-f32: llama.cpp with every weight in float32, the way to
 compare it with PyTorch without its rounding of activations. DIR gets the engine's files and export.json: what was
-densified, merged or repeated, bytes by what they are for against the package's, and with `--text` perplexity and greedy
-tokens against the PyTorch model. Nothing is written where anything fails. It trains and repairs nothing.
+densified, merged or repeated, with the bytes of the component that it concerns (all its changes together) and whether
+the engine still computes with the package's values; bytes by what they are for against the package's; and with `--text`
+perplexity and greedy tokens against the PyTorch model: what the changes that are not exact cost, together. Nothing is
+written where anything fails. It trains and repairs nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import numpy as np
 from tasks import checkpoint, corpora, engines, export_source, models
 from tasks.algorithms.errors import InputError
 
+_ENGINES = {"tasks.export_onnx": "onnxruntime_genai", "tasks.export_gguf": "llama_cpp"}
+"""Module -> the package that runs what it writes, which a check needs."""
 FORMATS = {
     "onnx-int4": ("tasks.export_onnx", "int4", "onnxruntime-genai"),
     "onnx-int8": ("tasks.export_onnx", "int8", "onnxruntime-genai"),
@@ -32,6 +36,8 @@ FORMATS = {
 }
 """Name -> (module, its function, the package that defines the format)."""
 REPORT = "export.json"
+_SAME = {"values": ("positions", "blocks")}
+"""Component of an export -> those of a source that are the same matter: where kept weights are; dense matrices."""
 _PROMPTS, _PROMPT, _NEW = 20, 16, 40
 """Of a check: prompts, the beginnings of documents; tokens of each; and greedy tokens after each."""
 _WINDOWS = 16
@@ -53,15 +59,17 @@ def export(folder: Path, kind: str, out: Path, text: Path | None = None) -> dict
     module, function, engine = _format(kind)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} isn't empty: name a folder that isn't there yet")
+    if text:
+        _need(_ENGINES[module.__name__], f"checking {kind}")
     windows, prompts = _check_data(folder, text) if text else ([], [])
     source = export_source.read(folder)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export") as scratch:
+    with _scratch(out.parent) as scratch:
         written = Path(scratch) / "model"
         written.mkdir()
         changes = getattr(module, function)(source, written)
-        report = {"format": kind, "written_with": f"{engine} {importlib.metadata.version(engine)}", "changes": changes}
+        report = {"format": kind, "written_with": f"{engine} {importlib.metadata.version(engine)}"}
         report |= _sizes(folder, written, module.component_bytes(written))
+        report["changes"] = {what: _cost(change, report["components"]) for what, change in changes.items()}
         if text:
             report["check"] = check(folder, written, windows, prompts)
         checkpoint.write_json(written / REPORT, report)
@@ -117,14 +125,37 @@ def _format(kind: str) -> tuple[Any, str, str]:
     try:
         return importlib.import_module(module), function, engine
     except ModuleNotFoundError as error:
-        raise InputError(f"{kind} needs the package {error.name}, which isn't installed: install it") from error
+        raise InputError(_missing(kind, error.name)) from error
+
+
+def _need(package: str, what: str) -> None:
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise InputError(_missing(what, error.name)) from error
+
+
+def _missing(what: str, package: str | None) -> str:
+    way_out = "llama-cpp-python" if package == "llama_cpp" else "'.[export]'"
+    return f"{what} needs the package {package}, which isn't installed: pip install {way_out}"
+
+
+def _scratch(folder: Path) -> tempfile.TemporaryDirectory:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=folder, prefix=".export")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error.strerror}): name another folder") from error
 
 
 def _check_data(folder: Path, text: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Windows and prompts of a JSONL file, in the model's tokens."""
     if not text.is_file():
         raise InputError(f'{text} is no file: name a JSONL file of {{"text"}}')
-    rows = corpora.read(text)
+    try:
+        rows = [row + "" for row in corpora.read(text)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f'{text} is no JSONL of {{"text": a string}} ({error!r}): name another file') from error
     tokenizer = checkpoint.load_tokenizer(folder)
     length = min(256, models.config(folder).get("max_position_embeddings", 256))
     ids = np.array(tokenizer("\n".join(rows), add_special_tokens=False, verbose=False)["input_ids"])
@@ -154,6 +185,14 @@ def _sizes(folder: Path, written: Path, components: dict[str, int]) -> dict[str,
     }
 
 
+def _cost(change: export_source.Change, components: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """A change as plain data, with the bytes that its component takes more than in the source."""
+    named = (change.component, *_SAME.get(change.component, ()))
+    before = sum(components["source"].get(name, 0) for name in named)
+    bytes_ = components["export"].get(change.component, 0) - before if change.component else 0
+    return {"done": change.done, "component": change.component, "bytes": bytes_, "exact": change.exact}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Export a model to ONNX Runtime GenAI or llama.cpp")
@@ -169,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     size = report["bytes"]
     print(f"{given.out}: {size['export']:,} bytes, {size['ratio']:.2f} of the {size['source']:,} of {given.model}")
     for what, done in report["changes"].items():
-        print(f"  {what}: {done}")
+        print(f"  {what}: {done['done']} ({done['bytes']:+,} bytes{'' if done['exact'] else ', not exact'})")
     if given.text:
         found = report["check"]
         change = found["perplexity"]["change"]

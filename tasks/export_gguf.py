@@ -32,7 +32,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from tasks import export_source, packed
 from tasks.algorithms.errors import InputError
 from tasks.engines import GGUF, LORA
-from tasks.export_source import Source
+from tasks.export_source import Change, Source
 from tasks.packed import Linear
 
 ARCHITECTURES = {
@@ -49,13 +49,14 @@ _PRE = {
 """The steps of a tokenizer before BPE -> llama.cpp's name for them."""
 
 
-def write_float32(source: Source, folder: Path) -> dict[str, str]:
+def write_float32(source: Source, folder: Path) -> dict[str, Change]:
     """As `write`, with every weight in float32: the engine then rounds no activation."""
     whole = [{name: _plain(linear) for name, linear in block.items()} for block in source.blocks]
     head = None if source.head is None else Linear(weight=export_source.table(source.head))
     table = Linear(weight=export_source.table(source.embedding))
     notes = write(dataclasses.replace(source, blocks=whole, embedding=table, head=head), folder)
-    return {"codes and scales": "dequantised to float32"} | notes
+    coded = any(linear.codes is not None for linear in source.linears.values())
+    return ({"codes and scales": Change("dequantised to float32", "values")} if coded else {}) | notes
 
 
 def _plain(linear: Linear) -> Linear:
@@ -63,7 +64,7 @@ def _plain(linear: Linear) -> Linear:
     return Linear(weight=weight, bias=linear.bias, adapter=linear.adapter, pattern=linear.pattern)
 
 
-def write(source: Source, folder: Path) -> dict[str, str]:
+def write(source: Source, folder: Path) -> dict[str, Change]:
     """Write model.gguf, adapter.gguf where there is an adapter, and the tokenizer's own files.
 
     Returns:
@@ -139,13 +140,12 @@ def _architecture(source: Source) -> gguf.MODEL_ARCH:
     return ARCHITECTURES[named]
 
 
-def _notes(source: Source) -> dict[str, str]:
-    notes, linears = {}, [*source.linears.values(), source.embedding]
-    pruned = {linear.pattern for linear in linears} - {"dense"}
-    if pruned:
-        notes[f"zeros at {', '.join(sorted(pruned))}"] = "densified: stored as the code of zero"
-    if any(linear.codes is not None and linear.group_size > _BLOCK for linear in linears):
-        notes[f"groups of more than {_BLOCK}"] = f"their scale is repeated for each block of {_BLOCK}"
+def _notes(source: Source) -> dict[str, Change]:
+    notes, linears = export_source.densified(source), [*source.linears.values(), source.embedding]
+    if any(_type(linear) for linear in linears):
+        notes["scales"] = Change(f"float16 for each block of {_BLOCK} inputs, on no grid", "scales")
+        rounded = "rounded to 8 bits by the engine where they meet quantised weights"
+        notes["activations"] = Change(rounded, None, exact=False)
     return notes
 
 
@@ -176,7 +176,7 @@ def _describe(writer: GGUFWriter, source: Source) -> None:
         writer.add_tensor("rope_freqs.weight", (plain / rotary.inv_freq).float().numpy())
 
 
-def _vocabulary(writer: GGUFWriter, source: Source) -> dict[str, str]:
+def _vocabulary(writer: GGUFWriter, source: Source) -> dict[str, Change]:
     """Tokens and merges of a byte-level BPE; what could not be expressed."""
     path = source.folder / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"model": {}}
@@ -186,7 +186,9 @@ def _vocabulary(writer: GGUFWriter, source: Source) -> dict[str, str]:
         writer.add_eos_token_id(end if isinstance(end, int) else end[0])
     if not content["model"].get("merges") or content.get("normalizer") or pre is None:
         writer.add_tokenizer_model("none")
-        return {"tokenizer": "left out, it is no byte-level BPE that llama.cpp knows: the model takes token ids"}
+        return {
+            "tokenizer": Change("left out, no byte-level BPE that llama.cpp knows: the model takes ids", "metadata")
+        }
     size = source.config["vocab_size"]
     tokens, types = [f"[PAD{index}]" for index in range(size)], [gguf.TokenType.UNUSED] * size
     added = {entry["content"]: entry["special"] for entry in content.get("added_tokens", [])}
@@ -228,7 +230,7 @@ def _order(source: Source, architecture: gguf.MODEL_ARCH, name: str) -> Tensor |
     return torch.arange(rows).view(rows // size, 2, size // 2).transpose(1, 2).reshape(-1)
 
 
-def _add(writer: GGUFWriter, name: str, linear: Linear, order: Tensor | slice, notes: dict[str, str]) -> None:
+def _add(writer: GGUFWriter, name: str, linear: Linear, order: Tensor | slice, notes: dict[str, Change]) -> None:
     kind = _type(linear)
     if kind is not None:
         blob = _blocks(linear, kind)[order.numpy() if isinstance(order, Tensor) else order]
@@ -237,7 +239,8 @@ def _add(writer: GGUFWriter, name: str, linear: Linear, order: Tensor | slice, n
     values = linear.values().float()[order]
     writer.add_tensor(name, values.contiguous().numpy())
     if linear.codes is not None:
-        notes[f"groups that are no multiple of {_BLOCK} inputs, or out of order"] = "their linears are dequantised"
+        done = Change("their linears are dequantised to float32", "values")
+        notes[f"groups that are no multiple of {_BLOCK} inputs, or out of order"] = done
 
 
 def _type(linear: Linear) -> Type | None:
@@ -265,7 +268,7 @@ def _blocks(linear: Linear, kind: Type) -> np.ndarray:
 
 def _write_adapter(
     source: Source, architecture: gguf.MODEL_ARCH, names: gguf.TensorNameMap, folder: Path
-) -> dict[str, str]:
+) -> dict[str, Change]:
     branches = {name: linear for name, linear in source.linears.items() if linear.adapter is not None}
     if not branches:
         return {}
@@ -279,7 +282,8 @@ def _write_adapter(
         for part, factor in (("a", a), ("b", b[_order(source, architecture, name)])):
             writer.add_tensor(f"{place}.weight.lora_{part}", np.ascontiguousarray(factor.numpy()))
     _close(writer)
-    return {"adapter": f"a GGUF LoRA in float32 beside the model, {LORA}: the engine has to be told to load it"}
+    done = f"a GGUF LoRA in float32 beside the model, {LORA}: the engine has to be told to load it"
+    return {"adapter": Change(done, "adapter")}
 
 
 def _close(writer: GGUFWriter) -> None:

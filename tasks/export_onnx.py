@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tasks import export_source, packed
 from tasks.algorithms.errors import InputError
-from tasks.export_source import Source
+from tasks.export_source import Change, Source
 from tasks.packed import Linear
 
 MODEL = "model.onnx"
@@ -44,10 +44,11 @@ _HEAD = 16
 """What the size of a head must be a multiple of: GroupQueryAttention refuses others when it runs."""
 _ONE_FILE = 2**30
 """Bytes of tensors beyond which they go into a file of their own: one of protobuf ends at 2 GiB."""
+_ROTARY = {"rotary embedding": Change("tables of its cosines and sines for the whole context", "rotary")}
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def int4(source: Source, folder: Path) -> dict[str, str]:
+def int4(source: Source, folder: Path) -> dict[str, Change]:
     """Write model.onnx, genai_config.json and the tokenizer.
 
     Returns:
@@ -65,10 +66,10 @@ def int4(source: Source, folder: Path) -> dict[str, str]:
         graph.replace_tables(source.embedding, source.head)
         graph.save(folder)
         _finish(source, graph.path.parent, folder)
-    return graph.notes | _notes(source)
+    return export_source.densified(source) | graph.notes | _ROTARY
 
 
-def int8(source: Source, folder: Path) -> dict[str, str]:
+def int8(source: Source, folder: Path) -> dict[str, Change]:
     """The same by ONNX Runtime's dynamic quantisation: int8 weights per output, activations per call.
 
     Returns, raises: as `int4`.
@@ -81,12 +82,13 @@ def int8(source: Source, folder: Path) -> dict[str, str]:
         quantize_dynamic(drawn, folder / MODEL, per_channel=True, weight_type=QuantType.QInt8, extra_options=options)
         _finish(source, drawn.parent, folder)
         packed.copy_tokenizer(source.folder, folder)
-    notes = {"codes and scales": "quantised again to int8, one scale per output; activations per call"}
+    again = "quantised again to int8, one scale per output; activations per call"
+    notes = {"codes and scales": Change(again, "values", exact=False)}
     if any(linear.adapter for linear in source.linears.values()):
-        notes["adapter"] = "merged into its linears before they were quantised"
+        notes["adapter"] = Change("merged into its linears before they were quantised", "adapter", exact=False)
     if source.head is None:
-        notes["tied head"] = "stored twice: as embedding, and transposed as head"
-    return notes | _notes(source)
+        notes["tied head"] = Change("stored twice: as embedding, and transposed as head", "embedding")
+    return export_source.densified(source) | notes | _ROTARY
 
 
 def _finish(source: Source, drawn: Path, folder: Path) -> None:
@@ -136,11 +138,6 @@ def _component(name: str) -> str:
 
 def _attribute(node: onnx.NodeProto, name: str) -> int:
     return next(attribute.i for attribute in node.attribute if attribute.name == name)
-
-
-def _notes(source: Source) -> dict[str, str]:
-    pruned = {linear.pattern for linear in source.linears.values()} - {"dense"}
-    return {f"zeros at {', '.join(sorted(pruned))}": "densified: stored as the code of zero"} if pruned else {}
 
 
 def _draw(source: Source, scratch: Path, fused: bool, merged: bool, shared: bool = True) -> Path:
@@ -200,7 +197,7 @@ class _Graph:
         self.before: dict[str, list[onnx.NodeProto]] = {}
         self.after: dict[str, list[onnx.NodeProto]] = {}
         self.first: list[onnx.NodeProto] = []
-        self.notes: dict[str, str] = {}
+        self.notes: dict[str, Change] = {}
 
     def replace(self, place: str, linears: list[Linear]) -> None:
         """Make a MatMul node one of the linears' codes, side by side, with their adapters beside it."""
@@ -208,11 +205,13 @@ class _Graph:
         if linears[0].codes is not None:
             size = export_source.block_size(linears[0], *_BLOCKS)
             if size is None:
-                self.notes["groups that are no runs of 16 inputs or more"] = "their linears are dequantised to float32"
+                done = Change("their linears are dequantised to float32", "values")
+                self.notes["groups that are no runs of 16 inputs or more"] = done
             else:
                 self._nbits(node, name, linears, size)
         branches = [export_source.factors(linear) for linear in linears]
         if any(branches):
+            self.notes["adapter"] = Change("two products beside each linear, factors dequantised", "adapter")
             self._branch(node, name, linears, branches)
 
     def replace_tables(self, embedding: Linear, head: Linear | None) -> None:
@@ -224,7 +223,8 @@ class _Graph:
         if size is None:
             return
         self._nbits(last if head is None else None, "embedding", [embedding], size)
-        self.notes["head"] = "scale times code in float32, where PyTorch rounds the product to float16"
+        done = "scale times code in float32, where PyTorch rounds the product to float16"
+        self.notes["head"] = Change(done, "embedding", exact=False)
         bits = _width(embedding)
         flat = np.array([embedding.shape[0], embedding.shape[1] * bits // 8], np.int64)
         self.add("embedding.shape", flat)
@@ -260,6 +260,7 @@ class _Graph:
         words = np.concatenate([_blob(linear, bits, size) for linear in linears])  # [out, blocks, bytes]
         scales = torch.cat([export_source.block_scales(linear, size) for linear in linears])
         self.add(f"{name}.codes", words)
+        self.notes["scales"] = Change("float16 for each block of inputs, on no grid", "scales")
         if node is None:
             self.add(f"{name}.scales", scales.numpy())
             return

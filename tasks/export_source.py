@@ -48,6 +48,27 @@ class Source:
         return {name: linear for block in self.blocks for name, linear in block.items()}
 
 
+@dataclass(frozen=True)
+class Change:
+    """What an engine can't express as the package has it, and what was done instead.
+
+    Attributes:
+        done: half a sentence.
+        component: whose bytes it changes (`packed.COMPONENTS`, or `rotary`); None: none.
+        exact: whether the weights and what is computed with them are the package's, but for float32's rounding.
+    """
+
+    done: str
+    component: str | None
+    exact: bool = True
+
+
+def densified(source: Source) -> dict[str, Change]:
+    """That pruned weights are stored, as in every format that knows no sparsity; empty where nothing is pruned."""
+    pruned = {linear.pattern for linear in source.linears.values()} - {"dense"}
+    return {f"zeros at {', '.join(sorted(pruned))}": Change("stored as the code of zero", "values")} if pruned else {}
+
+
 def read(folder: Path) -> Source:
     """A packed folder, a gptqmodel checkpoint or a dense folder.
 

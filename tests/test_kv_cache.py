@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks import checkpoint, kv_cache, params
+from tasks import checkpoint, journal, kv_cache, params
 from tasks.algorithms import kv_cache as algorithm
 from tasks.algorithms import perplexity
 from tasks.algorithms.errors import InputError
@@ -164,7 +164,7 @@ def staged(make_stage: Any, model_folder: Path, tmp_path: Path) -> Any:
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora/test.jsonl").write_text(text, encoding="utf-8")
 
-    def run(skip: bool = False, journal: Any = None, **changed: Any) -> tuple[pd.DataFrame, bytes]:
+    def run(skip: bool = False, memory: Any = None, **changed: Any) -> tuple[pd.DataFrame, bytes]:
         given = {
             "enabled": True,
             "bits": [8, 4],
@@ -175,7 +175,7 @@ def staged(make_stage: Any, model_folder: Path, tmp_path: Path) -> Any:
         }
         section = params.KvCache(**given | changed)
         inputs = {"model": model_folder, "corpora": tmp_path / "corpora"}
-        stage = make_stage({"kv_cache": section}, inputs, journal=journal)
+        stage = make_stage({"kv_cache": section}, inputs, journal=memory)
         (kv_cache.skip if skip else kv_cache.run)(stage)
         path = tmp_path / "out/kv_cache.csv"
         return pd.read_csv(path), path.read_bytes()
@@ -198,6 +198,14 @@ def test_the_table_has_perplexity_and_bytes_by_context_and_bits(staged: Any, mod
     assert table.nats[4] == pytest.approx(math.log(table.perplexity[4] / table.perplexity[3]), abs=1e-7)
     assert table.nats_error[3] == 0 < table.nats_error[4] < table.nats_error[5]
     assert staged()[1] == content
+
+
+def test_a_run_whose_windows_are_all_in_the_journal_writes_the_same(staged: Any, tmp_path: Path) -> None:
+    _, content = staged()
+    staged(memory=journal.Journal(tmp_path / "journal", interval=0))
+    memory = journal.Journal(tmp_path / "journal", interval=0)
+    assert memory.part("40-4").load("nll").values == 3  # windows
+    assert staged(memory=memory)[1] == content
 
 
 def test_one_window_has_no_standard_error(staged: Any) -> None:

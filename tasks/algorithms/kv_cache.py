@@ -105,6 +105,7 @@ class Cached:
         except ValueError as error:
             raise InputError(f"transformers can't quantise this model's cache: {error}") from error
 
+    @torch.no_grad()
     def __call__(self, input_ids: Tensor, use_cache: bool = True) -> Any:
         """Logits of one text [1, length], read from an empty cache; `self.cache` then holds it."""
         self.cache, logits = self.empty(), []
