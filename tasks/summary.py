@@ -42,7 +42,7 @@ def rows() -> list[dict[str, Any]]:
             return []
         table = pd.read_csv(path).astype(object)
         records = table.where(table.notna(), None).to_dict("records")
-        return [record | {"seconds": _seconds(repo, record["stage"])} for record in records]
+        return [record | {"seconds": seconds(repo, record["stage"])} for record in records]
 
 
 def verdict() -> str:
@@ -83,7 +83,7 @@ def _outs(repo: Repo, name: str) -> list[Path]:
         return []
 
 
-def _seconds(repo: Repo, name: str) -> float | None:
+def seconds(repo: Repo, name: str) -> float | None:
     """How long the stage took when it last ran, from its record; None without one."""
     folder = Path(repo.root_dir) / lineage.RECORDS
     path = next((path for path in _outs(repo, name) if folder in path.parents), None)

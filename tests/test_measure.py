@@ -104,7 +104,7 @@ def test_a_process_of_its_own_measures_a_model(model_folder: Path) -> None:
         (
             "import sys; print('noise\\nthe model is cut off', file=sys.stderr); sys.exit(2)",
             InputError,
-            "^the model is d",
+            "^the model is c",
         ),
         ("import os; os.kill(os.getpid(), 9)", InputError, "ended by signal 9"),
         ("raise ValueError('a mistake')", RuntimeError, "a mistake"),
