@@ -35,10 +35,15 @@ def made(report: Path) -> Iterator[Artifact]:
     rest = "\n\n".join(map(_plain, sentences[1:]))
     yield MarkdownArtifact(key="verdict", markdown=f"## {_plain(sentences[0])}\n\n{rest}", description="what came out")
     yield LinkArtifact(key="report", link=report.resolve().as_uri(), link_text=str(report.resolve()))
-    yield TableArtifact(key="stages", table=summary.rows(), description=f"the model after each stage; {PLAIN}")
+    stages = summary.rows()
+    yield TableArtifact(key="stages", table=stages, description=f"the model after each stage; {PLAIN}")
+    seconds = {row["stage"]: row["seconds"] for row in stages}
     for path in sorted((folder / "tables").glob("*.csv")):
         name = path.stem.replace("_", "-")
-        yield TableArtifact(key=name, table=_rows(path), description=f"table {name} of the report")
+        table = _rows(path)
+        if path.stem == "attribution":  # which can't have the seconds in the report: an output holds no time
+            table = [row | {"seconds": seconds.get(row["stage"])} for row in table]
+        yield TableArtifact(key=name, table=table, description=f"table {name} of the report")
     captions = json.loads((folder / "plots/captions.json").read_text(encoding="utf-8"))
     for name, caption in captions.items():
         picture = base64.b64encode((folder / "plots" / f"{name}.svg").read_bytes()).decode("ascii")

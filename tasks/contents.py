@@ -1,7 +1,8 @@
 """What a model folder holds, as hardware fit counts it: every matrix with its format, from headers and descriptions.
 
-A folder is packed, quantised by gptqmodel, or dense; a config.json alone is a model that is only planned. No weights are
-read, so of zeros it knows what a packed folder says: in other folders they count as weights. It says nothing of devices.
+A folder is packed, quantised by gptqmodel, or dense; a config.json alone is a model that is only planned. No weights
+are read, so of zeros it knows what a packed folder says: in other folders they count as weights. It says nothing of
+devices.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def planned(
         raise InputError(f"bits = {bits} must be 2 to 8 and the embedding's {embedding_bits} one of 4, 8, 16")
     shape = footprint.shape(config)
     row = shape.hidden if embedding_group == -1 else embedding_group
-    if row < 1 or shape.hidden % row:
+    if embedding_bits < 16 and (row < 1 or shape.hidden % row):
         raise InputError(f"embedding_group = {embedding_group} doesn't divide rows of {shape.hidden}")
     sizes, _ = packed.planned(config, bits, pattern, group_size, embedding_bits, row, dtype=dtype)
     config = packed_format.clean(config)

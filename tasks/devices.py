@@ -18,7 +18,7 @@ Source = Annotated[str, Field(min_length=12)]
 """Publication, data sheet or vendor page, in words."""
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 HOST = "host"
-"""The profile that `python -m tasks.host_profile` measures. It is no source: git and DVC ignore it, the DAG never reads it."""
+"""The profile that `python -m tasks.host_profile` measures: git and DVC ignore it, the DAG never reads it."""
 
 
 class Part(BaseModel):

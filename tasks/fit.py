@@ -1,4 +1,4 @@
-"""The command that says whether a model fits a device, without the DAG; and the tables that it shares with hardware_fit.
+"""The command that says whether a model fits a device, without the DAG; and the tables that hardware_fit shares.
 
     python -m tasks.fit --model DIR --device raspberry-pi-5       one device; the exit code is the verdict
     python -m tasks.fit --model DIR                               a table of all
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """The command."""
     given = _parser().parse_args(arguments)
     try:
-        model, workload = _model(given), None
+        model = _model(given)
         context = min(_CONTEXT, model.shape.context_limit) if given.context is None else given.context
         workload = Workload(context, given.batch, given.kv_bits, given.activation_bits)
         chosen = _chosen(given)

@@ -1,9 +1,9 @@
 """Stage hardware_fit: the packaged model against the device profiles of data/devices.
 
 What counts are bytes in a device's memory, which follow from the model's matrices and the formats that the device takes
-(tasks.algorithms.footprint), and all files beside the tensors (tokenizer, configs, manifest). The fetched model is judged
-beside it as if stored in bf16, which is what compression has to beat. "Does not fit" is a result. It loads no weights.
-The same verdict without the DAG, for any folder: tasks.fit.
+(tasks.algorithms.footprint), and all files beside the tensors (tokenizer, configs, manifest). The fetched model is
+judged beside it as if stored in bf16, which is what compression has to beat. "Does not fit" is a result. It loads no
+weights. The same verdict without the DAG, for any folder: tasks.fit.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def made(tmp_path, monkeypatch):
     """The artifacts by key."""
     stage = synthetic_results.report_stage(tmp_path, synthetic_results.write(tmp_path))
     report.run(stage)
-    monkeypatch.setattr(summary, "rows", lambda: [{"stage": "fetch", "seconds": None}])
+    monkeypatch.setattr(summary, "rows", lambda: [{"stage": "fetch", "seconds": None}, {"stage": "wanda", "seconds": 1.5}])
     return {artifact.key: artifact for artifact in artifacts.made(stage.output("report.html"))}
 
 
@@ -33,6 +33,7 @@ def test_verdict_tables_and_plots_become_artifacts(made, tmp_path):
     assert made["verdict"].markdown.startswith(f"## {first}\n\n")
     assert {"report", "stages", "attribution", "devices", "task-scores", "kv-cache", "host"} <= set(made)
     assert made["attribution"].table[0]["stage"] == "vocabulary"
+    assert {row["stage"]: row["seconds"] for row in made["attribution"].table}["wanda"] == 1.5
     plots = [key for key in made if key.startswith("plot-")]
     assert len(plots) == len(list((tmp_path / "out/plots").glob("*.svg"))) > 10
     for key in plots:

@@ -1,7 +1,7 @@
 """Does a model fit a device's memories, how fast could it decode there at best, and what would make it fit.
 
-A roofline (Williams, Waterman, Patterson, "Roofline", CACM 2009) for decoding one token at a time. Every token reads all
-weights and the whole KV cache once, so for small batches the memories limit, not the arithmetic:
+A roofline (Williams, Waterman, Patterson, "Roofline", CACM 2009) for decoding one token at a time. Every token reads
+all weights and the whole KV cache once, so for small batches the memories limit, not the arithmetic:
 
   bandwidth  bytes by the bandwidth of the memory they lie in, one memory after another, as each step of a token needs
              the one before. Weights that lie where they can't be read in place are streamed into a buffer ahead of
@@ -110,7 +110,7 @@ class Fit:
     Attributes:
         limiting_term: "memories: item" that exceeds its room by most, or fills it to the largest share.
         bytes_over: bytes that found no room.
-        headroom_bytes: by which the limiting item may still grow.
+        headroom_bytes: by which that item may still grow.
         weights_bytes: in the device's memory, which is not what the file has; without `metadata_bytes`.
         activation_bytes: activations and scratch.
         capacity_bytes: usable in all memories that are read in place.
@@ -220,7 +220,7 @@ def _judge(device: Device, model: Model, workload: Workload) -> Fit:
     components = {name: sum(h.bytes for h in held if h.component == name) for name in footprint.COMPONENTS}
     return Fit(
         verdict=FAILS if placement.over else verdict,
-        limiting_term=_term(tiers, placement, sizes),
+        limiting_term=_term(tiers, placement),
         bytes_over=placement.over,
         headroom_bytes=placement.headroom,
         weights_bytes=sum(components.values()) - components["metadata"],
@@ -248,8 +248,8 @@ def _sizes(held: Sequence[Held], model: Model, workload: Workload) -> dict[str, 
     }
 
 
-def _term(tiers: Sequence[Tier], placement: Placement, sizes: Mapping[str, int]) -> str:
-    item = max(placement.limiting, key=lambda one: sizes[one])
+def _term(tiers: Sequence[Tier], placement: Placement) -> str:
+    item = placement.limiting[0]
     return f"{'+'.join(tiers[index].name for index in placement.tiers)}: {'metadata' if item == 'lookup' else item}"
 
 

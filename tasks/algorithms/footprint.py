@@ -1,9 +1,9 @@
 """What a model takes of a device's memory, and what a token costs: bytes and operations by arithmetic.
 
-A file and a memory hold the same matrix differently. A packed file stores the positions of kept weights and their codes;
-a compute unit that has no use for zeros needs every code of the matrix, zeros too. A file may store scales as indices of
-a table; kernels take them in 16 bits. A format that the unit cannot compute with is held in the nearest that it can
-(`nearest`). So bytes in memory are counted here from what the model is, never taken from its file.
+A file and a memory hold the same matrix differently. A packed file stores the positions of kept weights and their
+codes; a compute unit that has no use for zeros needs every code of the matrix, zeros too. A file may store scales as
+indices of a table; kernels take them in 16 bits. A format that the unit cannot compute with is held in the nearest that
+it can (`nearest`). So bytes in memory are counted here from what the model is, never taken from its file.
 
 What a token needs besides
   kv_cache     keys and values of every layer for `context` tokens of `batch` sequences
@@ -206,8 +206,8 @@ def scratch_bytes(shape: Shape, workload: Workload) -> int:
 def nearest(name: str, supported: Iterable[str]) -> str | None:
     """The format in which a device holds weights of format `name`; None where it has nothing as wide.
 
-    The same one; else the narrowest integers that hold the same codes with the same or finer scales; else, as scales per
-    group become one per row, the widest integers; else the narrowest floats that are as wide.
+    The same one; else the narrowest integers that hold the same codes with the same or finer scales; else, as scales
+    per group become one per row, the widest integers; else the narrowest floats that are as wide.
     """
     supported = list(supported)
     if name in supported:

@@ -1,11 +1,11 @@
 """Which bytes of a model lie in which memory of a device: an exact answer, by Hall's theorem for flows.
 
-What is placed comes in five items (`ITEMS`); an item may be split over memories, down to rows of a matrix. They all find
-room exactly if no set of items is larger than the memories that may hold any of it; and by the same count, the bytes
-that find none are those of the set that exceeds its memories by most (the deficiency version of Hall's theorem, here for
-at most 32 sets). So more memory can only help. Of all placements with the fewest bytes over, the one that fills the
-first memories first is taken, in the order of `ITEMS` within one; memories come in the order of their bandwidth, so that
-it is also the one that reads fastest.
+What is placed comes in five items (`ITEMS`); an item may be split over memories, down to rows of a matrix. They all
+find room exactly if no set of items is larger than the memories that may hold any of it; and by the same count, the
+bytes that find none are those of the set that exceeds its memories by most (the deficiency version of Hall's theorem,
+here for at most 32 sets). So more memory can only help. Of all placements with the fewest bytes over, the one that
+fills the first memories first is taken, in the order of `ITEMS` within one; memories come in the order of their
+bandwidth, so that it is also the one that reads fastest.
 
 What it does not do: no fragmentation, no alignment, no moving of anything while the model runs.
 """
@@ -43,9 +43,9 @@ class Placement:
     Attributes:
         held: per tier, item -> bytes; what found no room is counted where it would go last.
         over: bytes that found no room.
-        limiting: the items that exceed their tiers by most, or fill them to the largest share.
+        limiting: the items that exceed their tiers by most, or fill them to the largest share; the largest comes first.
         tiers: the indices of the tiers that may hold those.
-        headroom: bytes by which the limiting items may still grow.
+        headroom: bytes by which the first of `limiting` may still grow.
     """
 
     held: tuple[dict[str, int], ...]
@@ -62,9 +62,9 @@ def place(tiers: Sequence[Tier], sizes: Mapping[str, int], margin: float) -> Pla
     """
     room = [tier.usable(margin) for tier in tiers]
     left = {item: sizes[item] for item in ITEMS if sizes[item]}
-    limiting = _limiting(tiers, left, room)
+    limiting = tuple(sorted(_limiting(tiers, left, room), key=lambda item: -left[item]))
     over = max(0, _excess(tiers, left, room, limiting))
-    headroom = max(0, -_excess(tiers, left, room, limiting))
+    headroom = max(0, min(-_excess(tiers, left, room, some) for some in _sets(left) if limiting[0] in some))
     reached = _reach(tiers, limiting)
     held: list[dict[str, int]] = [{} for _ in tiers]
     for index, tier in enumerate(tiers):
