@@ -24,7 +24,9 @@ def made(tmp_path, monkeypatch):
     """The artifacts by key."""
     stage = synthetic_results.report_stage(tmp_path, synthetic_results.write(tmp_path))
     report.run(stage)
-    monkeypatch.setattr(summary, "rows", lambda: [{"stage": "fetch", "seconds": None}, {"stage": "wanda", "seconds": 1.5}])
+    monkeypatch.setattr(
+        summary, "rows", lambda: [{"stage": "fetch", "seconds": None}, {"stage": "wanda", "seconds": 1.5}]
+    )
     return {artifact.key: artifact for artifact in artifacts.made(stage.output("report.html"))}
 
 
