@@ -1,7 +1,7 @@
 """`python -m flows.compress`: the whole DAG as one Prefect flow run, one cached task run per stage.
 
-Prints a table of the stages, how the package compares with a plain model of its size, and the report's path; the same
-table, the lineage of every stage and a link to the report become artifacts of the run. `--force` runs every stage,
+Prints a table of the stages, the verdict, and the report's path; the lineage of every stage and the report's verdict,
+tables and plots become artifacts of the run (`flows.artifacts`). `--force` runs every stage,
 STAGE ... only those and what they need.
 """
 
@@ -19,14 +19,14 @@ settings.apply()
 from dvc.exceptions import DvcException  # noqa: E402
 from dvc.repo import Repo  # noqa: E402
 from prefect import flow  # noqa: E402  the settings must be in the environment before Prefect is imported
-from prefect.artifacts import create_link_artifact, create_table_artifact  # noqa: E402
+from prefect.artifacts import create_table_artifact  # noqa: E402
 from prefect.exceptions import TerminationSignal  # noqa: E402
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings  # noqa: E402
 from prefect.states import Completed, Failed, State  # noqa: E402
 
-from flows import processes, server  # noqa: E402
+from flows import artifacts, processes, server  # noqa: E402
 from flows.reproduction import Reproduction  # noqa: E402
-from tasks import comparison, params, summary  # noqa: E402
+from tasks import params, summary  # noqa: E402
 from tasks.algorithms.errors import InputError  # noqa: E402
 
 REPORT = Path("data/report/report.html")
@@ -44,8 +44,7 @@ def compress(targets: list[str] | None = None, force: bool = False) -> State:
     if failure:
         return Failed(message=failure)
     if _makes_report(targets):
-        create_table_artifact(key="stages", table=summary.rows(), description=_described())
-        create_link_artifact(key="report", link=REPORT.resolve().as_uri(), link_text=str(REPORT.resolve()))
+        artifacts.publish(REPORT)
     counts = [row["why"] for row in reproduction.rows]
     return Completed(message=f"{counts.count('ran')} of {len(counts)} stages ran")
 
@@ -74,11 +73,6 @@ def main(arguments: list[str]) -> int:
     if _makes_report(chosen.targets):
         print(f"\n{summary.table()}\n\n{state.message}; report: {REPORT.resolve()}")
     return 0
-
-
-def _described() -> str:
-    plain = " and ".join(comparison.PLAIN_MODELS)
-    return f"the model after each stage; {plain} are the plain models that it is compared with. {summary.verdict()}"
 
 
 def _makes_report(targets: list[str] | None) -> bool:

@@ -1,4 +1,4 @@
-"""The report's drawings: Vega-Lite specifications (through Altair) and the layout of the DAG.
+"""The report's charts: Vega-Lite specifications (through Altair).
 
 Every function is pure: tables in, plain data out, the same for the same input. It reads no file and writes no HTML.
 Charts take the width of their container; colours keep their meaning from chart to chart.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import altair as alt
@@ -41,6 +40,7 @@ ITEMS = {
     "activations": "#3d8b57",
     "scratch": "#6b4e8a",
 }
+VERDICTS = {"fits": GREEN, "fits by streaming": ORANGE, "does not fit": RED}
 KINDS = ("#1f5f99", "#86b3d9", "#3d8b57", "#9bc7a6", "#d98f1f", "#b3361e", "#6b4e8a", "#a9a294")
 LOSSES = {"loss": INK, "causal_lm": BLUE, "distillation": ORANGE, "hidden": GREEN}
 MIB = 2**20
@@ -57,6 +57,8 @@ STEPS = 600
 """At most so many points of a training curve are drawn."""
 NEAR_X, NEAR_Y = 0.3, 0.05
 """Points of the pipeline closer than these shares of the plot have one label together."""
+STILL_WIDTH = 640
+"""Pixels across a chart that is a picture."""
 SHIFTS = {
     "left": {"pipeline": 10, "package": 10, "plain model": -10},
     "right": {"pipeline": 0, "package": 0, "plain model": 10},
@@ -240,6 +242,54 @@ def bit_widths(layers: pd.DataFrame) -> dict[str, Any]:
     return _finish(alt.layer(cells, text).properties(width="container", height=24 * len(kinds)))
 
 
+def devices(rows: pd.DataFrame) -> dict[str, Any]:
+    """Bound on tokens per second by device, coloured by verdict. `rows`: of devices.csv, verdict in words."""
+    known = [(name, colour) for name, colour in VERDICTS.items() if name in set(rows["verdict"])]
+    names, colours = ([pair[part] for pair in known] for part in range(2))
+    chart = (
+        alt.Chart(rows[["device", "verdict", "tokens_per_second_bound", "limited_by", "total_bytes", "capacity_bytes"]])
+        .mark_circle(size=110, opacity=1)
+        .encode(
+            x=alt.X(
+                "tokens_per_second_bound:Q",
+                title="tokens per second at most",
+                scale=alt.Scale(type="log"),
+                axis=alt.Axis(format=",.4~r", tickCount=6, labelOverlap=True),
+            ),
+            y=alt.Y("device:N", sort="-x", title=None, axis=alt.Axis(grid=True)),
+            color=alt.Color("verdict:N", scale=alt.Scale(domain=names, range=colours), title=None),
+            tooltip=[
+                "device",
+                "verdict",
+                alt.Tooltip("tokens_per_second_bound:Q", format=",.4r"),
+                "limited_by",
+                alt.Tooltip("total_bytes:Q", format=","),
+                alt.Tooltip("capacity_bytes:Q", format=","),
+            ],
+        )
+    )
+    return _finish(chart.properties(width="container", height=24 * len(rows)))
+
+
+def speeds(rows: pd.DataFrame) -> dict[str, Any]:
+    """Bars of tokens per second by model, one per batch size. `rows`: model, batch, tokens_per_second."""
+    batches = sorted(set(rows["batch"]))
+    names = [f"batch {batch}" for batch in batches]
+    data = rows.assign(model=rows["model"].map(title), together=[f"batch {batch}" for batch in rows["batch"]])
+    chart = (
+        alt.Chart(data)
+        .mark_bar()
+        .encode(
+            x=alt.X("tokens_per_second:Q", title="tokens per second", axis=alt.Axis(tickCount=6)),
+            y=alt.Y("model:N", sort=list(dict.fromkeys(data["model"])), title=None),
+            yOffset=alt.YOffset("together:N", sort=names),
+            color=alt.Color("together:N", scale=alt.Scale(domain=names, range=list(KINDS[: len(names)])), title=None),
+            tooltip=["model", "batch", alt.Tooltip("tokens_per_second:Q", format=",.1f")],
+        )
+    )
+    return _finish(chart.properties(width="container", height=14 * len(data)))
+
+
 def placement(rows: pd.DataFrame) -> dict[str, Any]:
     """What lies in each memory as a share of what is usable there. `rows`: place, item, bytes, usable."""
     if rows.empty:
@@ -270,6 +320,60 @@ def placement(rows: pd.DataFrame) -> dict[str, Any]:
     )
     chart = alt.layer(bars, _limit(1.0, "all that is usable"))
     return _finish(chart.properties(width="container", height=30 * data["place"].nunique()))
+
+
+def attribution(rows: pd.DataFrame) -> dict[str, Any]:
+    """Change of perplexity by stage with its interval; none is grey. `rows`: stage, change, low, high, verdict."""
+    verdicts = {"better": GREEN, "worse": RED, "no difference": GREY}
+    known = [name for name in verdicts if name in set(rows["verdict"])]
+    scale = alt.Scale(domain=known, range=[verdicts[name] for name in known])
+    base = alt.Chart(rows).encode(y=alt.Y("stage:N", sort=list(rows["stage"]), title=None))
+    figures = [alt.Tooltip(f"{name}:Q", format="+.4f") for name in ("change", "low", "high")]
+    bars = base.mark_bar().encode(
+        x=alt.X("change:Q", title="change of perplexity on test", axis=alt.Axis(tickCount=6)),
+        color=alt.Color("verdict:N", scale=scale, title=None),
+        tooltip=["stage", "verdict", *figures],
+    )
+    errors = base.mark_rule(strokeWidth=2, color=INK).encode(x=alt.X("low:Q"), x2="high:Q")
+    return _finish(alt.layer(bars, errors).properties(width="container", height=24 * len(rows)))
+
+
+def kv_cache(rows: pd.DataFrame) -> dict[str, Any]:
+    """Loss by context, a point per number of bits with its interval. `rows`: context, bits, nats, low, high, bytes."""
+    widths = sorted(set(rows["bits"]), reverse=True)
+    names = [f"{bits} bit" for bits in widths]
+    colours = [BITS.get(bits, GREY) for bits in widths]
+    base = alt.Chart(rows.assign(held=[f"{bits} bit" for bits in rows["bits"]])).encode(
+        x=alt.X("context:O", title="context, tokens", axis=alt.Axis(labelAngle=0)),
+        xOffset=alt.XOffset("held:N", sort=names),
+        color=alt.Color("held:N", scale=alt.Scale(domain=names, range=colours), title=None),
+    )
+    loss = alt.Y("nats:Q", title="loss in nats per token")
+    tooltip = ["context", "held", alt.Tooltip("nats:Q", format="+.5f"), alt.Tooltip("perplexity:Q", format=".4f")]
+    points = base.mark_circle(size=70, opacity=1).encode(y=loss, tooltip=[*tooltip, alt.Tooltip("bytes:Q", format=",")])
+    errors = base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q"), y2="high:Q")
+    zero = alt.Chart(pd.DataFrame({"at": [0.0]})).mark_rule(color=GREY, strokeDash=[5, 3]).encode(y="at:Q")
+    return _finish(alt.layer(zero, errors, points).properties(width="container", height=220))
+
+
+def task_scores(rows: pd.DataFrame) -> dict[str, Any]:
+    """A point per model with twice its standard error on both sides. `rows`: name, model, value, stderr."""
+    if rows.empty:
+        return {}
+    models = list(dict.fromkeys(rows["model"]))
+    data = rows.assign(low=rows["value"] - 2 * rows["stderr"], high=rows["value"] + 2 * rows["stderr"])
+    colours = list(itertools.islice(itertools.cycle((GREY, GREEN, ORANGE, *KINDS)), len(models)))
+    base = alt.Chart(data).encode(
+        y=alt.Y("name:N", sort=list(dict.fromkeys(data["name"])), title=None, axis=alt.Axis(labelLimit=190)),
+        yOffset=alt.YOffset("model:N", sort=models),
+        color=alt.Color("model:N", scale=alt.Scale(domain=models, range=colours), title=None),
+    )
+    tooltip = ["name", "model", alt.Tooltip("value:Q", format=".4f"), alt.Tooltip("stderr:Q", format=".4f")]
+    x = alt.X("value:Q", title="score", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=6))
+    points = base.mark_circle(size=60, opacity=1).encode(x=x, tooltip=tooltip)
+    errors = base.mark_rule(strokeWidth=1.5).encode(x=alt.X("low:Q"), x2="high:Q")
+    height = 16 * len(models) * data["name"].nunique()
+    return _finish(alt.layer(errors, points).properties(width="container", height=height))
 
 
 def _limit(at: float, text: str) -> alt.Chart:
@@ -367,59 +471,6 @@ def _finish(chart: Any) -> dict[str, Any]:
     return spec
 
 
-NODE, MATRIX, HEIGHT, PITCH = 106, 150, 24, 42
-LEFT, GAP, RIGHT, BUS = 70, 56, 26, 12
-
-
-def dag(nodes: Iterable[str], edges: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """A drawing of the DAG from top to bottom; a row is the longest way from a source.
-
-    The items of a matrix ("evaluate@gptq") stand in a second column.
-
-    Args:
-        nodes: names of stages.
-        edges: (from, to).
-
-    Returns:
-        width, height, boxes (name, x, y, width, height) and paths (title, d), in pixels.
-    """
-    nodes, edges = sorted(nodes), sorted(edges)
-    level = _levels(nodes, edges)
-    boxes: dict[str, dict[str, Any]] = {}
-    top = 4
-    for depth in range(max(level.values(), default=-1) + 1):
-        columns = [[n for n in nodes if level[n] == depth and ("@" in n) == matrix] for matrix in (False, True)]
-        for matrix, column in enumerate(columns):
-            x, width = (LEFT + NODE + GAP, MATRIX) if matrix else (LEFT, NODE)
-            for row, name in enumerate(column):
-                boxes[name] = {"name": name, "x": x, "y": top + row * PITCH, "width": width, "height": HEIGHT}
-        top += PITCH * max(map(len, columns))
-    paths = [{"title": f"{a} → {b}", "d": _path(boxes[a], boxes[b])} for a, b in edges]
-    width = LEFT + NODE + GAP + MATRIX + RIGHT if any("@" in name for name in nodes) else LEFT + NODE + 4
-    return {"width": width, "height": top, "boxes": list(boxes.values()), "paths": paths}
-
-
-def _levels(nodes: list[str], edges: list[tuple[str, str]]) -> dict[str, int]:
-    level = dict.fromkeys(nodes, 0)
-    for _ in nodes:
-        for a, b in edges:
-            level[b] = max(level[b], level[a] + 1)
-    return level
-
-
-def _path(a: dict[str, Any], b: dict[str, Any]) -> str:
-    down, middle_a, middle_b = b["y"] - a["y"], a["y"] + HEIGHT / 2, b["y"] + HEIGHT / 2
-    if a["x"] == b["x"]:
-        if down <= PITCH:
-            return f"M{a['x'] + a['width'] / 2:g},{a['y'] + HEIGHT} V{b['y'] - 1}"
-        out = a["x"] - min(LEFT * 1.28, 16 + 8 * down / PITCH)
-        return f"M{a['x']},{middle_a:g} C{out:g},{middle_a:g} {out:g},{middle_b:g} {b['x'] - 1},{middle_b:g}"
-    right = a["x"] + a["width"]
-    if a["x"] < b["x"]:
-        if down <= PITCH:
-            half = right + GAP / 2
-            return f"M{right},{middle_a:g} C{half:g},{middle_a:g} {half:g},{middle_b:g} {b['x'] - 1},{middle_b:g}"
-        bus = b["x"] - BUS
-        return f"M{right},{middle_a:g} H{bus - 6} q6,0 6,6 V{middle_b - 6:g} q0,6 6,6 H{b['x'] - 1}"
-    bus = right + BUS
-    return f"M{right},{middle_a:g} H{bus - 6} q6,0 6,6 V{middle_b - 6:g} q0,6 -6,6 H{b['x'] + b['width'] + 1}"
+def still(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same chart for a picture: of a fixed width, on white."""
+    return spec | {"width": STILL_WIDTH, "background": "white"}

@@ -147,12 +147,20 @@ def sentence(package: Metrics, plain: Metrics, changes: Sequence[str], same_reco
     if not found:
         return "Not compared with a plain model (the two have no common measure)."
     outcomes = {split: comparison.outcome for split, comparison in found.items()}
-    text = _result(outcomes, places(package, list(found)), _size(package, plain))
-    text += f": {_values(found, package, plain, same_recovery)}"
+    text = f"{result(package, plain)}: {_values(found, package, plain, same_recovery)}"
     if WORSE not in outcomes.values() or BETTER in outcomes.values():
         return f"{text}."
     advice = f": {', '.join(changes)}" if changes else ""
     return f"{text}; plain quantisation is better here{advice}."
+
+
+def result(package: Metrics, plain: Metrics) -> str:
+    """ "Better than plain quantisation of equal size", or a result for each split where they differ.
+
+    Both must be evaluated and comparable (`compare`).
+    """
+    outcomes = {split: comparison.outcome for split, comparison in compare(package, plain).items()}
+    return _result(outcomes, places(package, list(outcomes)), _size(package, plain))
 
 
 def way_out(parameters: Mapping[str, Any], plain_bytes: int | None) -> list[str]:

@@ -7,274 +7,60 @@ import functools
 import hashlib
 import html
 import json
+import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
-import networkx as nx
 import pandas as pd
 import pytest
 
-from tasks import charts, comparison, report, report_tables, summary
-
-PIPELINE = ("fetch", "vocabulary", "depth_prune", "wanda", "lora", "gptq", "eora", "package")
-MODELS = (*PIPELINE, "baseline_lora", "baseline")
-SIZES = {"blocks": 4_100_000, "scales": 0, "embedding": 524_288, "norms": 6_400, "adapter": 0, "metadata": 140_000}
-SMALL = {"blocks": 900_000, "scales": 140_000, "embedding": 524_288, "norms": 5_376, "adapter": 0, "metadata": 151_000}
-PACKED = {"positions": 281_000, "values": 430_000, "scales": 107_520, "zeros": 0, "embedding": 262_144}
-PACKED |= {"norms": 2_688, "adapter": 30_720, "metadata": 36_000}
-PLAIN = PACKED | {"positions": 0, "values": 739_000, "adapter": 0, "metadata": 37_028}
-PERPLEXITY = {
-    "fetch": (3.1234, 310.5),
-    "vocabulary": (3.1234, 310.5),
-    "depth_prune": (4.2, 402.25),
-    "wanda": (9.75, 640.125),
-    "lora": (3.6789, 355.5),
-    "gptq": (3.9012, 371.25),
-    "eora": (3.81, 366.75),
-    "package": (3.81, 366.75),
-    "baseline_lora": (2.95, 300.25),
-    "baseline": (4.2, 362.0),
-}
-BITS_PER_BYTE = {"test": 0.75, "test_ood": 2.25}
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
+from tasks import charts, comparison, dag_drawing, report, report_tables, report_verdict, summary
+from tasks.report_sections import task_scores
+from tests import synthetic_results
+from tests.synthetic_results import (
+    BITS_PER_BYTE,
+    EDGES,
+    EVIL,
+    MODELS,
+    PERPLEXITY,
+    PIPELINE,
+    Out,
+    fit,
+    fit_on,
+    ledger,
+    manifest,
+    metrics,
+    tables,
 )
-EVIL = 'be <script>alert(1)</script> & "quoted" {{ 7 * 7 }}'
-
-
-class Node(NamedTuple):
-    addressing: str
-
-
-def sizes(name):
-    if name in ("package", "baseline"):
-        return dict(PACKED if name == "package" else PLAIN)
-    return dict(SMALL) | {"adapter": 61_440 if name == "eora" else 0} if name in ("gptq", "eora") else dict(SIZES)
-
-
-def metrics(name):
-    sparse = name in ("wanda", "lora", "gptq", "eora", "package")
-    test, ood = PERPLEXITY[name]
-    blocks = 1_720_320 if name in PIPELINE[2:] else 2_064_384
-    return {
-        "model": name,
-        "evaluated": True,
-        "protocol": "joined-512-512-nobos-fp32",
-        "perplexity": {"test": test, "test_ood": ood},
-        "bits_per_byte": {split: value + 0.01 * MODELS.index(name) for split, value in BITS_PER_BYTE.items()},
-        "predictions": {"test": 30_660, "test_ood": 9_198},
-        "parameters": blocks + 265_344,
-        "block_parameters": blocks,
-        "zeros": blocks // 2 if sparse else 0,
-        "zero_fraction": 0.5 if sparse else 0.0,
-        "max_kept": {"4": 2, "8": 4, "16": 8, "32": 16} if sparse else {"4": 4, "8": 8, "16": 16, "32": 32},
-        "bytes": sizes(name) | {"total": sum(sizes(name).values())},
-    }
-
-
-def fit_on(device, verdict, used):
-    usable = 3_774_873
-    return {
-        "device": device,
-        "verdict": verdict,
-        "limiting_term": "mram: weights",
-        "bytes_over": max(0, used - usable),
-        "headroom_bytes": max(0, usable - used),
-        "placement": [
-            {
-                "tier": "mram",
-                "capacity": 4_194_304,
-                "usable": usable,
-                "items": {"weights": used - 150_000, "metadata": 150_000},
-                "used": used,
-                "over": max(0, used - usable),
-            },
-            {
-                "tier": "l1",
-                "capacity": 262_144,
-                "usable": 235_929,
-                "items": {"scratch": 3_072},
-                "used": 3_072,
-                "over": 0,
-            },
-            {
-                "tier": "tile_sram",
-                "capacity": 4_194_304,
-                "usable": usable,
-                "items": {"kv_cache": 1_310_720, "activations": 6_000},
-                "used": 1_316_720,
-                "over": 0,
-            },
-        ],
-        "tokens_per_second": {
-            "bound": 6543.21,
-            "bandwidth": 6543.21,
-            "compute": 400_000.0,
-            "limited_by": "bandwidth",
-            "tier": "mram",
-        },
-        "notes": ["weights are int4-group, which the compute unit does not take as they are"],
-    }
-
-
-def fit():
-    row = {key: value for key, value in fit_on("siracusa", "FITS", 1_782_104).items() if key != "placement"}
-    return fit_on("siracusa", "FITS", 1_782_104) | {
-        "fetched": fit_on("siracusa", "DOES_NOT_FIT", 4_800_000) | {"stored_bytes": 4_770_688},
-        "all_devices": [row | {"device": name, "fetched_verdict": "FITS"} for name in ("esp32-s3", "siracusa")],
-        "description": "A system-on-chip with a neural engine beside its memory.",
-        "safety_margin": 0.1,
-        "sources": [{"figure": "mram.bytes", "value": 4_194_304, "source": "a sheet, https://example.org/sheet"}],
-        "stored_bytes": 1_782_104,
-        "workload": {"context": 512, "batch": 1, "kv_bits": 16, "activation_bits": 16},
-    }
-
-
-def manifest():
-    return {
-        "files": {"model.safetensors": {"bytes": 1_500_000, "sha256": "ab" * 32}},
-        "pattern": "2:4",
-        "bound": {
-            "positions": 277_971.5,
-            "values": 430_000.0,
-            "scales": 107_520.0,
-            "embedding": 262_144.0,
-            "metadata": 0,
-        },
-        "lineage": {
-            "source": {"model": {"kind": "local", "path": "data/base_model/model", "<b>": "x"}, "corpora": {}},
-            "parameters": {
-                "depth_prune": {"enabled": True, "remove": 2},
-                "wanda": {"enabled": True, "keep": 2, "of": 4},
-                "lora": {"enabled": True, "rank": 16},
-                "gptq": {"enabled": True, "bits": 4, "budget_bytes": None, "joint": None},
-                "eora": {"enabled": True, "rank": 4},
-            },
-            "inputs": {"source.json": "cd" * 32},
-        },
-    }
-
-
-def linears(blocks):
-    return [f"model.layers.{block}.{kind}" for block in range(blocks) for kind in LINEARS]
-
-
-def history():
-    return pd.DataFrame(
-        {
-            "step": range(1, 201),
-            "loss": [3 - 0.005 * step for step in range(200)],
-            "causal_lm": [2 - 0.003 * step for step in range(200)],
-            "distillation": [4 - 0.007 * step for step in range(200)],
-            "hidden": None,
-            "learning_rate": 1e-3,
-        }
-    )
-
-
-def ledger(zeros=8192, revived=0, violations=0):
-    """60 linears of 128 x 128 weights in 4096 groups; the second one is broken, if any."""
-    table = pd.DataFrame(
-        {"linear": linears(10), "weights": 16384, "zeros": zeros, "groups": 4096, "violations": 0, "revived": 0}
-    )
-    table.loc[1, ["violations", "revived"]] = violations, revived
-    return table
-
-
-def tables():
-    layers = range(12)
-    scores = {
-        name: [0.02 + 0.01 * ((layer * step) % 7) for layer in layers]
-        for step, name in enumerate(report_tables.SCORES, 2)
-    }
-    count = len(linears(10))
-    before = [0.05 + 0.002 * (index % 9) for index in range(count)]
-    masks = {"linear": linears(10), "rows": 128, "cols": 128, "zeros": 8192, "alpha": [None] * count}
-    quantised = {"linear": linears(10), "bits": 4, "error": before, "zeros": 8192, "violations": 0}
-    eora = {"linear": linears(10), "error_before": before, "error_after": [0.7 * value for value in before], "rank": 2}
-    bits = [(3, 6784), (4, 8832), (2, 4736), (8, 17024), (4, 8832), (3, 6784)] * 12
-    plain = {"linear": linears(12), "weights": 16384, "bits": [b for b, _ in bits], "bytes": [size for _, size in bits]}
-    return {
-        "importance/scores.csv": pd.DataFrame({"layer": layers, **scores}),
-        "wanda/layers.csv": pd.DataFrame(masks),
-        "lora/history.csv": history(),
-        "gptq/layers.csv": pd.DataFrame(quantised),
-        "eora/layers.csv": pd.DataFrame(eora).assign(bytes=512, bits_per_weight_equivalent=0.25),
-        **{f"{name}/sparsity.csv": ledger() for name in ("wanda", "lora")},
-        **{f"{name}/sparsity.csv": ledger(zeros=8300) for name in ("gptq", "eora", "package")},
-        "baseline_lora/history.csv": history(),
-        "baseline/bits.csv": pd.DataFrame(plain).assign(sensitivity=0.001),
-    }
 
 
 @pytest.fixture
 def results(tmp_path):
     """The files that the report reads, by the suffix that it asks for."""
-    inputs = {name: tmp_path / "data" / name for name in tables()}
-    records = {"removed.json": {"removed": [6, 5], "kept": [], "method": "block_influence", "schedule": "one_shot"}}
-    records |= {"manifest.json": manifest(), "fit.json": fit(), "overlap.json": {"measured": False, "splits": {}}}
-    inputs |= {name: tmp_path / "data" / name for name in records}
-    for name, table in tables().items():
-        inputs[name].parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(inputs[name], index=False)
-    for name, record in records.items():
-        inputs[name].write_text(json.dumps(record))
-    for name in MODELS:
-        folder = tmp_path / "data/evaluate" / name
-        folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps(metrics(name)))
-        rows = [
-            {"prompt": "The software must", "completion": EVIL},
-            {"prompt": "Users", "completion": f" log in {name}"},
-        ]
-        (folder / "completions.json").write_text(json.dumps(rows))
-    return inputs
+    return synthetic_results.write(tmp_path)
 
 
 @pytest.fixture
-def make(make_stage, results, tmp_path, monkeypatch):
+def make(results, tmp_path, monkeypatch):
     monkeypatch.setattr(report.vl_convert, "javascript_bundle", lambda vl_version: bundle())
-
-    def stage(out="out"):
-        made = make_stage({"report": {"enabled": True}}, results, out)
-        graph = nx.DiGraph()
-        for user, dependency in EDGES:
-            graph.add_edge(Node(user), Node(dependency))
-        made.dvc = SimpleNamespace(repo=SimpleNamespace(index=SimpleNamespace(graph=graph)))
-        made.inputs_below = lambda folder: [tmp_path / "data" / folder / name for name in MODELS]
-        return made
-
-    return stage
+    monkeypatch.setattr(report.vl_convert, "vegalite_to_svg", lambda spec, vl_version: "<svg/>")  # a third of a second
+    return lambda out="out": synthetic_results.report_stage(tmp_path, results, out)
 
 
 AGAINST, STAGES = 0, 1
 """Which of the page's tables they are."""
-CHAIN = ("base_model", "fetch", "vocabulary", "calibrate", "importance", *MODELS[2:])
-EDGES = [
-    *zip(CHAIN[1:], CHAIN, strict=False),
-    ("base_model", "corpus"),
-    ("fetch", "corpus"),
-    *(("fetch", "lora")[::-1], ("gptq", "wanda"), ("eora", "lora"), ("eora", "fetch"), ("package", "fetch")),
-    *((f"evaluate@{name}", name) for name in MODELS),
-    *((f"evaluate@{name}", "fetch") for name in MODELS[1:]),
-    *(("report", f"evaluate@{name}") for name in MODELS),
-    ("hardware_fit", "package"),
-    ("report", "hardware_fit"),
-    ("report", "importance"),
-    ("report", "gptq"),
-]
 
 
 def page(stage):
     report.run(stage)
     return stage.output("report.html").read_text(encoding="utf-8")
+
+
+def sentences(stage):
+    report.run(stage)
+    return stage.output("verdict.txt").read_text().splitlines()
 
 
 def cells(text):
@@ -358,20 +144,26 @@ def test_metrics_are_flat_and_right(make):
     assert found["tokens_per_second_bound"] == 6543.21
 
 
-def test_the_first_line_is_what_a_plain_model_scores(make):
+def test_the_first_line_says_all_in_short(make):
     stage = make()
     text = page(stage)
-    first = re.search(r"<h1>(.*?)</h1>", text)[1]
-    assert first == (
-        "Better than plain quantisation of equal size in domain, worse out of domain: perplexity 3.810 in 1,150,072 "
-        "bytes, plain GPTQ 4.200 in 1,148,380 bytes (test; out of domain 366.8 against 362.0)."
+    first, second = stage.output("verdict.txt").read_text().splitlines()[:2]
+    assert first == (  # 4,770,688 / 1,150,072 = 4.148
+        "4.1 times smaller than the fetched model (1,150,072 bytes); perplexity 3.810 on test (fetched 3.123); better "
+        "than plain quantisation of equal size in domain, worse out of domain (plain 4.200); fits siracusa and "
+        "esp32-s3."
     )
-    assert stage.output("verdict.txt").read_text().splitlines()[0] == first
+    assert re.search(r"<h1>(.*?)</h1>", text)[1] == first
+    assert second == (
+        "Better than plain quantisation of equal size in domain, worse out of domain: perplexity 3.810 in 1,150,072 "
+        "bytes, plain GPTQ 4.200 in 1,148,380 bytes (test, in-domain, ratio 0.9071, 95 % interval 0.9071 to 0.9071; "
+        "out of domain 366.8 against 362.0, ratio 1.013, 95 % interval 1.013 to 1.013)."
+    )
     assert "The packaged model fits siracusa: 1,992,769 bytes stay free (mram: weights)." in text
     assert "3.810 on test (fetched 3.123, +22.0 %) and 366.750 on test_ood (fetched 310.500, +18.1 %)" in text
     against = {row[0]: row[1:] for row in cells(text)[AGAINST]}
-    assert against["bytes"] == ["1,150,072", "1,148,380", "+0.1 %"]
-    assert against["perplexity, test_ood"] == ["366.750", "362.000", "+1.3 %"]
+    assert against["bytes"] == ["1,150,072", "1,148,380", "+0.1 %", "–"]
+    assert against["perplexity, test_ood"] == ["366.750", "362.000", "+1.3 % +1.3 % to +1.3 %", "worse"]
 
 
 def evaluation(test, ood, size=1000, **given):
@@ -452,11 +244,27 @@ def test_a_plain_model_without_the_package_s_recovery_is_named_so():
     assert "plain GPTQ without recovery 5.000 in" in text
 
 
-def test_where_plain_wins_the_first_line_says_what_to_change(make, tmp_path):
-    worst = metrics("package")
-    worst["perplexity"] = {"test": 4.3, "test_ood": 370.0}
-    (tmp_path / "data/evaluate/package/metrics.json").write_text(json.dumps(worst))
-    first = re.search(r"<h1>(.*?)</h1>", page(make()))[1]
+@pytest.mark.parametrize(
+    ("fitting", "expected"),
+    [
+        (["chosen"], "fits chosen, and none of 5 other devices"),
+        ([], "does not fit chosen, and none of 5 other devices"),
+        (["chosen", "a"], "fits chosen and a"),
+        (["chosen", "a", "b", "c", "d"], "fits chosen and 4 of 5 other devices"),
+        (["chosen", "a", "b", "c", "d", "e"], "fits chosen and all 5 other devices"),
+        (["a", "b"], "does not fit chosen, but a, b"),
+    ],
+)
+def test_the_first_line_names_few_devices_and_counts_many(fitting, expected):
+    rows = [{"device": name, "verdict": "DOES_NOT_FIT"} for name in ("chosen", "a", "b", "c", "d", "e")]
+    for row in rows:
+        row["verdict"] = "FITS_STREAMING" if row["device"] in fitting else "DOES_NOT_FIT"
+    assert report_verdict.devices(rows[0] | {"all_devices": rows}) == expected
+
+
+def test_where_plain_wins_the_sentence_says_what_to_change(make, tmp_path):
+    synthetic_results.evaluation(tmp_path, "package", (4.3, 370.0))
+    first = sentences(make())[1]
     assert first.startswith("Worse than plain quantisation of equal size: perplexity 4.300 in")
     budget = 12 * (6784 + 8832 + 4736 + 17024 + 8832 + 6784)  # bytes of the plain model's linears
     assert first.endswith(
@@ -478,7 +286,7 @@ def test_a_baseline_that_is_off_has_no_figures(make, results):
     results["baseline/bits.csv"].write_text("linear,weights,bits,bytes,sensitivity\n")
     stage = make()
     text = page(stage)
-    assert "<h1>Not compared with a plain model of equal size.</h1>" in text
+    assert sentences(make("again"))[1] == "Not compared with a plain model of equal size."
     shown = {row[0]: row for row in cells(text)[STAGES - 1]}
     assert shown["plain: baseline"] == ["plain: baseline", "not evaluated (switched off)"]
     assert shown["plain: baseline_lora"][5].startswith("2.950")
@@ -499,7 +307,7 @@ def test_a_plain_model_without_recovery_is_fair_where_the_package_had_none(make,
 
 def test_recovery_is_measured_against_both_references(make):
     stage = make()
-    shares = {tuple(row[:2]): row[2:] for row in table_after(page(stage), "<h2>Recovery</h2>")[1:]}
+    shares = {tuple(row[:2]): row[2:] for row in table_after(page(stage), 'id="recovery"')[1:]}
     # (9.75 - 3.6789) / (9.75 - 3.1234) and / (9.75 - 2.95); (640.125 - 355.5) / (640.125 - 310.5) and / (… - 300.25)
     assert shares["test", "as fetched"] == ["9.750", "3.679", "3.123", "91.62 %"]
     assert shares["test", "recovered dense"] == ["9.750", "3.679", "2.950", "89.28 %"]
@@ -557,7 +365,7 @@ def test_bytes_stand_beside_what_they_must_hold(make):
 
 def test_bits_per_linear_where_they_are_mixed(make):
     text = page(make())
-    shown = {row[0]: row[1:] for row in table_after(text, "<h2>Quantisation and its compensation</h2>")}
+    shown = {row[0]: row[1:] for row in table_after(text, 'id="quantisation"')}
     assert shown["gptq"] == ["0", "0", "60", "0", "4.000"]
     assert shown["plain: baseline"] == ["12", "24", "24", "12", "4.000"]  # (3 + 4 + 2 + 8 + 4 + 3) / 6
     assert 'id="spec-bits-baseline"' in text and 'id="spec-bits-gptq"' not in text
@@ -617,6 +425,7 @@ def test_page_refers_to_nothing_outside_it(make):
 
 
 ORIGINAL = report.vl_convert.javascript_bundle
+DRAW = report.vl_convert.vegalite_to_svg
 
 
 @functools.cache
@@ -628,10 +437,15 @@ def bundle():
 def test_same_inputs_give_the_same_bytes(make, monkeypatch):
     one, other = make("one"), make("other")
     monkeypatch.setattr(report.vl_convert, "javascript_bundle", ORIGINAL)
+    monkeypatch.setattr(report.vl_convert, "vegalite_to_svg", DRAW)
     report.run(one)
     report.run(other)
     for name in ("report.html", "verdict.txt", "stages.csv", "bytes.csv", "metrics.json"):
         assert one.output(name).read_bytes() == other.output(name).read_bytes()
+    for folder, least in (("plots", 9), ("tables", 4)):
+        files = sorted(one.output(folder).iterdir())
+        assert len(files) >= least and [file.name for file in files] == sorted(os.listdir(other.output(folder)))
+        assert all(file.read_bytes() == (other.output(folder) / file.name).read_bytes() for file in files)
     assert one.output("report.html").stat().st_size < 2_000_000
 
 
@@ -695,17 +509,13 @@ def test_patterns_name_the_shortest(max_kept, expected):
 def test_dag_draws_every_stage_once_and_every_edge_downwards():
     edges = [(dependency, user) for user, dependency in EDGES]
     nodes = sorted({name for edge in edges for name in edge})
-    drawn = charts.dag(nodes, edges)
+    drawn = dag_drawing.dag(nodes, edges)
     boxes = {box["name"]: box for box in drawn["boxes"]}
     assert sorted(boxes) == nodes and len(drawn["boxes"]) == len(nodes)
     assert len(drawn["paths"]) == len(set(edges))
     assert all(boxes[a]["y"] < boxes[b]["y"] for a, b in edges)
     corners = [(box["x"], box["y"]) for box in drawn["boxes"]]
     assert len(set(corners)) == len(corners)
-
-
-class Out(NamedTuple):
-    fs_path: str
 
 
 def repo_with(outs, root):
@@ -761,3 +571,126 @@ def test_summary_without_a_report_says_so(tmp_path, monkeypatch):
     assert summary.rows() == []
     assert summary.table() == summary.NOTHING
     assert summary.verdict() == ""
+
+
+def test_tasks_are_judged_by_their_standard_errors(make):
+    text = page(make())
+    shown = {tuple(row[:2]): row[2:] for row in table_after(text, 'id="task-scores"')[1:]}
+    # 0.33 - 0.30 is within 1.96 x 0.0224
+    assert shown["hellaswag", "acc"] == ["40", "0.3 ± 0.02", "0.33 ± 0.01", "0.22 ± 0.021", "no difference"]
+    assert shown["corpus", "bits_per_byte"] == ["40", "1.5", "1.51", "1.52", "–"]
+    assert len(shown) == 2 and "At most the first 40 documents of a task" in text
+
+
+@pytest.mark.parametrize(
+    ("package", "base", "higher", "word"),
+    [
+        ((0.40, 0.01), (0.30, 0.02), True, "better"),
+        ((0.40, 0.01), (0.30, 0.02), False, "worse"),
+        ((0.25, 0.01), (0.30, 0.02), True, "worse"),
+        ((0.40, float("nan")), (0.30, 0.02), True, None),
+        ((0.40, 0.01), None, True, None),
+        ((0.40, 0.01), (0.30, 0.02), None, None),
+    ],
+)
+def test_a_task_is_better_or_worse_beyond_the_error(package, base, higher, word):
+    assert task_scores.judge(package, base, higher) == word
+
+
+def test_the_cache_loses_only_beyond_its_error(make):
+    shown = {tuple(row[:2]): row[2:] for row in table_after(page(make()), 'id="kv-cache"')[1:]}
+    assert [shown["512", bits][3] for bits in ("16", "8", "4")] == ["reference", "no difference", "worse"]
+    assert shown["128", "4"][2] == "+0.02000 ± 0.00100" and shown["128", "4"][4:] == ["40,960", "320.0", "4.00×"]
+
+
+def test_every_section_has_a_heading_a_link_and_its_tables_a_caption(make):
+    text = page(make())
+    for section in report.SECTIONS:
+        assert f'<section id="{section.anchor}"' in text and f'<a href="#{section.anchor}">' in text
+    own = re.sub(r"<script.*?</script>", "", text, flags=re.S)
+    assert own.count("<table>") == own.count("<caption>") > 15
+    assert len(set(re.findall(r"<caption>(.*?)</caption>", own))) == own.count("<caption>")
+    assert "<th>" not in own.replace('<th scope="', "")
+
+
+def test_links_lead_to_what_dvc_yaml_names(make, tmp_path):
+    text = page(make())
+    links = re.findall(r'href="(\.\./[^"]*)"', text)
+    folder = tmp_path / "data/report"
+    names = {name for edge in EDGES for name in edge}
+    written = [Path(out.fs_path) for name in names for out in synthetic_results.node(tmp_path, name).outs]
+    known = {os.path.relpath(path, folder) for path in written}
+    assert "../lineage/evaluate@gptq.json" in links and "../package/model/model.safetensors" in links
+    assert known - {"model"} == set(links) - {"../package/model/model.safetensors"}  # model: beside the report
+
+
+def test_plots_and_tables_are_files_too(make, monkeypatch):
+    monkeypatch.setattr(report.vl_convert, "vegalite_to_svg", DRAW)
+    stage = make()
+    text = page(stage)
+    drawn = set(re.findall(r'data-plot="spec-([^"]*)"', text))
+    captions = json.loads((stage.output("plots") / "captions.json").read_text())
+    assert drawn == set(captions) == {path.stem for path in stage.output("plots").glob("*.svg")} and len(drawn) > 10
+    for path in stage.output("plots").glob("*.svg"):
+        svg = path.read_text()
+        assert svg.startswith("<svg") and svg.count("<path") > 5
+    table = pd.read_csv(stage.output("tables") / "task_scores.csv")
+    assert list(table.columns) == list(task_scores.COLUMNS) and len(table) == 6
+
+
+def test_each_stage_is_compared_with_the_model_that_it_was_given(make, tmp_path):
+    synthetic_results.evaluation(tmp_path, "eora", PERPLEXITY["gptq"])  # which changes nothing
+    shown = {row[0]: row[1:] for row in table_after(page(make()), 'id="attribution"')[1:]}
+    # 9.75 - 4.2 and 640.125 - 402.25; every document deviates by as much in both, so the interval is the ratio's alone
+    assert shown["wanda"][0] == "depth_prune"
+    assert shown["wanda"][1].split()[0] == "+5.550" and shown["wanda"][2].split()[0] == "+237.875"
+    assert shown["eora"][1].startswith("no difference")
+    assert shown["wanda"][3:] == ["0", "+860,160", "no difference", "0.0 MiB"]  # half of 1,720,320 weights
+    assert shown["gptq"][3] == "−3,050,024"  # 1,720,664 - 4,770,688
+    assert list(shown) == list(PIPELINE[1:])
+
+
+def test_speed_and_memory_are_those_of_the_measurement(make):
+    shown = {row[0]: row[1:] for row in table_after(page(make()), 'id="host"')[1:]}
+    assert shown["lora"] == [
+        "0.25",
+        "0.062",
+        "24.0",
+        "72.0",
+        "50.00",
+        "512.00 MiB",
+        "24.00 MiB",
+        "4,770,688",
+        "not available",
+    ]
+
+
+def test_failures_of_generation_are_counted_per_stage(make):
+    shown = {row[0]: row[1:] for row in table_after(page(make()), 'id="completions"')[1:]}
+    assert shown["wanda"] == ["2", "1", "0", "2", "0.250", "0.00 %"] and shown["lora"][1] == "0"
+
+
+def test_devices_say_what_would_make_it_fit(make):
+    rows = table_after(page(make()), "<h3>All devices</h3>")
+    shown = {row[0]: row[1:] for row in rows[1:]}
+    assert (
+        shown["esp32-s3"][0].startswith("does not fit") and shown["esp32-s3"][-1] == "-2 layers, or 1.9 bits per weight"
+    )
+    assert shown["phone"][0].startswith("fits by streaming") and shown["siracusa"][-1] == "–"
+
+
+def test_splits_are_named_by_their_measured_domain(make, results):
+    text = page(make())
+    assert cells(text)[STAGES][0][5] == "perplexity test in-domain"
+    shown = {row[0]: row[1:] for row in table_after(text, 'id="domains"')[1:]}
+    assert shown["test_ood"] == [
+        "out-of-domain",
+        "0.010",
+        "60",
+        "0 0.00 %",
+        "3 5.00 %",
+        "similarity 0.010, limit 0.075",
+    ]
+    results["overlap.json"].write_text(json.dumps({"measured": False, "splits": {}}))
+    text = page(make("again"))
+    assert "which split is in-domain was not measured" in text and "in-domain" not in cells(text)[STAGES][0][5]
