@@ -25,6 +25,7 @@ from uuid import UUID
 import httpx
 import psutil
 from dvc.exceptions import DvcException, ReproductionError
+from dvc.lock import LockError
 from dvc.repo import Repo
 from dvc.repo.reproduce import _reproduce_stage
 from dvc.stage import Stage
@@ -37,7 +38,11 @@ from prefect.states import Completed, Failed, State
 
 from flows import stage as stage_command
 from flows.stage import FLOW_RUN, LOG, TASK_RUN
+from tasks import locks
+from tasks.algorithms.errors import InputError
+from tasks.stage import SCRATCH
 
+RUNNING = SCRATCH / "flow.lock"
 LOGS = Path("logs")
 PROGRESS = re.compile(r"\[progress\] (?P<what>.+?) (?P<done>\d+)/(?P<total>[1-9]\d*)(?= |$)")
 ERROR = re.compile(rf"^{stage_command.ERROR}(.*)$", re.MULTILINE)
@@ -76,10 +81,13 @@ class Reproduction:
     def run(self, targets: list[str] | None, force: bool) -> str | None:
         """Reproduce `targets` (all stages if None); returns the failure's sentence, or None."""
         try:
-            self.repo.reproduce(targets, repro_fn=self._stage, force=force)
+            with locks.held(RUNNING, "another flow already runs in this folder"):
+                if found := locks.holder(locks.DVC_LOCK):
+                    get_run_logger().warning("waiting for DVC's lock, which is held by %s", found)
+                self.repo.reproduce(targets, repro_fn=self._stage, force=force)
         except ReproductionError as error:
             return _line(error.__cause__ or error)
-        except DvcException as error:
+        except (DvcException, InputError) as error:
             return _line(error)
         return None
 
@@ -163,6 +171,9 @@ def _quieten() -> None:
 
 
 def _line(error: BaseException) -> str:
+    if isinstance(error, LockError) and (users := set(locks.writers().values())):
+        held = " and ".join(str(user) for user in sorted(users))
+        return f"another run is writing in this folder: {held}; wait for it or end it"
     return " ".join(str(error).split())
 
 

@@ -16,9 +16,9 @@ sentence. Any other error keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
-import fcntl
 import functools
 import importlib
 import os
@@ -26,16 +26,18 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from tasks import lineage, params, preflight
+from tasks import lineage, locks, params, preflight
 from tasks.algorithms.errors import InputError
 
 if TYPE_CHECKING:
@@ -196,11 +198,11 @@ def execute(address: str, *, run_ids: dict[str, str] | None = None) -> None:
     Raises:
         InputError: what a user can mend; the previous outputs are back in place.
     """
-    _die_with_parent()
+    _die_with_parent(address)
     started = time.time()
     stage = None
     try:
-        with _lock(address):
+        with locks.held(SCRATCH / f"{address}.lock", f"stage {address} is already running in this folder"):
             try:
                 stage = _load(address)
                 _perform(stage)
@@ -306,23 +308,32 @@ def _altered_inputs(stage: Stage) -> list[str]:
     return [str(out) for out in inputs if out and out.hash_info and lineage.md5(out) != out.hash_info.value]
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this process with DVC's: an orphan would overwrite the outputs of a later run."""
+def _die_with_parent(address: str) -> None:
+    """End this process with DVC's: an orphan would burn CPU, and overwrite the outputs of a later run.
+
+    Linux does that at once for a child. Where a shell that stays lies between (fish), a thread looks for DVC.
+
+    Raises:
+        InputError: DVC ended while this process was starting.
+    """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.environ.get("DVC_STAGE") != address or not (users := locks.users_of_dvc()):  # not started by DVC
+        return
+    writing = {entry.get("pid") for entry in users.get("write", {}).values()}
+    above = [process for process in psutil.Process().parents() if process.pid in writing]
+    if writing and not above:
+        raise InputError(f"the `dvc repro` that started stage {address} has ended; run it again")
+    if above:
+        threading.Thread(target=_end_with, args=(above[0],), daemon=True).start()
 
 
-def _lock(address: str) -> Any:
-    """Hold the stage's own lock, for the case that an older run of it is still alive."""
-    SCRATCH.mkdir(parents=True, exist_ok=True)
-    guard = open(SCRATCH / f"{address}.lock", "w")  # noqa: SIM115  held until the stage ends
-    try:
-        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        guard.close()
-        raise InputError(f"stage {address} is already running in this folder; wait for it or end it") from error
-    return guard
+def _end_with(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _relative(item: Any) -> Path:

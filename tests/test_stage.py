@@ -182,7 +182,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(stages.params, "load", load)
     monkeypatch.setattr(stages.preflight, "check_workspace", lambda *_: None)
-    monkeypatch.setattr(stages, "_die_with_parent", lambda: None)
+    monkeypatch.setattr(stages, "_die_with_parent", lambda _: None)
 
     def go(run, skip=None) -> None:
         monkeypatch.setitem(sys.modules, "tasks.toy", SimpleNamespace(run=run, skip=skip))
@@ -434,7 +434,8 @@ def test_two_runs_of_one_stage_at_once(toy: Toy) -> None:
         started(toy.path)
         second = toy("run.py", "toy")
         assert second.returncode == 1
-        assert second.stdout == "error: stage toy is already running in this folder; wait for it or end it\n"
+        held = rf"error: stage toy is already running in this folder: process {first.pid} \(.*run.py toy\), since "
+        assert re.fullmatch(rf"{held}20\d\d-\d\d-\d\d \d\d:\d\d:\d\d; wait for it or end it\n", second.stdout)
         (toy.path / "go").touch()
         assert first.wait(60) == 0
     finally:
