@@ -29,6 +29,7 @@ def apply() -> None:
         "PREFECT_SERVER_UI_V2_ENABLED": "false",  # its browser UI asks an analytics host all the same (3.8.8)
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_CLI_PROMPT": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; a dead flow is one that misses three
         "DO_NOT_TRACK": "1",
         "DVC_NO_ANALYTICS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

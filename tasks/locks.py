@@ -1,9 +1,9 @@
 """Who writes in this folder: locks that end with their process, and sentences that say who holds one and since when.
 
-A lock is the kernel's (flock) on a file that says which process took it, as DVC's own lock is: it ends with the process,
+A lock is the kernel's (flock) on a file that says which process took it, as DVC's own is: it ends with the process,
 however that ends, so a dead holder never blocks. DVC holds its lock only between stages. While a stage runs, DVC's list
-of readers and writers (`.dvc/tmp/rwlock`) keeps two from the same outputs; entries of the dead stay in it until somebody
-needs their place (dvc 3.67.1), so whoever is named there has to be looked for.
+of readers and writers (`.dvc/tmp/rwlock`) keeps two from the same outputs. Entries of the dead stay in it until
+somebody needs their place (dvc 3.67.1), so whoever is named there has to be looked for.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ import psutil
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from tasks import lineage, locks, params, preflight
+from tasks import lineage, locks, mend, params, preflight
 from tasks.algorithms.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ DISK = {
 """What the machine can refuse any stage, and the way out; every other number would be a mistake of this project."""
 TOLD = re.compile(r"(?:\(os error |\[Errno )(\d+)[)\]]")
 """An error number in the words of safetensors, tokenizers (Rust) and shutil.copytree."""
+ALTERED = (
+    "is not what its stage wrote, and can't be used; `python -m tasks.mend --cache` removes every damaged copy,"
+    " and `dvc repro` then restores it or makes it again"
+)
 OUT_OF_MEMORY = re.compile(r"can(no|')t allocate memory|out of memory|can't start new thread", re.IGNORECASE)
 """How torch, the dynamic linker and Python's threads say it."""
 
@@ -232,6 +236,9 @@ def _load(address: str) -> Stage:
 
 def _perform(stage: Stage) -> None:
     _remove(stage.scratch)  # of a run that was killed
+    mend.keep_lock()
+    if altered := _altered_inputs(stage):
+        raise InputError(f"{' and '.join(altered)} {ALTERED}")
     preflight.check_workspace(stage.everything, stage.address)
     module = importlib.import_module(f"tasks.{stage.name}")
     if stage.enabled:
@@ -294,18 +301,22 @@ def _sentence(error: Exception, address: str, stage: Stage | None) -> str | None
         )
     if stage and (altered := _altered_inputs(stage)):
         what = " ".join(str(error).split())[:200]
-        return (
-            f"{' and '.join(altered)} is not what its stage wrote, and can't be used"
-            f" ({type(error).__name__}: {what}); `dvc checkout {' '.join(altered)}` brings the right one back"
-        )
+        return f"{' and '.join(altered)} {ALTERED} ({type(error).__name__}: {what})"
     return None
 
 
 def _altered_inputs(stage: Stage) -> list[str]:
-    """The inputs that another stage made and that are no longer as dvc.lock has them."""
+    """The inputs that another stage made and that are no longer as dvc.lock has them; every byte is read.
+
+    DVC itself doesn't look: it trusts a file whose size and time are those of its note, and its whole cache.
+    """
     made = {out.fs_path: out for other in stage.dvc.repo.index.stages for out in other.outs}
     inputs = (made.get(dep.fs_path) for dep in stage.dvc.deps)
-    return [str(out) for out in inputs if out and out.hash_info and lineage.md5(out) != out.hash_info.value]
+    return [
+        str(out)
+        for out in inputs
+        if out and out.hash_info and lineage.md5(out, trust_state=False) != out.hash_info.value
+    ]
 
 
 def _die_with_parent(address: str) -> None:

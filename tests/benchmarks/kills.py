@@ -7,8 +7,8 @@ A tiny project (`tests/project.py`) is run once undisturbed. Then, kill after ki
 knows of its result is removed, and `dvc repro report` or the flow has to make it again. Between the start of the
 stage's process and the end of the command (the outputs' move into place and DVC's own work included) one of `VICTIMS`
 gets SIGKILL. Looked at after it: processes that are left, whether what is in place is whole, whether `dvc status` tells
-what is missing. Then the next `dvc repro report` has to complete, with every output and dvc.lock as the undisturbed run has
-them, an intact cache, no scratch folder, no journal and no lock of a dead process.
+what is missing. Then the next `dvc repro report` has to complete, with every output and dvc.lock as the undisturbed run
+has them, an intact cache, no scratch folder, no journal and no lock of a dead process.
 
 Times are counted from the start of the stage's process: `lost` is what killed and next run took together above an
 undisturbed one. A stage that starts over loses what it had done, one that resumes what the journal had not written.
@@ -24,7 +24,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import yaml
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from tasks import lineage
@@ -48,8 +48,11 @@ VICTIMS = {"group": DVC, "stage": DVC, "dvc": DVC, "flow": FLOW, "flow's server"
 """What is killed -> the command that runs: its process group, or one process of it alone."""
 WEIGHTS = (10, 4, 3, 1, 1, 1)
 """How often each is drawn: a flow starts a server, which takes longer than most stages of the tiny project."""
-COLUMNS = ("kill", "victim", "stage", "length", "killed_after", "resumed", "next", "lost", "faults")
-"""Seconds; `resumed`: whether the next run took something from the journal; `faults`: what was not as it has to be."""
+COLUMNS = ("kill", "victim", "stage", "length", "killed_after", "mended", "resumed", "next", "lost", "faults")
+"""Seconds. `mended`: DVC was killed while it wrote dvc.lock, and could not read it until `python -m tasks.mend`;
+`resumed`: whether the next run took something from the journal; `faults`: what was not as it has to be."""
+CUT_OFF = "dvc.lock"
+"""Named by DVC where it can't read the file."""
 PATIENCE = 120.0
 """Seconds in which a command whose stage or server was killed has to end by itself."""
 ORPHANS = 5.0
@@ -133,7 +136,7 @@ class Killed:
             with contextlib.suppress(psutil.Error):
                 if stage_process(psutil.Process(process.pid), stage):
                     break
-            time.sleep(0.02)
+            time.sleep(0.05)
         begun = time.monotonic()
         while journaled and process.poll() is None and not list(entries.glob("*/*.safetensors")):
             time.sleep(0.01)
@@ -145,7 +148,9 @@ class Killed:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         del content["stages"][stage]
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-        shutil.rmtree(self.project.path / ".dvc/cache/runs", ignore_errors=True)
+        for entry in (self.project.path / ".dvc/cache/runs").glob("??/*/*"):
+            if yaml.safe_load(entry.read_text(encoding="utf-8"))["cmd"].split()[-1] == stage:
+                entry.unlink()
 
     def length(self, stage: str) -> float:
         """Seconds of an undisturbed run, measured once."""
@@ -165,6 +170,9 @@ class Killed:
             share *= 0.9
         faults = list(self.faults_after_kill(stage))
         following = self.run(stage)
+        if mended := following.status != 0 and CUT_OFF in following.output:
+            self.project(sys.executable, "-m", "tasks.mend")
+            following = self.run(stage)
         faults += [f"the next run ended with {following.status}"] if following.status else []
         faults += self.faults()
         return {
@@ -172,6 +180,7 @@ class Killed:
             "stage": stage,
             "length": length,
             "killed_after": killed.seconds,
+            "mended": mended,
             "resumed": "goes on with what an interrupted run has left" in following.output,
             "next": following.seconds,
             "lost": killed.seconds + following.seconds - length,
@@ -187,7 +196,7 @@ class Killed:
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        with self._repo() as repo:
+        with self._repo() as repo, contextlib.suppress(DvcException):  # no dvc.lock: `mended`
             whole = True
             for other, path, locked, found in self._outputs(repo):
                 if found is None and other == stage:
@@ -318,6 +327,7 @@ def summary(results: Path) -> int:
     shares = sorted(float(row["lost"]) / float(row["length"]) for row in all_rows)
     print(
         f"{len(all_rows) - len(faulty)} of {len(all_rows)} kills left nothing but what the undisturbed run leaves; "
+        f"{sum(row['mended'] == 'True' for row in all_rows)} cut off dvc.lock, and needed tasks.mend; "
         f"{sum(row['resumed'] == 'True' for row in all_rows)} resumed from a journal; "
         f"lost per kill, of the stage's length: median {shares[len(shares) // 2]:.2f}, at most {shares[-1]:.2f}"
     )
