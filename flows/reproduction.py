@@ -5,8 +5,9 @@ whose cache key is DVC's own run-cache key (command, hashes of the inputs, param
 up to date, since it alone looks at the workspace: such a task run ends as Cached with DVC's reason.
 
 This is the only place that uses DVC's internals (dvc 3.67.1, pinned): the `repro_fn` argument of `Repo.reproduce`,
-`_reproduce_stage`, `_get_stage_hash`, `StageCache.restore`, and `modify_yaml` where dvc.lock is written. DVC's experiments use `repro_fn` in the same way; the
-public API has no hook per stage. tests/test_flow.py holds them to what is used of them here.
+`_reproduce_stage`, `_get_stage_hash`, `StageCache.restore`, and `modify_yaml` where dvc.lock is written. DVC's
+experiments use `repro_fn` in the same way; the public API has no hook per stage. tests/test_flow.py holds them to what
+is used of them here.
 """
 
 from __future__ import annotations

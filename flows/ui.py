@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 
 from flows import settings
 from flows.server import HOST, serve
@@ -45,7 +46,17 @@ def _announce(url: str) -> None:
     unfinished = settings.SERVER_URL.with_suffix(".tmp")
     unfinished.write_text(f"{url}/api\n", encoding="utf-8")
     os.replace(unfinished, settings.SERVER_URL)
+    threading.Thread(target=_watch, args=(url,), daemon=True).start()  # this thread is the one that answers
     print(f"Prefect UI: {url}   (Ctrl-C ends it)", flush=True)
+
+
+def _watch(url: str) -> None:
+    from prefect.client.orchestration import SyncPrefectClient  # here: it reads the settings when it is imported
+
+    from flows import heartbeats
+
+    with SyncPrefectClient(f"{url}/api") as client:
+        heartbeats.watch(client)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import urllib.request
 import dvc.stage.run
 import pytest
 import yaml
+from dvc import dvcfile
 from dvc.repo import Repo
 from dvc.repo import reproduce as dvc_reproduce
 from dvc.stage import Stage as DvcStage
@@ -202,6 +203,8 @@ def test_dvc_still_has_what_the_flow_uses_of_its_internals() -> None:
     assert list(inspect.signature(reproduction._get_stage_hash).parameters) == ["stage"]
     assert list(inspect.signature(reproduction._can_hash).parameters) == ["stage"]
     assert "self.stage_cache" in inspect.getsource(Repo.__init__)
+    assert "with modify_yaml(self.path, fs=self.repo.fs) as data" in inspect.getsource(dvcfile.Lockfile.dump_stages)
+    assert dvcfile.modify_yaml is reproduction.modify_yaml
 
 
 def test_state_stays_in_the_project_and_the_environment_wins(tmp_path, monkeypatch) -> None:
