@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from prefect.automations import Automation
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
-from prefect.events.schemas.automations import EventTrigger, Posture
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
 NAME = "edgepress: flow runs without a heartbeat are Crashed"
 HEARTBEAT = "prefect.flow-run.heartbeat"
@@ -22,9 +21,9 @@ WINDOW = timedelta(seconds=100)
 """More than three heartbeats."""
 
 
-def automation() -> Automation:
+def automation() -> AutomationCore:
     """After a heartbeat, another one or an end of the run is expected within the window."""
-    return Automation(
+    return AutomationCore(
         name=NAME,
         trigger=EventTrigger(
             after={HEARTBEAT},

@@ -46,16 +46,16 @@ def _announce(url: str) -> None:
     unfinished = settings.SERVER_URL.with_suffix(".tmp")
     unfinished.write_text(f"{url}/api\n", encoding="utf-8")
     os.replace(unfinished, settings.SERVER_URL)
-    threading.Thread(target=_watch, args=(url,), daemon=True).start()  # this thread is the one that answers
+    threading.Thread(target=_watch, daemon=True).start()  # this thread is the one that answers
     print(f"Prefect UI: {url}   (Ctrl-C ends it)", flush=True)
 
 
-def _watch(url: str) -> None:
-    from prefect.client.orchestration import SyncPrefectClient  # here: it reads the settings when it is imported
+def _watch() -> None:
+    from prefect.client.orchestration import get_client  # here: Prefect reads the environment when it is imported
 
     from flows import heartbeats
 
-    with SyncPrefectClient(f"{url}/api") as client:
+    with get_client(sync_client=True) as client:
         heartbeats.watch(client)
 
 
