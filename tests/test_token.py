@@ -1,4 +1,4 @@
-"""A hub token that is really sent to a hub is found nowhere afterwards: outputs, logs, DVC's folder, Prefect's database."""
+"""A hub token that is really sent to a hub is found nowhere afterwards: outputs, logs, DVC's and Prefect's state."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def hub():
 
 def found(folder: Path) -> list[str]:
     """Files below the folder, databases included, that hold a planted token."""
-    paths = (
-        path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and ".venv" not in path.parts
-    )
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     return [str(path) for path in paths if any(token.encode() in path.read_bytes() for token in PLANTED.values())]
 
 
@@ -62,10 +60,7 @@ def test_a_planted_token_is_found_nowhere(tmp_path, tiny_llama, hub, place) -> N
     refused = project(sys.executable, *command, check=False, env=environment)
     assert f"Bearer {PLANTED[place]}" in sent  # it was used, and refused
     assert refused.returncode != 0 and "Traceback" not in refused.stdout
-    assert (
-        f"error: fetch: the hub has no model owner/name at {COMMIT}, or it is private or gated" in refused.stdout
-        or (f"error: the hub has no model owner/name at {COMMIT}" in refused.stdout.replace("fetch: ", ""))
-    )
+    assert f"the hub has no model owner/name at {COMMIT}, or it is private or gated;" in refused.stdout
     project.change({"fetch.model.hub": None, "fetch.model.revision": None})
     project(sys.executable, "-m", "dvc", "repro", "fetch", env=environment)
     assert PLANTED[place] not in refused.stdout and found(project.path) == []
