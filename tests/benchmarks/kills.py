@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,7 @@ class Killed:
         self.notes = project.path.parent / "undisturbed.json"
         if self.notes.exists():
             self.expected, self.lengths = json.loads(self.notes.read_text(encoding="utf-8"))
+            project.repro()  # where a piece ended in the middle of a kill
         else:
             project.repro()
             self.expected, self.lengths = project.lock(), {}
@@ -146,11 +148,11 @@ class Killed:
         """Make DVC forget the stage's result; its outputs stay where they are."""
         path = self.project.path / "dvc.lock"
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        del content["stages"][stage]
+        content["stages"].pop(stage, None)
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         for entry in (self.project.path / ".dvc/cache/runs").glob("??/*/*"):
             if yaml.safe_load(entry.read_text(encoding="utf-8"))["cmd"].split()[-1] == stage:
-                entry.unlink()
+                shutil.rmtree(entry.parent)  # DVC fails at a key without an entry
 
     def length(self, stage: str) -> float:
         """Seconds of an undisturbed run, measured once."""
