@@ -244,10 +244,11 @@ class Killed:
 
     def _outputs(self, repo: Repo) -> Iterator[tuple[str, str, str, str | None]]:
         """Stage, path, hash in the undisturbed dvc.lock, and hash of the bytes on disk."""
-        for stage, outs in self.expected.items():
-            for out in repo.stage.load_one(name=stage).outs:
-                if out.def_path in outs:
-                    yield stage, out.def_path, outs[out.def_path], lineage.md5(out, trust_state=False)
+        for stage in repo.index.stages:
+            expected = self.expected.get(stage.addressing, {})
+            for out in stage.outs:
+                if hash_ := expected.get(out.def_path):
+                    yield stage.addressing, out.def_path, hash_, lineage.md5(out, trust_state=False)
 
 
 def stage_process(command: psutil.Process, stage: str) -> psutil.Process | None:
