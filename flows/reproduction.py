@@ -5,8 +5,9 @@ whose cache key is DVC's own run-cache key (command, hashes of the inputs, param
 up to date, since it alone looks at the workspace: such a task run ends as Cached with DVC's reason.
 
 This is the only place that uses DVC's internals (dvc 3.67.1, pinned): the `repro_fn` argument of `Repo.reproduce`,
-`_reproduce_stage`, `_get_stage_hash` and `StageCache.restore`. DVC's experiments use `repro_fn` in the same way; the
-public API has no hook per stage. tests/test_flow.py holds them to what is used of them here.
+`_reproduce_stage`, `_get_stage_hash`, `StageCache.restore`, and `modify_yaml` where dvc.lock is written. DVC's
+experiments use `repro_fn` in the same way; the public API has no hook per stage. tests/test_flow.py holds them to what
+is used of them here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import contextlib
 import contextvars
 import json
 import logging
+import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +27,14 @@ from uuid import UUID
 
 import httpx
 import psutil
+from dvc import dvcfile
 from dvc.exceptions import DvcException, ReproductionError
+from dvc.lock import LockError
 from dvc.repo import Repo
 from dvc.repo.reproduce import _reproduce_stage
 from dvc.stage import Stage
 from dvc.stage.cache import StageCache, _can_hash, _get_stage_hash
+from dvc.utils.serialize import modify_yaml
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
@@ -37,7 +43,11 @@ from prefect.states import Completed, Failed, State
 
 from flows import stage as stage_command
 from flows.stage import FLOW_RUN, LOG, TASK_RUN
+from tasks import locks, mend
+from tasks.algorithms.errors import InputError
+from tasks.stage import SCRATCH
 
+RUNNING = SCRATCH / "flow.lock"
 LOGS = Path("logs")
 PROGRESS = re.compile(r"\[progress\] (?P<what>.+?) (?P<done>\d+)/(?P<total>[1-9]\d*)(?= |$)")
 ERROR = re.compile(rf"^{stage_command.ERROR}(.*)$", re.MULTILINE)
@@ -76,10 +86,14 @@ class Reproduction:
     def run(self, targets: list[str] | None, force: bool) -> str | None:
         """Reproduce `targets` (all stages if None); returns the failure's sentence, or None."""
         try:
-            self.repo.reproduce(targets, repro_fn=self._stage, force=force)
+            with locks.held(RUNNING, "another flow already runs in this folder"), _lock_written_at_once():
+                _mend()
+                if found := locks.holder(locks.DVC_LOCK):
+                    get_run_logger().warning("waiting for DVC's lock, which is held by %s", found)
+                self.repo.reproduce(targets, repro_fn=self._stage, force=force)
         except ReproductionError as error:
             return _line(error.__cause__ or error)
-        except DvcException as error:
+        except (DvcException, InputError) as error:
             return _line(error)
         return None
 
@@ -162,7 +176,38 @@ def _quieten() -> None:
         logging.getLogger(name).addFilter(lambda record, known=known: known not in str(record.msg))
 
 
+def _mend() -> None:
+    """Put right what a killed run left; where DVC is at work, its lock is waited for instead."""
+    with contextlib.suppress(InputError):
+        for sentence in mend.mend():
+            get_run_logger().warning("%s", sentence)
+
+
+@contextlib.contextmanager
+def _lock_written_at_once() -> Iterator[None]:
+    """DVC writes dvc.lock in place (3.67.1), for half a second per stage: let it write a copy that takes its place."""
+
+    @contextlib.contextmanager
+    def modify(path: str, fs: Any = None) -> Iterator[dict]:
+        unfinished = Path(f".dvc/tmp/{Path(path).name}.unfinished")
+        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(path, unfinished)
+        with modify_yaml(unfinished) as content:
+            yield content
+        os.replace(unfinished, path)
+
+    dvcfile.modify_yaml = modify
+    try:
+        yield
+    finally:
+        dvcfile.modify_yaml = modify_yaml
+
+
 def _line(error: BaseException) -> str:
+    if isinstance(error, LockError) and (users := set(locks.writers().values())):
+        held = " and ".join(str(user) for user in sorted(users))
+        return f"another run is writing in this folder: {held}; wait for it or end it"
     return " ".join(str(error).split())
 
 

@@ -7,12 +7,15 @@ however that ends.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO
 
 from flows import settings
@@ -34,6 +37,8 @@ def serve(listener: socket.socket, started: Callable[[str], None], until: IO | N
     os.environ["PREFECT_API_URL"] = f"{url}/api"
     os.environ["PREFECT_SERVER_UI_API_URL"] = f"{url}/api"  # otherwise the browser asks port 4200 (3.8.8)
 
+    mend_database()
+
     import uvicorn
     from prefect.server.api.server import create_app
 
@@ -51,6 +56,31 @@ def serve(listener: socket.socket, started: Callable[[str], None], until: IO | N
     if until:
         threading.Thread(target=wait, daemon=True).start()
     server.run(sockets=[listener])
+
+
+def mend_database() -> None:
+    """Move Prefect's database aside where SQLite finds it damaged: it holds the history of runs and no result.
+
+    A server of this project that runs has it open, so this is for the moment before one starts.
+    """
+    path = Path(os.environ["PREFECT_HOME"]) / "prefect.db"
+    if not path.exists():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError:  # locked, or not readable: the server says so itself
+        return
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    if found != "ok":
+        for part in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(f"{path}{part}", f"{path}.damaged{part}")
+        print(
+            f"{path} is damaged ({found}): it was moved to {path.name}.damaged, and the history of runs begins anew",
+            file=sys.stderr,
+        )
 
 
 def start_temporary() -> str:

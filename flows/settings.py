@@ -6,6 +6,7 @@ The user's environment wins over everything here. Knows nothing of Prefect itsel
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
@@ -60,7 +61,13 @@ def running_server() -> str | None:
 def _get(url: str) -> object | None:
     """The JSON that a GET of the URL answers; None where there is no such answer."""
     try:
-        with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+        request = urllib.request.Request(url)
+    except ValueError:
+        return None
+    if name_and_password := os.environ.get("PREFECT_API_AUTH_STRING"):
+        request.add_header("Authorization", f"Basic {base64.b64encode(name_and_password.encode()).decode()}")
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return json.load(answer)
     except (OSError, ValueError, http.client.HTTPException):
         return None

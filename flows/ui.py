@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 
 from flows import settings
 from flows.server import HOST, serve
@@ -45,7 +46,17 @@ def _announce(url: str) -> None:
     unfinished = settings.SERVER_URL.with_suffix(".tmp")
     unfinished.write_text(f"{url}/api\n", encoding="utf-8")
     os.replace(unfinished, settings.SERVER_URL)
+    threading.Thread(target=_watch, daemon=True).start()  # this thread is the one that answers
     print(f"Prefect UI: {url}   (Ctrl-C ends it)", flush=True)
+
+
+def _watch() -> None:
+    from prefect.client.orchestration import get_client  # here: Prefect reads the environment when it is imported
+
+    from flows import heartbeats
+
+    with get_client(sync_client=True) as client:
+        heartbeats.watch(client)
 
 
 if __name__ == "__main__":

@@ -19,19 +19,52 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from tasks.algorithms import families, masks
 from tasks.algorithms.errors import InputError
 
+LARGEST = {"config.json": 2**20, "tokenizer.json": 2**28, "model.safetensors.index.json": 2**26}
+"""Bytes that a file of a model folder may have: the folder is untrusted, and a JSON text is read into memory whole."""
+LARGEST_TEXT = 2**24
+"""The same of every other text."""
+TEXTS = (".json", ".jinja", ".txt", ".model")
+
+
+def check_sizes(folder: Path) -> None:
+    """Refuse a model folder with a text that is far larger than any model's; nothing is opened.
+
+    Raises:
+        InputError: names the file, its size and the limit.
+    """
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in TEXTS and path.is_file()):
+        size, most = path.stat().st_size, LARGEST.get(path.name, LARGEST_TEXT)
+        if size > most:
+            raise InputError(f"{path} has {size} bytes, at most {most} are read of such a file; take another model")
+
 
 def config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json."""
+    """The folder's config.json.
+
+    Raises:
+        InputError: it is larger than any config.
+    """
+    check_sizes(folder)
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder."""
+    """The tokenizer of a model folder.
+
+    Raises:
+        InputError: one of its files is larger than any tokenizer's.
+    """
+    check_sizes(folder)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A dense checkpoint on the CPU, in evaluation mode."""
+    """A dense checkpoint on the CPU, in evaluation mode.
+
+    Raises:
+        InputError: a text of the folder is larger than any model's.
+    """
+    check_sizes(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )

@@ -106,10 +106,12 @@ def check_folder(folder: Path, inside: Path | None = None) -> dict[str, Any]:
         The config.
 
     Raises:
-        InputError: no config, code of its own, quantised already, unsupported architecture, a link that leads out.
+        InputError: no config, code of its own, quantised already, unsupported architecture, a link that leads out, a
+            text that is far too large.
     """
     for name in _present(folder, (*SMALL, *QUANTISED, INDEX)):
         _refuse_link(folder / name, inside or folder)
+    checkpoint.check_sizes(folder)
     config = preflight.read_config(folder)
     preflight.shape(config)
     for name in _present(folder, QUANTISED):

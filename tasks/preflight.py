@@ -27,6 +27,8 @@ DEVICES = Path("data/devices")
 """One profile per device, <name>.yaml."""
 FETCHED = Path("data/fetch/model")
 """Where fetch puts a hub model; a local one is looked at where it is."""
+LARGEST_CONFIG = 2**20
+"""Bytes of a config.json that are read; the folder is untrusted."""
 PACKED = 32
 """gptqmodel 7.6 packs codes in 32 x 32 tiles, whatever the bits, and refuses other sizes only when it is done."""
 LIBRARIES = 700 * 2**20
@@ -92,10 +94,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A model folder's config.json.
 
     Raises:
-        InputError: it is missing, no valid JSON, or no object.
+        InputError: it is missing, far too large, no valid JSON, or no object.
     """
     path = folder / "config.json"
     try:
+        if (size := path.stat().st_size) > LARGEST_CONFIG:
+            raise InputError(f"{path} has {size} bytes, no config has above {LARGEST_CONFIG}; take another model")
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{folder} has no config.json, so it is no model folder; check fetch.model.path") from error

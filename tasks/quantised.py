@@ -58,6 +58,7 @@ def load_quantised(folder: Path, adapter: bool = True) -> PreTrainedModel:
     Args:
         adapter: load the adapter of the folder too, where it has one.
     """
+    checkpoint.check_sizes(folder)
     library = masked_gptq.gptqmodel
     branch = folder / ADAPTER
     with masked_gptq.loading_in_float32():

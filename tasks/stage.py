@@ -16,24 +16,27 @@ sentence. Any other error keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
 import functools
 import importlib
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from tasks import lineage, params, preflight, processes
+from tasks import lineage, locks, mend, params, preflight, processes
 from tasks.algorithms.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,6 +62,10 @@ DISK = {
 """What the machine can refuse any stage, and the way out; every other number would be a mistake of this project."""
 TOLD = re.compile(r"(?:\(os error |\[Errno )(\d+)[)\]]")
 """An error number in the words of safetensors, tokenizers (Rust) and shutil.copytree."""
+ALTERED = (
+    "is not what its stage wrote, and can't be used; `python -m tasks.mend --cache` removes every damaged copy,"
+    " and `dvc repro` then restores it or makes it again"
+)
 OUT_OF_MEMORY = re.compile(r"can(no|')t allocate memory|out of memory|can't start new thread", re.IGNORECASE)
 """How torch, the dynamic linker and Python's threads say it."""
 
@@ -207,11 +214,11 @@ def execute(address: str, *, run_ids: dict[str, str] | None = None) -> None:
     Raises:
         InputError: what a user can mend; the previous outputs are back in place.
     """
-    processes.die_with_parent()  # DVC's: an orphan would overwrite the outputs of a later run
+    _die_with_parent(address)
     started = time.time()
     stage = None
     try:
-        with _lock(address):
+        with locks.held(SCRATCH / f"{address}.lock", f"stage {address} is already running in this folder"):
             try:
                 stage = _load(address)
                 _perform(stage)
@@ -243,6 +250,9 @@ def _load(address: str) -> Stage:
 
 def _perform(stage: Stage) -> None:
     _remove(stage.scratch)  # of a run that was killed
+    mend.keep_lock()
+    if altered := _altered_inputs(stage):
+        raise InputError(f"{' and '.join(altered)} {ALTERED}")
     preflight.check_workspace(stage.everything, stage.address)
     module = importlib.import_module(f"tasks.{stage.name}")
     if stage.enabled:
@@ -305,30 +315,48 @@ def _sentence(error: Exception, address: str, stage: Stage | None) -> str | None
         )
     if stage and (altered := _altered_inputs(stage)):
         what = " ".join(str(error).split())[:200]
-        return (
-            f"{' and '.join(altered)} is not what its stage wrote, and can't be used"
-            f" ({type(error).__name__}: {what}); `dvc checkout {' '.join(altered)}` brings the right one back"
-        )
+        return f"{' and '.join(altered)} {ALTERED} ({type(error).__name__}: {what})"
     return None
 
 
 def _altered_inputs(stage: Stage) -> list[str]:
-    """The inputs that another stage made and that are no longer as dvc.lock has them."""
+    """The inputs that another stage made and that are no longer as dvc.lock has them; every byte is read.
+
+    DVC itself doesn't look: it trusts a file whose size and time are those of its note, and its whole cache.
+    """
     made = {out.fs_path: out for other in stage.dvc.repo.index.stages for out in other.outs}
     inputs = (made.get(dep.fs_path) for dep in stage.dvc.deps)
-    return [str(out) for out in inputs if out and out.hash_info and lineage.md5(out) != out.hash_info.value]
+    return [
+        str(out)
+        for out in inputs
+        if out and out.hash_info and lineage.md5(out, trust_state=False) != out.hash_info.value
+    ]
 
 
-def _lock(address: str) -> Any:
-    """Hold the stage's own lock, for the case that an older run of it is still alive."""
-    SCRATCH.mkdir(parents=True, exist_ok=True)
-    guard = open(SCRATCH / f"{address}.lock", "w")  # noqa: SIM115  held until the stage ends
-    try:
-        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        guard.close()
-        raise InputError(f"stage {address} is already running in this folder; wait for it or end it") from error
-    return guard
+def _die_with_parent(address: str) -> None:
+    """End this process with DVC's: an orphan would burn CPU, and overwrite the outputs of a later run.
+
+    Linux does that at once for a child. Where a shell that stays lies between (fish), a thread looks for DVC.
+
+    Raises:
+        InputError: DVC ended while this process was starting.
+    """
+    processes.die_with_parent()
+    if os.environ.get("DVC_STAGE") != address or not (users := locks.users_of_dvc()):  # not started by DVC
+        return
+    writing = {entry.get("pid") for entry in users.get("write", {}).values()}
+    above = [process for process in psutil.Process().parents() if process.pid in writing]
+    if writing and not above:
+        raise InputError(f"the `dvc repro` that started stage {address} has ended; run it again")
+    if above:
+        threading.Thread(target=_end_with, args=(above[0],), daemon=True).start()
+
+
+def _end_with(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _relative(item: Any) -> Path:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tasks.algorithms.errors import InputError
+
+LARGEST_HEADER = 100_000_000
+"""Bytes; safetensors' own limit."""
+BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16}
+BITS |= {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64}
+BITS |= {"I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64}
+"""Per value, by safetensors' name of the dtype."""
 
 
 class Entry(NamedTuple):
@@ -22,17 +30,35 @@ def header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Metadata and tensor entries of a safetensors file (8 bytes little-endian length, then JSON).
 
     Raises:
-        InputError: it is no safetensors file, or cut off.
+        InputError: it is no safetensors file, cut off, or its entries lie outside of it or over each other.
     """
     try:
         with path.open("rb") as file:
+            size = path.stat().st_size
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("the header is longer than the file")
+            if length > min(LARGEST_HEADER, size - 8):
+                raise ValueError(f"the header is longer than the file or than {LARGEST_HEADER} bytes")
             entries = json.loads(file.read(length))
-    except (struct.error, ValueError) as error:
+        metadata = entries.pop("__metadata__", {})
+        _check(entries, size - 8 - length)
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is no safetensors file or is cut off: {error}; write it again") from error
-    return entries.pop("__metadata__", {}), entries
+    return metadata, entries
+
+
+def _check(entries: dict[str, Any], size: int) -> None:
+    """Every tensor's bytes are as many as dtype and shape call for, and together they fill the file without a gap."""
+    places = sorted((*entry["data_offsets"], name) for name, entry in entries.items())
+    end = 0
+    for begin, after, name in places:
+        entry = entries[name]
+        if begin != end or any(type(side) is not int or side < 0 for side in entry["shape"]):
+            raise ValueError(f"{name} has a wrong place or shape")
+        if (after - begin) * 8 != BITS[entry["dtype"]] * math.prod(entry["shape"]):
+            raise ValueError(f"{name} has {after - begin} bytes, which its dtype and shape don't")
+        end = after
+    if end != size:
+        raise ValueError(f"{size} bytes of tensors, its header describes {end}")
 
 
 def entries(folder: Path) -> dict[str, Entry]:

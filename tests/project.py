@@ -56,6 +56,13 @@ class Project:
         self("git", "add", "-A")
         self("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start")
 
+    @classmethod
+    def found(cls, path: Path) -> Project:
+        """One that was made before, as it is."""
+        project = cls.__new__(cls)
+        project.path = path
+        return project
+
     def __call__(
         self, *command: str, check: bool = True, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess:

@@ -5,12 +5,14 @@ The toy's commands need no model, so that what is tested is how DVC and Prefect 
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import inspect
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ import urllib.request
 import dvc.stage.run
 import pytest
 import yaml
+from dvc import dvcfile
 from dvc.repo import Repo
 from dvc.repo import reproduce as dvc_reproduce
 from dvc.stage import Stage as DvcStage
@@ -30,7 +33,7 @@ from tests.project import ROOT, clean_environment
 
 os.environ.setdefault("PREFECT_HOME", str(ROOT / settings.HOME))  # else importing Prefect makes a folder in ~
 
-from flows import reproduction  # noqa: E402
+from flows import reproduction, server  # noqa: E402
 
 STAGES = {
     "first": {
@@ -180,6 +183,33 @@ def ask(url, what, patience=10.0):
         time.sleep(0.5)
 
 
+DAMAGE = {
+    "cut off": lambda data: data[: len(data) // 2],
+    "no database": lambda data: b"no database" * 500,
+    "a page of zeros": lambda data: data[:4096] + bytes(4096) + data[8192:],
+    "nothing": lambda data: data,
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_database_is_moved_aside_and_a_good_one_stays(tmp_path, monkeypatch, capsys, what) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    server.mend_database()  # there is none
+    path = tmp_path / "prefect.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE runs (name TEXT)")
+        database.executemany("INSERT INTO runs VALUES (?)", [("x" * 1000,)] * 50)
+        database.commit()
+    path.write_bytes(damaged := DAMAGE[what](path.read_bytes()))
+    server.mend_database()
+    moved = tmp_path / "prefect.db.damaged"
+    if what == "nothing":
+        assert path.read_bytes() == damaged and not moved.exists() and not capsys.readouterr().err
+    else:
+        assert not path.exists() and moved.read_bytes() == damaged
+        assert "is damaged" in capsys.readouterr().err
+
+
 def test_a_taken_port_is_a_sentence(tmp_path) -> None:
     (tmp_path / "flows").symlink_to(ROOT / "flows")
     (tmp_path / "tasks").symlink_to(ROOT / "tasks")
@@ -202,6 +232,8 @@ def test_dvc_still_has_what_the_flow_uses_of_its_internals() -> None:
     assert list(inspect.signature(reproduction._get_stage_hash).parameters) == ["stage"]
     assert list(inspect.signature(reproduction._can_hash).parameters) == ["stage"]
     assert "self.stage_cache" in inspect.getsource(Repo.__init__)
+    assert "with modify_yaml(self.path, fs=self.repo.fs) as data" in inspect.getsource(dvcfile.Lockfile.dump_stages)
+    assert dvcfile.modify_yaml is reproduction.modify_yaml
 
 
 def test_state_stays_in_the_project_and_the_environment_wins(tmp_path, monkeypatch) -> None:

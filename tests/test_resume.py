@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import json
@@ -13,6 +14,7 @@ from tasks.algorithms import resume
 from tasks.journal import Journal
 from tests.benchmarks.chain import CachedStage, Chain
 from tests.benchmarks.kills import Killed as KilledProject
+from tests.benchmarks.kills import end
 from tests.project import DOCUMENT, SMALL, Project
 
 QUICK = {key: value for key, value in SMALL.items() if not key.startswith("fetch.")}
@@ -163,10 +165,13 @@ def test_sigkill_at_random_moments_costs_neither_bytes_nor_the_journal(tmp_path,
     project.change({"lora.steps": 300})
     killed = KilledProject(project, interval=0)
     generator = random.Random(0)
-    for stage in ("lora", "baseline", "lora"):
-        killed.run(stage, generator.uniform(0, 0.5), journaled=True)
+    for victim, stage in (("group", "lora"), ("dvc", "baseline"), ("stage", "lora")):
+        killed.make_stale(stage)
+        kill = functools.partial(end, victim, stage=stage)
+        assert killed.run(stage, kill=kill, after=generator.uniform(0, 0.5), journaled=True).killed
         assert list((project.path / "data/.scratch/journal" / stage).glob("*/*.safetensors"))
-        assert "goes on with what an interrupted run has left" in killed.run(stage)[1]
-        project.repro()
-        assert project.lock() == killed.expected
+        assert list(killed.faults_after_kill(stage)) == []
+        following = killed.run(stage)
+        assert following.status == 0 and "goes on with what an interrupted run has left" in following.output
+        assert list(killed.faults()) == []
     assert not list((project.path / "data/.scratch/journal").iterdir())

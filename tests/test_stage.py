@@ -182,7 +182,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(stages.params, "load", load)
     monkeypatch.setattr(stages.preflight, "check_workspace", lambda *_: None)
-    monkeypatch.setattr(stages.processes, "die_with_parent", lambda: None)
+    monkeypatch.setattr(stages, "_die_with_parent", lambda _: None)
 
     def go(run, skip=None) -> None:
         monkeypatch.setitem(sys.modules, "tasks.toy", SimpleNamespace(run=run, skip=skip))
@@ -349,11 +349,34 @@ def test_an_input_altered_by_hand_is_named(made: Toy, run_here) -> None:
     text.unlink()  # it may be a link into DVC's cache
     text.write_text("{")
     with pytest.raises(InputError) as caught:
-        run_here(raising(ValueError("no JSON")))
-    assert str(caught.value) == (
-        "data/source/text.txt is not what its stage wrote, and can't be used (ValueError: no JSON);"
-        " `dvc checkout data/source/text.txt` brings the right one back"
-    )
+        run_here(write)
+    assert str(caught.value) == f"data/source/text.txt {stages.ALTERED}"
+    assert made.outputs() == OUTPUTS
+
+
+def test_an_input_that_changes_while_the_stage_runs_is_named(made: Toy, run_here) -> None:
+    def run(_: Stage) -> None:
+        text = Path("data/source/text.txt")
+        text.unlink()
+        text.write_text("{")
+        raise ValueError("no JSON")
+
+    with pytest.raises(InputError, match=r"data/source/text.txt is not what its stage wrote.*\(ValueError: no JSON\)"):
+        run_here(run)
+
+
+def test_a_bit_that_flips_in_an_input_and_in_the_cache_at_once_is_found(made: Toy, run_here) -> None:
+    """Both are one file, and DVC sees neither: size and time are the same."""
+    made("-m", "dvc", "checkout", "--relink", "-q")
+    text = Path("data/source/text.txt")
+    before = text.stat()
+    text.chmod(0o644)
+    text.write_text("tezt")
+    text.chmod(before.st_mode)
+    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert before.st_nlink == 2 and "up to date" in made("-m", "dvc", "status").stdout
+    with pytest.raises(InputError, match="data/source/text.txt is not what its stage wrote"):
+        run_here(write)
 
 
 def test_on_a_full_disk_the_previous_outputs_come_back_as_links(made: Toy, run_here, monkeypatch) -> None:
@@ -434,7 +457,8 @@ def test_two_runs_of_one_stage_at_once(toy: Toy) -> None:
         started(toy.path)
         second = toy("run.py", "toy")
         assert second.returncode == 1
-        assert second.stdout == "error: stage toy is already running in this folder; wait for it or end it\n"
+        held = rf"error: stage toy is already running in this folder: process {first.pid} \(.*run.py toy\), since "
+        assert re.fullmatch(rf"{held}20\d\d-\d\d-\d\d \d\d:\d\d:\d\d; wait for it or end it\n", second.stdout)
         (toy.path / "go").touch()
         assert first.wait(60) == 0
     finally:
