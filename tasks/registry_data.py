@@ -25,6 +25,7 @@ from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.scm import SCMError
+from dvc.stage import Stage
 
 from tasks import lineage
 from tasks.algorithms.errors import InputError
@@ -174,7 +175,7 @@ def collect(root: Path, revisions: list[str], dry: bool = False) -> None:
 def _check_workspace(root: Path) -> None:
     try:
         with Repo(str(root)) as repo:
-            outs = [out for out in repo.stage.load_one(name=STAGE).outs if out.fs_path.endswith(f"{STAGE}/model")]
+            outs = [out for out in _stage(repo).outs if Path(out.fs_path).parts[-2:] == (STAGE, "model")]
             altered = [str(out) for out in outs if not out.hash_info or lineage.md5(out) != out.hash_info.value]
     except DvcException as error:
         raise InputError(f"{root} holds no package: {' '.join(str(error).split())}") from error
@@ -185,10 +186,15 @@ def _check_workspace(root: Path) -> None:
         )
 
 
+def _stage(repo: Repo) -> Stage:
+    """The stage of the repository's own dvc.yaml; without a path DVC takes that of the working folder."""
+    return repo.stage.load_one(repo.fs.join(repo.root_dir, "dvc.yaml"), STAGE)
+
+
 def _package_path(fs: DVCFileSystem, revision: str) -> str:
     """The path of the package's model folder at a commit."""
     try:
-        stage = fs.repo.stage.load_one(name=STAGE)
+        stage = _stage(fs.repo)
     except DvcException as error:
         raise InputError(
             f"{revision[:10]} has no stage {STAGE} in its dvc.yaml: it is no run of this project"

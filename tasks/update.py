@@ -6,9 +6,9 @@ file is made of: it is the same; pieces of the old one and new bytes (tensor fil
 deflated with the old file as its dictionary. So an adapter that changed costs the adapter.
 
 Applying trusts nothing: the signature is checked before the text is used, names can't lead out of the folder, it must
-be the old version exactly, and no file counts before its sha256 is right. The new folder is built beside the old one and
-takes its place in one step: Linux exchanges the two (renameat2); a file system that can't do it takes three renames,
-after the first of which the old folder is beside its place. Applying needs no torch.
+be the old version exactly, and no file counts before its sha256 is right. The new folder is built beside the old one,
+and they change places in one step (Linux: renameat2); a file system that can't do it takes three renames, after the
+first of which the old folder is beside its place. Applying needs no torch.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ WINDOW = 2**15
 """Bytes of a dictionary that zlib can use: the last ones."""
 TEXT = 2**22
 """Bytes of a file that is tried as text, at most."""
+TENSORS = ".safetensors"
 NEW = -1
 """In a piece's place of a start: its bytes are new."""
 
@@ -192,7 +193,7 @@ def _contents(folder: Path) -> dict[str, str]:
 
 def _put(file: File, old: Path, new: Path, payload: BinaryIO, summary: Summary) -> File:
     """Append what a changed file needs to the payload, in the way that takes fewer bytes."""
-    deflated = _deflated(old, new) if file.bytes <= TEXT else None
+    deflated = _deflated(old, new) if file.bytes <= TEXT and new.suffix != TENSORS else None
     found, components = _pieces(old, new)
     fresh = sum(size for start, size in found if start == NEW)
     if deflated is not None and len(deflated) < fresh:
@@ -212,7 +213,7 @@ def _put(file: File, old: Path, new: Path, payload: BinaryIO, summary: Summary) 
 
 def _pieces(old: Path, new: Path) -> tuple[list[tuple[int, int]], dict[str, int]]:
     """The pieces of a file, and its new bytes by component; other files than tensors are new as a whole."""
-    if new.suffix != ".safetensors" or not old.exists():
+    if new.suffix != TENSORS or not old.exists():
         return [(NEW, new.stat().st_size)], {"files": new.stat().st_size}
     from tasks import update_pieces  # here, as it imports torch, which `apply` does not need
 
