@@ -32,7 +32,7 @@ from tasks.algorithms.errors import InputError
 from tasks.registry import Manifest, Version
 
 ROOT = Path(".")
-SHOWN = ("package_perplexity_test", "package_perplexity_test_ood")
+SHOWN = ("perplexity_test", "perplexity_test_ood")
 """Figures of `list`; `--json` and `diff` have all."""
 
 

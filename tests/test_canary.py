@@ -1,4 +1,4 @@
-"""Intervals against published figures and naive sums; the verdict's error over all looks; what share of ids is routed."""
+"""Intervals against published figures and naive sums; the error over all looks; what share of ids is routed."""
 
 from __future__ import annotations
 

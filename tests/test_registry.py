@@ -32,7 +32,7 @@ class Night:
         self.git("init", "-q", "-b", "main")
         Repo.init(str(root)).close()
         shutil.copyfile(ROOT / "params.yaml", root / "params.yaml")
-        outs = ["data/package/model", "data/report/metrics.json"]
+        outs = ["data/package/model", "data/evaluate/package/metrics.json"]
         stage = {"cmd": "false", "params": ["wanda"], "outs": outs}
         (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"package": stage}}))
         (root / ".gitignore").write_text("/data\n")
@@ -46,15 +46,15 @@ class Night:
         """Write a package and its figures into the workspace, and dvc.lock."""
         folder = self.root / "data/package/model"
         (folder / "sub").mkdir(parents=True, exist_ok=True)
-        (self.root / "data/report").mkdir(exist_ok=True)
+        (self.root / "data/evaluate/package").mkdir(parents=True, exist_ok=True)
         for name, text in (("model.bin", weights * 1000), ("sub/tokenizer.json", "{}")):
             (folder / name).unlink(missing_ok=True)  # it may be a link to DVC's cache
             (folder / name).write_text(text)
         files = {"model.bin": {"bytes": len(weights) * 1000, "sha256": registry_data.sha256(folder / "model.bin")}}
-        metrics = self.root / "data/report/metrics.json"
+        metrics = self.root / "data/evaluate/package/metrics.json"
         for path, content in (
             (folder / "manifest.json", {"files": files}),
-            (metrics, {"package_perplexity_test": perplexity}),
+            (metrics, {"perplexity": {"test": perplexity}}),
         ):
             path.unlink(missing_ok=True)
             path.write_text(json.dumps(content))
@@ -104,10 +104,10 @@ def test_promote_and_roll_back_and_what_the_manifest_says(night: Night) -> None:
     first, second = night.commit("a", 41.0), night.commit("b", 40.0)
     assert registry.current(night.root) is None
     assert registry.promote(night.root, first).name == "v0.0.1"
-    assert registry.promote(night.root, second, {"package_perplexity_test": 39.0}, VERDICT).name == "v0.0.2"
+    assert registry.promote(night.root, second, {"perplexity_test": 39.0}, VERDICT).name == "v0.0.2"
     manifest = registry.current(night.root)
     assert (manifest.version, manifest.revision, manifest.tag) == ("v0.0.2", second, "edgepress#prod#2")
-    assert manifest.figures == {"package_perplexity_test": 39.0} and manifest.verdict == VERDICT
+    assert manifest.figures == {"perplexity_test": 39.0} and manifest.verdict == VERDICT
     expected = hashlib.sha256(b"b" * 1000).hexdigest()
     assert manifest.package["files"]["model.bin"]["sha256"] == expected and night.content() == "b"
     stored = json.loads((night.root / registry.MANIFEST).read_text())
@@ -118,7 +118,7 @@ def test_promote_and_roll_back_and_what_the_manifest_says(night: Night) -> None:
             == repo.stage.load_one(str(night.root / "dvc.yaml"), "package").outs[0].hash_info.value
         )
     assert registry.rollback(night.root, reason="slow").name == "v0.0.1"
-    assert (registry.current(night.root).figures["package_perplexity_test"], night.content()) == (41.0, "a")
+    assert (registry.current(night.root).figures["perplexity_test"], night.content()) == (41.0, "a")
     with pytest.raises(InputError, match="no version was promoted before v0.0.1"):
         registry.rollback(night.root)
     with pytest.raises(InputError, match=r"v0.0.2 was rolled back \(slow\); promote it --again"):
@@ -326,7 +326,7 @@ def test_canary_from_start_to_either_end(night: Night) -> None:
             registry.start_canary(night.root, "b", share)
     with pytest.raises(InputError, match="it can't be its own canary"):
         registry.start_canary(night.root, "a", 0.05)
-    begun = registry.start_canary(night.root, "b", 0.05, {"package_perplexity_test": 1.0}, VERDICT)
+    begun = registry.start_canary(night.root, "b", 0.05, {"perplexity_test": 1.0}, VERDICT)
     assert (begun.version, begun.share) == ("v0.0.2", 0.05)
     assert json.loads((night.root / registry.MANIFEST).read_text())["canary"]["share"] == 0.05
     assert registry.start_canary(night.root, "v0.0.2", 0.2).share == 0.2
@@ -389,7 +389,7 @@ def test_the_command(night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "40.000" in lines[1] and "by hand" in lines[1] and "41.000" in lines[2]
     found = json.loads(run(night, monkeypatch, capsys, "diff", "v0.0.1", "HEAD", "--json")[1])
     assert found["parameters"] == {"wanda.keep": [2, 1]} and set(found["files"]) == {"manifest.json", "model.bin"}
-    assert found["figures"] == {"package_perplexity_test": [41.0, 40.0]}
+    assert found["figures"] == {"perplexity_test": [41.0, 40.0]}
     assert "-2.44%" in run(night, monkeypatch, capsys, "diff", "v0.0.1", "v0.0.2")[1]
     assert "v0.0.1 is in use again" in run(night, monkeypatch, capsys, "rollback", "--reason", "slow")[1]
     assert run(night, monkeypatch, capsys, "verify")[1].endswith("3 files are those of v0.0.1\n")
