@@ -4,8 +4,8 @@ A commit's dvc.lock names the package's files by md5, DVC's cache has them; `sto
 (`data/registry/v0.0.1`) and checks every byte on the way. Folders are copies, so neither `dvc gc` nor an edit in
 data/package reaches a promoted model. DVC reads the commit out of git: no branch, index or workspace is touched.
 
-`snapshot` makes a commit of a workspace's present state, beside its branch. `collect` is `dvc gc` with more than one
-commit to keep, which DVC's own command can't name.
+`snapshot` makes a commit of a workspace's present state, beside its branch. Nothing here removes from DVC's cache: that
+is retention's part, which asks `tasks.registry.kept` for the commits whose data stays.
 """
 
 from __future__ import annotations
@@ -153,23 +153,6 @@ def snapshot(root: Path) -> str:
     if tree == _git(root, "rev-parse", "HEAD^{tree}"):
         return head
     return _git(root, "commit-tree", tree, "-p", head, "-m", "Workspace of a promoted package", env=_identity(root))
-
-
-def collect(root: Path, revisions: list[str], dry: bool = False) -> None:
-    """`dvc gc` that keeps what the workspace and these commits use, and removes every other object of DVC's cache.
-
-    Args:
-        revisions: full hashes of commits.
-        dry: only log what would go.
-    """
-    with Repo(str(root), _wait_for_lock=True) as repo:
-        used = repo.used_objs
-
-        def with_revisions(**given: Any) -> Any:
-            return used(**{**given, "revs": revisions or None})
-
-        repo.used_objs = with_revisions  # dvc 3.67.1: `gc` takes one `rev`, what it calls takes many
-        repo.gc(workspace=True, dry=dry, force=True)
 
 
 def _check_workspace(root: Path) -> None:
