@@ -26,13 +26,13 @@ from typing import Any
 
 from dvc.exceptions import DvcException
 
-from tasks import params, registry, registry_data, telemetry
+from tasks import params, registry, registry_data, signing, telemetry, update
 from tasks.algorithms import canary
 from tasks.algorithms.errors import InputError
 from tasks.registry import Manifest, Version
 
 ROOT = Path(".")
-SHOWN = ("package_perplexity_test", "package_perplexity_test_ood")
+SHOWN = ("perplexity_test", "perplexity_test_ood")
 """Figures of `list`; `--json` and `diff` have all."""
 
 
@@ -169,6 +169,36 @@ def _apply(name: str, found: canary.Judgement) -> list[str]:
     return []
 
 
+def _keygen(given: argparse.Namespace) -> tuple[Any, str]:
+    public = signing.generate(given.key)
+    return {
+        "private": str(given.key),
+        "public": str(public),
+    }, f"{given.key} signs, keep it to yourself; {public} verifies"
+
+
+def _update_make(given: argparse.Namespace) -> tuple[Any, str]:
+    names = given.a, given.b
+    old, new = (registry.folder_of(ROOT, registry.find(ROOT, name)) for name in names)
+    made = update.make(old, new, names, given.key, given.out)
+    lines = [f"{given.out}: {made.bytes:,} bytes, {made.bytes / made.package:.2%} of {given.b}'s {made.package:,}"]
+    lines += [f"{name}: {how}, {size:,} bytes" for name, (how, size) in made.files.items()]
+    content = asdict(made) | {"adapter_only": made.adapter_only}
+    if made.adapter_only:
+        from tasks import update_pieces  # here, as it imports torch
+
+        own, model = update_pieces.adapter_parameters(new)
+        content |= {"adapter_parameters": own, "model_parameters": model}
+        lines += [f"only the adapter changed: {own:,} parameters, {own / model:.2%} of the model's {model:,}"]
+    return content, "\n".join(lines)
+
+
+def _update_apply(given: argparse.Namespace) -> tuple[Any, str]:
+    done = update.apply(given.file, given.public_key, given.folder)
+    content = {"folder": str(given.folder), "version": done.new, "files": {n: f.sha256 for n, f in done.files.items()}}
+    return content, f"{given.folder} is {done.new} now, {len(done.files)} files verified"
+
+
 def _revision(what: str) -> str:
     """A version or revision as it is; of a folder, the commit of its present state."""
     folder = Path(what)
@@ -231,6 +261,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("b", metavar="B")
     add(commands, "verify", _verify, "hash a version's files").add_argument("version", nargs="?")
     _add_canary(add, commands.add_parser("canary", help="a candidate with a share of the requests"))
+    add(commands, "keygen", _keygen, "make a key pair").add_argument("key", type=Path, metavar="KEY")
+    _add_update(add, commands.add_parser("update", help="what leads from one version's folder to another's"))
     return parser
 
 
@@ -246,6 +278,19 @@ def _add_canary(add: Callable, parser: argparse.ArgumentParser) -> None:
     command = add(commands, "judge", _canary_judge, "promote, rollback or keep watching, from a telemetry file")
     command.add_argument("telemetry", type=Path)
     command.add_argument("--apply", action="store_true", help="promote or withdraw it accordingly")
+
+
+def _add_update(add: Callable, parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = add(commands, "make", _update_make, "write a signed update")
+    command.add_argument("a", metavar="A", help="version")
+    command.add_argument("b", metavar="B", help="version")
+    command.add_argument("--key", type=Path, required=True, help="private key")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE")
+    command = add(commands, "apply", _update_apply, "turn a folder that is the old version into the new one")
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.add_argument("--public-key", type=Path, required=True)
+    command.add_argument("--folder", type=Path, required=True, metavar="DIR")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from tasks.registry_tags import CANARY, PROMOTED, Assignment, History, Version
 FOLDER = Path("data/registry")
 """A folder per version whose bytes are kept, and the manifest; ignored by git."""
 MANIFEST = FOLDER / "current.json"
-METRICS = "data/report/metrics.json"
+EVALUATION = "data/evaluate/package/metrics.json"
 """Of a commit: the figures of a version that is promoted without any."""
 
 
@@ -97,7 +97,7 @@ def promote(
     Args:
         root: the project's folder, whose DVC cache has the data.
         rev: a version ("v0.0.1"), or what git resolves to a commit.
-        figures: what was measured, JSON; None: data/report/metrics.json of the commit.
+        figures: what was measured, JSON; None: the commit's evaluation of its package.
         verdict: why it is promoted, JSON with at least "verdict"; None: by hand.
         again: promote it although it was rolled back.
 
@@ -339,12 +339,22 @@ def _new_version(
 ) -> Version:
     record = {
         "package": package,
-        "figures": registry_data.read_json(root, revision, METRICS) if figures is None else figures,
+        "figures": _evaluated(root, revision) if figures is None else figures,
         "verdict": verdict or {},
     }
     name = history.following()
     registry_tags.register(root, name, revision, record)
     return registry_tags.read(root).versions[name]
+
+
+def _evaluated(root: Path, revision: str) -> dict[str, float]:
+    """perplexity_<split> and bits_per_byte_<split> of the package of a commit; empty where it was not evaluated."""
+    metrics = registry_data.read_json(root, revision, EVALUATION)
+    return {
+        f"{measure}_{split}": value
+        for measure in ("perplexity", "bits_per_byte")
+        for split, value in metrics.get(measure, {}).items()
+    }
 
 
 def _keep_folder(root: Path, version: Version) -> Path:
@@ -483,7 +493,7 @@ def _side(root: Path, history: History, rev: str) -> dict[str, Any]:
     return {
         "revision": revision,
         "package": registry_data.described(root, revision),
-        "figures": registry_data.read_json(root, revision, METRICS),
+        "figures": _evaluated(root, revision),
     }
 
 

@@ -4,8 +4,8 @@ A commit's dvc.lock names the package's files by md5, DVC's cache has them; `sto
 (`data/registry/v0.0.1`) and checks every byte on the way. Folders are copies, so neither `dvc gc` nor an edit in
 data/package reaches a promoted model. DVC reads the commit out of git: no branch, index or workspace is touched.
 
-`snapshot` makes a commit of a workspace's present state, beside its branch. `collect` is `dvc gc` with more than one
-commit to keep, which DVC's own command can't name.
+`snapshot` makes a commit of a workspace's present state, beside its branch. Nothing here removes from DVC's cache: that
+is retention's part, which asks `tasks.registry.kept` for the commits whose data stays.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.scm import SCMError
+from dvc.stage import Stage
 
 from tasks import lineage
 from tasks.algorithms.errors import InputError
@@ -154,27 +155,10 @@ def snapshot(root: Path) -> str:
     return _git(root, "commit-tree", tree, "-p", head, "-m", "Workspace of a promoted package", env=_identity(root))
 
 
-def collect(root: Path, revisions: list[str], dry: bool = False) -> None:
-    """`dvc gc` that keeps what the workspace and these commits use, and removes every other object of DVC's cache.
-
-    Args:
-        revisions: full hashes of commits.
-        dry: only log what would go.
-    """
-    with Repo(str(root), _wait_for_lock=True) as repo:
-        used = repo.used_objs
-
-        def with_revisions(**given: Any) -> Any:
-            return used(**{**given, "revs": revisions or None})
-
-        repo.used_objs = with_revisions  # dvc 3.67.1: `gc` takes one `rev`, what it calls takes many
-        repo.gc(workspace=True, dry=dry, force=True)
-
-
 def _check_workspace(root: Path) -> None:
     try:
         with Repo(str(root)) as repo:
-            outs = [out for out in repo.stage.load_one(name=STAGE).outs if out.fs_path.endswith(f"{STAGE}/model")]
+            outs = [out for out in _stage(repo).outs if Path(out.fs_path).parts[-2:] == (STAGE, "model")]
             altered = [str(out) for out in outs if not out.hash_info or lineage.md5(out) != out.hash_info.value]
     except DvcException as error:
         raise InputError(f"{root} holds no package: {' '.join(str(error).split())}") from error
@@ -185,10 +169,15 @@ def _check_workspace(root: Path) -> None:
         )
 
 
+def _stage(repo: Repo) -> Stage:
+    """The stage of the repository's own dvc.yaml; without a path DVC takes that of the working folder."""
+    return repo.stage.load_one(repo.fs.join(repo.root_dir, "dvc.yaml"), STAGE)
+
+
 def _package_path(fs: DVCFileSystem, revision: str) -> str:
     """The path of the package's model folder at a commit."""
     try:
-        stage = fs.repo.stage.load_one(name=STAGE)
+        stage = _stage(fs.repo)
     except DvcException as error:
         raise InputError(
             f"{revision[:10]} has no stage {STAGE} in its dvc.yaml: it is no run of this project"

@@ -22,7 +22,7 @@ from tasks.algorithms.errors import InputError
 from tasks.params import Fetch
 
 ROOT = Path(__file__).resolve().parents[1]
-OFF = {name: SimpleNamespace(enabled=False) for name in ("calibrate", "lora", "evaluate")}
+OFF = {name: SimpleNamespace(enabled=False) for name in ("calibrate", "lora", "evaluate", "kv_cache")}
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 TEXTS = ["The pump must stop.", "", "  \n", "Straße, naïve, 水"]
 NO_HUB = {"hub": None, "revision": None}
