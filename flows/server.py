@@ -18,10 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from flows import settings
 from tasks.algorithms.errors import InputError
 
 HOST = "127.0.0.1"
+GRACE = 15.0
+"""Seconds that a stage gets to put its previous outputs back when the server has ended."""
 _started: list[subprocess.Popen] = []
 """Keeps the pipes open: their end, when this process ends, ends the servers."""
 
@@ -99,7 +103,23 @@ def start_temporary() -> str:
     if not url:
         raise InputError(f"the Prefect server did not start; `{' '.join(command)}` shows why")
     _started.append(process)
+    threading.Thread(target=_end_with, args=(process,), daemon=True).start()
     return url
+
+
+def _end_with(server: subprocess.Popen) -> None:
+    """End this process when its server was killed: Prefect would ask it again and again, for minutes (3.8.8)."""
+    server.wait()
+    print(
+        "error: the flow's Prefect server has ended; run again, finished stages stay as they are",
+        file=sys.stderr,
+        flush=True,
+    )
+    stages = psutil.Process().children()
+    for stage in stages:
+        stage.terminate()
+    psutil.wait_procs(stages, timeout=GRACE)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,10 @@ class Killed:
                 kill(psutil.Process(process.pid))
                 killed = True
         ended = time.monotonic()
-        status = process.wait(PATIENCE if killed else None)
+        try:
+            status = process.wait(PATIENCE if killed else None)
+        except subprocess.TimeoutExpired:  # `faults_after_kill` finds it, and ends it
+            status = None
         ended = ended if killed else time.monotonic()
         text = printed.read_text(encoding="utf-8", errors="replace")
         return Run(ended - begun if begun else 0.0, status, text, killed)
