@@ -62,6 +62,8 @@ elif name == "hardware_fit":
     Path("data/overlap/overlap.json").write_text(json.dumps({"splits": {"test": leaked}}))
 elif name == "report":
     (out / "report.html").write_text("<p>toy")
+    (out / "plots").mkdir()
+    (out / "plots/captions.json").write_text("{}")
     (out / "verdict.txt").write_text("A toy.\\n")
     (out / "stages.csv").write_text("stage,bytes\\npackage,1\\n")
 else:
@@ -95,7 +97,7 @@ DAG = {
         "report",
         ["data/evaluate/package", "data/hardware_fit/fit.json"],
         ["report"],
-        ["data/report/report.html", "data/report/verdict.txt", "data/report/stages.csv"],
+        ["data/report/report.html", "data/report/verdict.txt", "data/report/stages.csv", "data/report/plots"],
     ),
 }
 

@@ -14,8 +14,12 @@ pytestmark = pytest.mark.slow
 
 MODELS = ("fetch", "vocabulary", "depth_prune", "wanda", "lora", "gptq", "eora", "package", "baseline_lora", "baseline")
 EVALUATIONS = {f"evaluate@{name}" for name in MODELS}
-STAGES = {*MODELS, "overlap", "calibrate", "importance", "measure", "hardware_fit", "report"} | EVALUATIONS
-BELOW_WANDA = {"wanda", "lora", "gptq", "eora", "package", "baseline", "measure", "hardware_fit", "report"}
+STAGES = {*MODELS, "overlap", "calibrate", "importance", "measure", "kv_cache", "hardware_fit", "report"} | EVALUATIONS
+STAGES |= {"harness_data", "harness@fetch-corpus"}
+BELOW_PACKAGE = {"baseline", "measure", "kv_cache", "hardware_fit", "report", "evaluate@package", "evaluate@baseline"}
+BELOW_PACKAGE |= {"harness@package-corpus", "harness@baseline-corpus"}
+STAGES |= BELOW_PACKAGE
+BELOW_WANDA = {"wanda", "lora", "gptq", "eora", "package"} | BELOW_PACKAGE
 BELOW_WANDA |= {f"evaluate@{name}" for name in BELOW_WANDA} & EVALUATIONS
 
 
@@ -57,8 +61,7 @@ def test_a_parameter_reruns_what_depends_on_it_and_comes_back_from_the_run_cache
 def test_the_flow_has_nothing_to_do_after_dvc_and_dvc_nothing_after_the_flow(project) -> None:
     assert f"0 of {len(STAGES)} stages ran" in project.flow().stdout
     project.change({"eora.rank": 5})
-    below = {"eora", "package", "baseline", "measure", "hardware_fit", "report"}
-    below |= {"evaluate@eora", "evaluate@package", "evaluate@baseline"}
+    below = {"eora", "evaluate@eora", "package"} | BELOW_PACKAGE
     assert f"{len(below)} of {len(STAGES)} stages ran" in project.flow().stdout
     assert not ran(project.repro().stdout)
     project.change({"eora.rank": 4})
