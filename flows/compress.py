@@ -63,6 +63,7 @@ def main(arguments: list[str]) -> int:
     try:
         url = None if configured else server.start_temporary()
         with temporary_settings({PREFECT_API_URL: f"{url}/api", PREFECT_UI_URL: url} if url else {}):
+            processes.sweep()
             state = compress(chosen.targets or None, chosen.force, return_state=True)
     except InputError as error:
         return _fail(str(error))

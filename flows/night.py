@@ -64,9 +64,14 @@ def _night(top: Path, started: datetime) -> State:
         _announce(nights.save(folder, name, None, record | {"verdict": FAILED, "reason": state.message}))
         return Failed(message=f"{name}: {state.message}")
     found = _judged(top, folder, name, record)
-    promoted = _promoted(top, found)
-    _announce(found, promoted)
     verdict = found.record["verdict"]
+    try:
+        promoted = _promoted(top, found)
+    except (InputError, OSError) as error:  # its verdict stands, and the next night promotes it
+        promoted = f"not promoted: {error}"
+        _announce(found, promoted)
+        return Failed(message=f"{name}: {verdict}, but {promoted}")
+    _announce(found, promoted)
     return Completed(name=verdict.capitalize(), message=f"{name}: {verdict}: {found.record['reason']}; {promoted}")
 
 
@@ -90,14 +95,18 @@ def _judged(top: Path, folder: Path, name: str, record: dict[str, Any]) -> Night
 
 
 def _promoted(top: Path, found: Night) -> str:
-    """What became of the model, in words; an accepted one is promoted, unless somebody rolled it back before."""
+    """What became of the model, in words; an accepted one is promoted, unless somebody rolled it back before.
+
+    Raises:
+        InputError, OSError: it was accepted and can't be promoted.
+    """
     before = found.record["against"]
     if found.record["verdict"] != ACCEPT:
         return f"{before} stays promoted" if before else "nothing is promoted"
     verdict = {key: found.record[key] for key in ("verdict", "reason", "checks")} | {"night": found.name}
     try:
         version = registry.promote(top, found.commit, found.record["figures"], verdict).name
-    except InputError as error:
+    except registry.Withdrawn as error:
         return f"not promoted: {error}"
     return f"{version} stays promoted" if version == before else f"{version} is promoted"
 

@@ -7,7 +7,7 @@
 
 A night needs the running server of `make ui`, never a temporary one: its runs are what people look for in the morning.
 
-Exit codes of --once: 0 ACCEPT, 1 the night failed, 3 REGRESSION, 4 ANOMALOUS, 5 INFEASIBLE, 6 UNDECIDED.
+Exit codes of --once: 0 ACCEPT, 1 night or promotion failed, 3 REGRESSION, 4 ANOMALOUS, 5 INFEASIBLE, 6 UNDECIDED.
 """
 
 from __future__ import annotations

@@ -2,13 +2,12 @@
 
 A process that is killed (SIGKILL, power loss) can't tell the server, and its run stays Running: it is drawn as alive,
 and holds the deployment's only slot. So every flow of this project signs its run with process, start and boot, as
-labels, and a night begins with a sweep. Runs of another host, and unsigned ones, are left to an automation that watches
-their heartbeat.
+labels, and `make` and a night begin with a sweep. Runs of another host, and unsigned ones, are left to an automation
+that watches their heartbeat.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import socket
 from collections.abc import Mapping
@@ -34,8 +33,11 @@ PAGE = 200
 
 def sign() -> None:
     """Note on the current flow run which process it runs in; a server that refuses is no reason to fail."""
-    with get_client(sync_client=True) as client, contextlib.suppress(httpx.HTTPError):
-        client.update_flow_run_labels(flow_run.id, _own())
+    try:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run_labels(flow_run.id, _own())
+    except httpx.HTTPError as error:
+        logging.getLogger("prefect").warning("if this process is killed, only its heartbeat will tell: %s", error)
 
 
 def sweep() -> list[FlowRun]:

@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
     try:
         top = nights.root()
         own = params.load(top / "params.yaml")
-        with nights.locked(top, wait=False, what="retention"):
+        with nights.locked(top, wait=False):
             items = plan(top, own)
             for item in items:
                 print(f"{item.kind:9} {item.bytes:>14,}  {item.what}")

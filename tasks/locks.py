@@ -38,11 +38,12 @@ class Holder(NamedTuple):
 
 
 @contextlib.contextmanager
-def held(path: Path, what: str) -> Iterator[None]:
+def held(path: Path, what: str, way_out: str = "wait for it or end it", *, wait: bool = False) -> Iterator[None]:
     """Hold the lock in this file.
 
     Args:
         what: what it guards, and how that reads where another process has it ("stage lora is already running").
+        wait: for the other process to end, instead of an error.
 
     Raises:
         InputError: another process holds it; says which, and since when.
@@ -50,10 +51,10 @@ def held(path: Path, what: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             found = holder(path)
-            raise InputError(f"{what}{f': {found}' if found else ''}; wait for it or end it") from error
+            raise InputError(f"{what}{f': {found}' if found else ''}; {way_out}") from error
         file.truncate(0)
         file.write(f" {os.getpid()}\n")
         file.flush()

@@ -15,12 +15,10 @@ with git's plumbing: `dvc exp save` takes the refs refs/exps/exec/*, which all w
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +28,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.repo.experiments.refs import EXEC_APPLY, EXPS_NAMESPACE, ExpRefInfo
 
+from tasks import locks
 from tasks.algorithms.errors import InputError
 
 FOLDER = Path(".dvc/tmp/nights")
@@ -94,32 +93,17 @@ def git(folder: Path, *arguments: str, env: dict[str, str] | None = None, text: 
     return done.stdout.removesuffix("\n")
 
 
-@contextlib.contextmanager
-def locked(top: Path, wait: bool, what: str = "night") -> Iterator[None]:
+def locked(top: Path, wait: bool) -> contextlib.AbstractContextManager[None]:
     """Keep a second night, or retention, out.
 
     Args:
         wait: for the other one to end, instead of an error.
 
     Raises:
-        InputError: another one holds the lock; says which process, and since when.
+        InputError: on entering, another one holds the lock; says which process, and since when.
     """
-    path = top / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as guard:
-        try:
-            fcntl.flock(guard, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            guard.seek(0)
-            raise InputError(
-                f"{guard.read().strip() or 'another night is starting'}: wait for it, end it,"
-                " or set nightly.overlap to queue"
-            ) from error
-        guard.truncate(0)
-        guard.write(f"a {what} runs in process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
-        guard.flush()
-        yield  # the lock is the kernel's: it ends with the process, however that ends
-        guard.truncate(0)
+    way_out = "wait for it, end it, or set nightly.overlap to queue"
+    return locks.held(top / LOCK, "a night or its retention is at work", way_out, wait=wait)
 
 
 def prepare(top: Path) -> Path:

@@ -35,6 +35,10 @@ EVALUATION = "data/evaluate/package/metrics.json"
 """Of a commit: the figures of a version that is promoted without any."""
 
 
+class Withdrawn(InputError):
+    """The version was rolled back, and isn't promoted again unless asked for."""
+
+
 @dataclass(frozen=True)
 class Canary:
     """The candidate beside the promoted version.
@@ -102,7 +106,8 @@ def promote(
         again: promote it although it was rolled back.
 
     Raises:
-        InputError: no such commit, no package there, its data is gone or damaged, or it was rolled back.
+        InputError: no such commit, no package there, or its data is gone or damaged.
+        Withdrawn: it was rolled back.
     """
     with registry_tags.locked(root):
         _settle(root)
@@ -110,7 +115,7 @@ def promote(
         history = registry_tags.read(root)
         stack, withdrawn = _promotions(history)
         if version.name in withdrawn and not again:
-            raise InputError(
+            raise Withdrawn(
                 f"{version.name} was rolled back ({withdrawn[version.name]}); promote it --again if it shall be used"
             )
         if stack[-1:] != [version.name]:

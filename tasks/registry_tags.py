@@ -11,7 +11,6 @@ clock that was set back, would otherwise give another order. It knows nothing of
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from gto.tag import find, parse_name
 from scmrepo.exceptions import SCMError
 from scmrepo.git import Git
 
+from tasks import locks
 from tasks.algorithms.errors import InputError
 
 ARTIFACT = "edgepress"
@@ -179,8 +179,7 @@ def locked(root: Path) -> Iterator[None]:
     """Hold the registry against other processes, whichever worktree they work in; waits for them."""
     with _git(root) as scm:
         folder = Path(scm.dulwich.repo.commondir())
-    with open(folder / LOCK, "w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
+    with locks.held(folder / LOCK, "the registry is in use", wait=True):
         yield
 
 

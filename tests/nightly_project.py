@@ -158,8 +158,8 @@ class NightlyProject:
         (self.path / "home").mkdir(exist_ok=True)
         return {**clean_environment(), "HOME": str(self.path / "home")}
 
-    def start(self, *command: str) -> subprocess.Popen:
-        """A process of this project's python whose output is read line by line."""
+    def start(self, *command: str, group: bool = False) -> subprocess.Popen:
+        """A process of this project's python whose output is read line by line; `group`: with a group of its own."""
         return subprocess.Popen(
             [sys.executable, *command],
             cwd=self.path,
@@ -167,14 +167,15 @@ class NightlyProject:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=group,
         )
 
-    def run(self, *command: str, expect: int = 0) -> str:
+    def run(self, *command: str, expect: int = 0, env: dict[str, str] | None = None) -> str:
         """What a command prints; it has to end with this code."""
         done = subprocess.run(
             command,
             cwd=self.path,
-            env=self.environment(),
+            env=self.environment() | (env or {}),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

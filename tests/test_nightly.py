@@ -5,21 +5,25 @@ One Prefect server serves all of them; what a stage computes is of no account he
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 import yaml
 
-from tasks import nights, registry
+from tasks import nights, registry, registry_tags
 from tasks.algorithms.errors import InputError
 from tests.nightly_project import NightlyProject
 from tests.project import ROOT
@@ -51,8 +55,14 @@ def ask(project, what, body=None):
     url = (project.path / ".prefect/api-url").read_text().strip()
     data = json.dumps(body or {}).encode()
     request = urllib.request.Request(f"{url}/{what}", data, {"Content-Type": "application/json"}, method="POST")
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code != http.HTTPStatus.SERVICE_UNAVAILABLE:  # its database is busy
+                raise
+            time.sleep(0.5)
 
 
 def wait_for(condition, seconds):
@@ -187,9 +197,9 @@ def version_missing(project):
 @pytest.mark.slow  # a server
 def test_a_run_whose_process_was_killed_does_not_stay_running(project) -> None:
     script = "from flows import processes; from prefect import flow; import os, time\n@flow(name='doomed')\ndef f():\n"
-    script += " processes.sign()\n print('up', flush=True)\n time.sleep(600)\nf()"
+    script += " processes.sign()\n print('signed', flush=True)\n time.sleep(600)\nf()"
     doomed = project.start("-c", f"from flows import settings; settings.apply()\n{script}")
-    wait_for(lambda: "up" in doomed.stdout.readline(), 60)
+    wait_for(lambda: doomed.stdout.readline() == "signed\n", 60)  # the run's name is printed before, and may be a word
     doomed.kill()
     doomed.wait()
     running = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
@@ -198,6 +208,93 @@ def test_a_run_whose_process_was_killed_does_not_stay_running(project) -> None:
     assert project.python("-c", script).strip().endswith("1")
     (found,) = [run for run in ask(project, "flow_runs/filter", {}) if run["id"] == left["id"]]
     assert found["state"]["type"] == "CRASHED" and "is gone" in found["state"]["message"]
+
+
+@pytest.mark.slow  # a server
+def test_an_accepted_model_that_cannot_be_promoted_fails_the_night_and_the_next_one_promotes_it(project) -> None:
+    project.weights(0.003)
+    following = f"v0.0.{len(registry.versions(project.path)) + 1}"
+    blocked = project.path / f".git/refs/tags/{registry_tags.ARTIFACT}@{following}.lock"  # as of a git that was killed
+    blocked.parent.mkdir(parents=True, exist_ok=True)
+    blocked.touch()
+    before = registry.current(project.path)
+    output = project.python(*ONCE, expect=1)
+    assert re.search(r"error: night-\S+: ACCEPT, but not promoted: ", output)
+    assert last(project).record["verdict"] == "ACCEPT" and registry.current(project.path) == before
+    blocked.unlink()
+    assert f"{following} is promoted" in project.python(*ONCE)
+
+
+@contextlib.contextmanager
+def serving(project):
+    """The served deployment, as a process group of its own: (process, deployment's id)."""
+    served = project.start("-m", "flows.nightly", group=True)
+    try:
+        wait_for(lambda: "is being served" in served.stdout.readline(), 60)  # before, it drops runs that were missed
+        threading.Thread(target=served.stdout.read, daemon=True).start()
+        (found,) = (each for each in ask(project, "deployments/filter") if each["name"] == "nightly")
+        yield served, found["id"]
+    finally:
+        if served.poll() is None:
+            served.send_signal(signal.SIGTERM)
+            served.wait(60)
+
+
+def start_night(project, served):
+    """A run of the deployment, now; its id."""
+    return ask(project, f"deployments/{served}/create_flow_run", {"state": {"type": "SCHEDULED"}})["id"]
+
+
+def state_of(project, run):
+    return next(each for each in ask(project, "flow_runs/filter", {}) if each["id"] == run)["state_type"]
+
+
+@pytest.mark.slow  # a server, and a runner that asks it every ten seconds
+def test_nights_that_were_killed_with_their_runner_hold_no_slot_and_overlapping_ones_queue(project) -> None:
+    project.change({"nightly.cron": "0 2 * * *", "nightly.overlap": "queue"})
+    project.commit("queue")
+    with serving(project) as (served, id_):
+        doomed = start_night(project, id_)
+        wait_for(lambda: state_of(project, doomed) == "RUNNING", 60)
+        os.killpg(served.pid, signal.SIGKILL)
+        served.wait()
+    assert state_of(project, doomed) == "RUNNING"  # nobody could tell the server
+    before = len(nights.listing(project.path))
+    with serving(project) as (_, id_):
+        both = [start_night(project, id_) for _ in range(2)]
+        wait_for(lambda: [state_of(project, run) for run in both] == ["COMPLETED"] * 2, 120)
+    assert state_of(project, doomed) == "CRASHED"
+    assert len(nights.listing(project.path)) == before + 2
+
+
+@pytest.mark.slow  # a server and a worker
+def test_the_deployment_of_prefect_yaml_runs_on_a_process_pool(project) -> None:
+    before = len(nights.listing(project.path))
+    prefect = (str(Path(sys.executable).parent / "prefect"), "--no-prompt")
+    named = {"PREFECT_API_URL": (project.path / ".prefect/api-url").read_text().strip()}
+    named |= {"PREFECT_HOME": str(project.path / ".prefect"), "EDGEPRESS_PROJECT": str(project.path)}
+    project.run(*prefect, "work-pool", "create", "edgepress", "--type", "process", env=named)
+    project.run(*prefect, "deploy", "--prefect-file", str(ROOT / "prefect.yaml"), "--name", "nightly", env=named)
+    project.run(*prefect, "deployment", "run", "night/nightly", env=named)
+    project.run(*prefect, "worker", "start", "--pool", "edgepress", "--run-once", env=named)
+    (found,) = nights.listing(project.path)[before:]
+    assert found.record["verdict"] == "ACCEPT"
+
+
+@pytest.mark.slow  # a server
+def test_a_night_a_repro_a_flow_and_a_second_night_at_once(project) -> None:
+    project.weights(0.004)
+    project.commit("for all of them")
+    before = len(nights.listing(project.path))
+    commands = (ONCE, ONCE, ("-m", "dvc", "repro"), ("-m", "flows.compress", "package", "hardware_fit"))
+    together = [project.start(*command) for command in commands]
+    said = [process.communicate(timeout=300)[0] for process in together]
+    for process, text in zip(together, said, strict=True):
+        assert "Traceback" not in text
+        assert process.returncode == 0 or re.search(r"error: .*process \d+ \(.*\), since \d{4}-", text), text
+    assert len(nights.listing(project.path)) > before
+    assert "up to date" in project.run(sys.executable, "-m", "dvc", "status") or project.python("-m", "dvc", "repro")
+    registry.verify(project.path, version(project))
 
 
 def webhook():
@@ -242,7 +339,9 @@ def test_a_second_night_is_told_who_holds_the_lock_and_a_dead_one_holds_none(pla
     )  # fmt: skip
     assert held.stdout.readline().strip() == "held"
     with (
-        pytest.raises(InputError, match=rf"a night runs in process {held.pid} since \d{{4}}-"),
+        pytest.raises(
+            InputError, match=rf"a night .* is at work: process {held.pid} .*, since \d{{4}}-.* set nightly.overlap"
+        ),
         nights.locked(plain.path, False),
     ):
         pass

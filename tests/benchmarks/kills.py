@@ -39,7 +39,7 @@ import yaml
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from tasks import lineage
+from tasks import lineage, mend
 from tasks.journal import SECONDS
 from tests.project import Project, clean_environment, tiny_llama
 
@@ -148,11 +148,11 @@ class Killed:
         return begun if process.poll() is None else None
 
     def make_stale(self, stage: str) -> None:
-        """Make DVC forget the stage's result; its outputs stay where they are."""
-        path = self.project.path / "dvc.lock"
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        content["stages"].pop(stage, None)
-        path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        """Make DVC forget the stage's result, and the flow's mending its copy; the outputs stay where they are."""
+        for path in (self.project.path / "dvc.lock", self.project.path / mend.KEPT):
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content["stages"].pop(stage, None)
+            path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         for entry in (self.project.path / ".dvc/cache/runs").glob("??/*/*"):
             if yaml.safe_load(entry.read_text(encoding="utf-8"))["cmd"].split()[-1] == stage:
                 shutil.rmtree(entry.parent)  # DVC fails at a key without an entry
