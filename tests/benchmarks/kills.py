@@ -39,7 +39,7 @@ import yaml
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from tasks import lineage, mend
+from tasks import lineage, locks, mend
 from tasks.journal import SECONDS
 from tests.project import Project, clean_environment, tiny_llama
 
@@ -50,10 +50,10 @@ VICTIMS = {"group": DVC, "stage": DVC, "dvc": DVC, "flow": FLOW, "flow's server"
 WEIGHTS = (10, 4, 3, 1, 1, 1)
 """How often each is drawn: a flow starts a server, which takes longer than most stages of the tiny project."""
 COLUMNS = ("kill", "victim", "stage", "length", "killed_after", "mended", "resumed", "next", "lost", "faults")
-"""Seconds. `mended`: DVC was killed while it wrote dvc.lock, and could not read it until `python -m tasks.mend`;
+"""Seconds. `mended`: DVC was killed while it wrote one of CUT_OFF, and could not read it until `python -m tasks.mend`;
 `resumed`: whether the next run took something from the journal; `faults`: what was not as it has to be."""
-CUT_OFF = "dvc.lock"
-"""Named by DVC where it can't read the file."""
+CUT_OFF = (mend.LOCK.name, locks.DVC_USERS.name)
+"""Named by DVC where it can't read the file that it was writing."""
 PATIENCE = 120.0
 """Seconds in which a command whose stage or server was killed has to end by itself."""
 ORPHANS = 5.0
@@ -175,7 +175,7 @@ class Killed:
             share *= 0.9
         faults = list(self.faults_after_kill(stage))
         following = self.run(stage)
-        if mended := following.status != 0 and CUT_OFF in following.output:
+        if mended := following.status != 0 and any(name in following.output for name in CUT_OFF):
             self.project(sys.executable, "-m", "tasks.mend")
             following = self.run(stage)
         faults += [f"the next run ended with {following.status}"] if following.status else []
