@@ -80,6 +80,7 @@ class Reproduction:
         self.repo = Repo(_wait_for_lock=True)  # else a stage that took an hour fails if the lock is held for 3 s
         self.cache = RecordingCache(self.repo)
         self.repo.stage_cache = self.cache
+        self.copies: dict[str, Stage] = {}
         self.states: dict[str, State] = {}
         self.rows: list[dict[str, str]] = []
 
@@ -88,6 +89,8 @@ class Reproduction:
         try:
             with locks.held(RUNNING, "another flow already runs in this folder"), _lock_written_at_once():
                 _mend()
+                # to hash their inputs, which must not mark the stages themselves; each alone would parse dvc.lock again
+                self.copies = {copy.addressing: copy for copy in Repo().index.stages}
                 if found := locks.holder(locks.DVC_LOCK):
                     get_run_logger().warning("waiting for DVC's lock, which is held by %s", found)
                 self.repo.reproduce(targets, repro_fn=self._stage, force=force)
@@ -122,12 +125,12 @@ class Reproduction:
         return stage if stale else None
 
     def _key(self, stage: Stage) -> str | None:
-        probe = self.repo.stage.load_one(stage.path, stage.name)  # a copy: hashing must not mark this stage as changed
+        copy = self.copies[stage.addressing]
         try:
-            probe.save_deps()
+            copy.save_deps()
         except DvcException:  # a dependency is missing: DVC says which when it runs the stage
             return None
-        return _get_stage_hash(probe) if _can_hash(probe) else None
+        return _get_stage_hash(copy) if _can_hash(copy) else None
 
     def _run(self, stage: Stage, **kwargs: Any) -> str | None:
         """Let DVC run or restore the stage; returns the failure's sentence, or None."""

@@ -81,7 +81,12 @@ def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - started, 3),
         "peak_memory_bytes": _peak_memory(),
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
+        "machine": {
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
+            "python": platform.python_version(),
+        },
         "run_ids": dict(run_ids),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,7 @@ def _report(repo: Repo, name: str) -> Path | None:
 
 def _outs(repo: Repo, name: str) -> list[Path]:
     try:
-        return [Path(out.fs_path) for out in repo.stage.load_one(name=name).outs]
+        return [Path(out.fs_path) for stage in repo.index.stages if stage.addressing == name for out in stage.outs]
     except DvcException:
         return []
 

@@ -117,7 +117,7 @@ def test_record_says_who_when_and_with_what(made: Path) -> None:
     assert entry["started"].endswith("+00:00") and entry["seconds"] >= 0
     assert entry["peak_memory_bytes"] > 2**20
     assert entry["packages"].keys() == set(lineage.PACKAGES) and entry["packages"]["dvc"]
-    assert entry["machine"].keys() == {"platform", "cpus", "python"}
+    assert entry["machine"].keys() == {"platform", "cpus", "threads", "python"}
 
 
 def test_code_hash_changes_with_the_code_alone() -> None:

@@ -519,14 +519,11 @@ def test_dag_draws_every_stage_once_and_every_edge_downwards():
 
 
 def repo_with(outs, root):
-    def load_one(name):
-        if name not in outs:
-            raise summary.DvcException(name)
-        return SimpleNamespace(outs=[Out(str(path)) for path in outs[name]])
+    stages = [SimpleNamespace(addressing=name, outs=[Out(str(path)) for path in paths]) for name, paths in outs.items()]
 
     class Repo:
         root_dir = str(root)
-        stage = SimpleNamespace(load_one=load_one)
+        index = SimpleNamespace(stages=stages)
 
         def __enter__(self):
             return self
