@@ -112,6 +112,8 @@ def prepare(top: Path) -> Path:
     if _is_worktree(folder):
         lock = folder / "dvc.lock"
         kept = lock.read_bytes() if lock.exists() else None
+        for stale in Path(git(folder, "rev-parse", "--absolute-git-dir")).glob("*.lock"):
+            stale.unlink()  # git's, of a night that was killed: only nights work here, one at a time
         git(folder, "checkout", "--quiet", "--force", "--detach", head)
         git(folder, "clean", "--quiet", "--force", "-d")
         if kept is not None:

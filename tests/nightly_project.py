@@ -151,15 +151,15 @@ class NightlyProject:
     def commit(self, message: str) -> None:
         """Commit everything that git does not ignore."""
         self.run("git", "add", "-A")
-        self.run("git", "commit", "-qm", message)
+        self.run("git", "commit", "--allow-empty", "-qm", message)
 
     def environment(self) -> dict[str, str]:
         """A user's, with an empty home directory."""
         (self.path / "home").mkdir(exist_ok=True)
         return {**clean_environment(), "HOME": str(self.path / "home")}
 
-    def start(self, *command: str, group: bool = False) -> subprocess.Popen:
-        """A process of this project's python whose output is read line by line; `group`: with a group of its own."""
+    def start(self, *command: str) -> subprocess.Popen:
+        """A process of this project's python whose output is read line by line."""
         return subprocess.Popen(
             [sys.executable, *command],
             cwd=self.path,
@@ -167,7 +167,6 @@ class NightlyProject:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=group,
         )
 
     def run(self, *command: str, expect: int = 0, env: dict[str, str] | None = None) -> str:
