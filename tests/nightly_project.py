@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from dvc.repo import Repo
 
-from tests.project import ROOT, clean_environment
+from tests.project import ROOT, change, clean_environment
 
 STAGE = """
 import csv, hashlib, json, math, os, sys
@@ -138,15 +138,7 @@ class NightlyProject:
 
     def change(self, values: dict[str, Any]) -> None:
         """Set parameters: {"gptq.bits": 2}."""
-        path = self.path / "params.yaml"
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        for key, value in values.items():
-            *sections, name = key.split(".")
-            place = raw
-            for section in sections:
-                place = place[section]
-            place[name] = value
-        path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+        change(self.path / "params.yaml", values)
 
     def commit(self, message: str) -> None:
         """Commit everything that git does not ignore."""

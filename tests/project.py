@@ -89,15 +89,7 @@ class Project:
 
     def change(self, values: dict[str, Any]) -> None:
         """Set parameters: {"wanda.keep": 1}."""
-        path = self.path / "params.yaml"
-        params = yaml.safe_load(path.read_text(encoding="utf-8"))
-        for key, value in values.items():
-            *parents, last = key.split(".")
-            section = params
-            for parent in parents:
-                section = section.setdefault(parent, {})
-            section[last] = value
-        path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+        change(self.path / "params.yaml", values)
 
     def lock(self) -> dict[str, dict[str, str]]:
         """dvc.lock: stage -> output -> hash, without the lineage records, which hold times."""
@@ -164,6 +156,18 @@ def tiny_llama(folder: Path) -> Path:
         torch.manual_seed(0)
         transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def change(path: Path, values: dict[str, Any]) -> None:
+    """Set parameters in a params.yaml: {"wanda.keep": 1}."""
+    params = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        section = params
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
 
 
 def clean_environment() -> dict[str, str]:

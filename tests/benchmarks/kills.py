@@ -149,7 +149,7 @@ class Killed:
 
     def make_stale(self, stage: str) -> None:
         """Make DVC forget the stage's result, and the flow's mending its copy; the outputs stay where they are."""
-        for path in (self.project.path / "dvc.lock", self.project.path / mend.KEPT):
+        for path in (self.project.path / mend.LOCK, self.project.path / mend.KEPT):
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
             content["stages"].pop(stage, None)
             path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
