@@ -52,7 +52,9 @@ def sweep() -> list[FlowRun]:
 
 
 def drop_missed(deployment: str) -> int:
-    """Of the runs that were due while nobody served the deployment, keep the last one; returns how many go.
+    """Of the scheduled runs that were due while nobody served the deployment, keep the last one; returns how many go.
+
+    Those that somebody asked for stay.
 
     Args:
         deployment: "flow/deployment".
@@ -66,7 +68,8 @@ def drop_missed(deployment: str) -> int:
         only = FlowRunFilter(
             deployment_id={"any_": [known.id]}, state={"type": {"any_": [StateType.SCHEDULED]}}, expected_start_time=due
         )
-        missed = client.read_flow_runs(flow_run_filter=only, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=PAGE)[1:]
+        runs = client.read_flow_runs(flow_run_filter=only, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=PAGE)
+        missed = [run for run in runs if run.auto_scheduled][1:]
         for run in missed:
             client.delete_flow_run(run.id)
     return len(missed)
@@ -91,7 +94,9 @@ def _is_dead(labels: Mapping[str, Any]) -> bool:
     if labels.get(BOOT) != _boot():
         return True
     try:
-        return abs(psutil.Process(labels[PID]).create_time() - labels[STARTED]) > 1  # seconds: else the id was reused
+        process = psutil.Process(labels[PID])
+        reused = abs(process.create_time() - labels[STARTED]) > 1  # seconds
+        return reused or process.status() == psutil.STATUS_ZOMBIE  # killed, and its parent has not noticed (yet)
     except psutil.NoSuchProcess:
         return True
 

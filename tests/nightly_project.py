@@ -148,10 +148,11 @@ class NightlyProject:
     def environment(self) -> dict[str, str]:
         """A user's, with an empty home directory."""
         (self.path / "home").mkdir(exist_ok=True)
-        return {**clean_environment(), "HOME": str(self.path / "home")}
+        soon = {"PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "2"}  # a run that is queued asks again
+        return {**clean_environment(), **soon, "HOME": str(self.path / "home")}
 
-    def start(self, *command: str) -> subprocess.Popen:
-        """A process of this project's python whose output is read line by line."""
+    def start(self, *command: str, group: bool = False) -> subprocess.Popen:
+        """A process of this project's python whose output is read line by line; at will in a group of its own."""
         return subprocess.Popen(
             [sys.executable, *command],
             cwd=self.path,
@@ -159,6 +160,7 @@ class NightlyProject:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=group,
         )
 
     def run(self, *command: str, expect: int = 0, env: dict[str, str] | None = None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import os
 import re
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows import processes
 from tasks import nights, registry, registry_tags
 from tasks.algorithms.errors import InputError
 from tests.nightly_project import NightlyProject
@@ -193,19 +195,61 @@ def version_missing(project):
 
 
 @pytest.mark.slow  # a server
-def test_a_run_whose_process_was_killed_does_not_stay_running(project) -> None:
+@pytest.mark.parametrize("reaped", [True, False], ids=["gone", "zombie"])
+def test_a_run_whose_process_was_killed_does_not_stay_running(project, reaped) -> None:
     script = "from flows import processes; from prefect import flow; import os, time\n@flow(name='doomed')\ndef f():\n"
     script += " processes.sign()\n print('signed', flush=True)\n time.sleep(600)\nf()"
     doomed = project.start("-c", f"from flows import settings; settings.apply()\n{script}")
     wait_for(lambda: doomed.stdout.readline() == "signed\n", 60)  # the run's name is printed before, and may be a word
     doomed.kill()
-    doomed.wait()
+    if reaped:
+        doomed.wait()
     running = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
     (left,) = [run for run in ask(project, "flow_runs/filter", running)]
     script = "from flows import settings; settings.apply()\nfrom flows import processes; print(len(processes.sweep()))"
     assert project.python("-c", script).strip().endswith("1")
-    (found,) = [run for run in ask(project, "flow_runs/filter", {}) if run["id"] == left["id"]]
+    found = flow_run(project, left["id"])
     assert found["state"]["type"] == "CRASHED" and "is gone" in found["state"]["message"]
+    doomed.wait()
+
+
+@pytest.mark.slow  # a server
+def test_after_a_kill_of_runner_and_night_those_that_were_asked_for_run(project) -> None:
+    sound(project, 0.006, cron="0 3 1 1 *", overlap="queue")
+    with nights.locked(project.path, wait=False):  # the night waits for it
+        served = serve(project)
+        doomed = ask_for_night(project)
+        wait_for(lambda: processes.PID in flow_run(project, doomed)["labels"], 90)
+        os.killpg(served.pid, signal.SIGKILL)
+    asked = [ask_for_night(project) for _ in range(2)]
+    served.wait()
+    served = serve(project)
+    try:
+        wait_for(lambda: all(flow_run(project, run)["state_type"] == "COMPLETED" for run in asked), 90)
+        assert flow_run(project, doomed)["state_type"] == "CRASHED"
+    finally:
+        served.send_signal(signal.SIGTERM)
+        assert served.wait(60) == 0
+
+
+def serve(project):
+    """The runner with its runs, a process group of its own, once it polls."""
+    served = project.start("-m", "flows.nightly", group=True)
+    wait_for(lambda: "being served" in served.stdout.readline(), 60)
+    threading.Thread(target=served.stdout.read, daemon=True).start()
+    return served
+
+
+def ask_for_night(project):
+    """Ask the deployment for a run now, as the UI does; returns its id."""
+    only = {"deployments": {"name": {"any_": ["nightly"]}}}
+    (deployment,) = ask(project, "deployments/filter", only)
+    return ask(project, f"deployments/{deployment['id']}/create_flow_run")["id"]
+
+
+def flow_run(project, run):
+    (found,) = ask(project, "flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
+    return found
 
 
 @pytest.mark.slow  # a server
