@@ -311,6 +311,22 @@ def test_the_library_is_put_back():
     assert torch.equal(torch.get_rng_state(), states[2]) and torch.get_num_threads() == states[3]
 
 
+@pytest.mark.parametrize("columns", [64, 256, 512])
+def test_the_number_of_threads_does_not_change_the_inverse_factor(columns):
+    x = inputs(columns)
+    gptq = SimpleNamespace(qcfg=masked_gptq.config(**SETTINGS), name=NAME)
+    factors, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            with masked_gptq.keeping_masks({}):
+                factors.append(masked_gptq._gptq.GPTQ.hessian_inverse(gptq, x.T @ x)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert factors[0].dtype == torch.float32
+    assert torch.equal(factors[0], factors[1]) and torch.equal(factors[0], factors[2])
+
+
 def test_masks_that_do_not_fit_are_refused():
     weight = normal(8, 32)
     with pytest.raises(InputError, match=r"\d+ pruned weights of .* are not zero"):

@@ -246,7 +246,7 @@ def keeping_masks(
             inverted.
     """
     results: dict[str, LayerResult] = {}
-    solve, add = _gptq.GPTQ.quantize, _gptq.GPTQ.add_batch
+    solve, add, invert = _gptq.GPTQ.quantize, _gptq.GPTQ.add_batch, _gptq.GPTQ.hessian_inverse
     finished = _Finished(memory, blocks)
 
     def create_quantizer(self: Any, name: str) -> _MaskedQuantizer:
@@ -257,6 +257,11 @@ def keeping_masks(
             return add(self, inp, out, batch_index)
         with self.lock:
             self.fwd_counter += 1  # the looper asks whether there were inputs
+
+    def hessian_inverse(self: Any, hessian: Tensor) -> tuple[Tensor | None, float]:
+        # In float32 its last bits depend on the number of threads, and with them a code that lies between two.
+        factor, damp = invert(self, hessian.double())
+        return None if factor is None else factor.float(), damp
 
     def compute(self: Any, name: str, blocksize: int) -> tuple[tuple[Any, ...], LayerResult]:
         hessian = self.finalize_hessian(target_device=getattr(self.module, "target_device", None)).clone()
@@ -287,6 +292,7 @@ def keeping_masks(
     with (
         _patched(_gptq.GPTQ, "create_quantizer", create_quantizer),
         _patched(_gptq.GPTQ, "add_batch", add_batch),
+        _patched(_gptq.GPTQ, "hessian_inverse", hessian_inverse),
         _patched(_gptq.GPTQ, "quantize", quantize),
     ):
         yield results
