@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         if not settings.running_server():
             raise InputError(
                 "no Prefect server answers, and a night never runs on a temporary one: `make ui` in another terminal"
-                " starts it (or PREFECT_API_URL names one)"
+                " starts it (or PREFECT_API_URL names one; one with a password wants PREFECT_API_AUTH_STRING)"
             )
         return _once() if chosen.once else _serve(own)
     except InputError as error:

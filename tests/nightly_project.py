@@ -151,12 +151,12 @@ class NightlyProject:
         soon = {"PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "2"}  # a run that is queued asks again
         return {**clean_environment(), **soon, "HOME": str(self.path / "home")}
 
-    def start(self, *command: str, group: bool = False) -> subprocess.Popen:
+    def start(self, *command: str, group: bool = False, env: dict[str, str] | None = None) -> subprocess.Popen:
         """A process of this project's python whose output is read line by line; at will in a group of its own."""
         return subprocess.Popen(
             [sys.executable, *command],
             cwd=self.path,
-            env=self.environment(),
+            env=self.environment() | (env or {}),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -5,6 +5,7 @@ One Prefect server serves all of them; what a stage computes is of no account he
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.server
 import json
@@ -337,6 +338,29 @@ def test_without_a_server_a_night_says_how_to_start_one(plain) -> None:
         assert output.count("\n") == 1 and "make ui" in output
     assert "There is no night yet" in plain.python("-m", "flows.nightly", "list")
     assert "no night is called x" in plain.python("-m", "flows.nightly", "apply", "x", expect=1)
+
+
+@pytest.mark.slow  # a server
+def test_a_server_with_a_password_serves_those_alone_who_know_it(plain) -> None:
+    secret = "name:plantedPassword"
+    known = {"PREFECT_API_AUTH_STRING": secret}
+    ui = plain.start("-m", "flows.ui", "0", env=known | {"PREFECT_SERVER_API_AUTH_STRING": secret})
+    try:
+        assert ui.stdout.readline() and "Prefect UI" in ui.stdout.readline()
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            ask(plain, "flow_runs/filter")
+        refused = plain.python(*ONCE, expect=1)
+        assert "PREFECT_API_AUTH_STRING" in refused and "Traceback" not in refused
+        assert not nights.listing(plain.path)
+        wrong = plain.run(sys.executable, *ONCE, expect=1, env={"PREFECT_API_AUTH_STRING": "name:other"})
+        assert "PREFECT_API_AUTH_STRING" in wrong and "Traceback" not in wrong
+        assert "v0.0.1 is promoted" in plain.run(sys.executable, *ONCE, env=known)
+        hidden = [text.encode() for text in (secret, "plantedPassword", base64.b64encode(secret.encode()).decode())]
+        written = [path for path in plain.path.rglob("*") if path.is_file()]
+        assert len(written) > 50 and not [path for path in written if any(map(path.read_bytes().count, hidden))]
+    finally:
+        ui.send_signal(signal.SIGTERM)
+        ui.wait(30)
 
 
 def test_a_second_night_is_told_who_holds_the_lock_and_a_dead_one_holds_none(plain) -> None:
