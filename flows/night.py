@@ -53,17 +53,20 @@ def _night(top: Path, started: datetime) -> State:
     if changes := nights.uncommitted(top):
         get_run_logger().warning("uncommitted changes are left out, a night compresses HEAD: %s", changes)
     folder = nights.prepare(top)
-    sources = upstream.bring(top, folder)
-    name = f"{nights.PREFIX}{started:%Y%m%d-%H%M%S}-{upstream.digest(sources)[:8]}"
-    record = {"started": started.isoformat(timespec="seconds"), "flow_run": str(flow_run.id)}
-    record["upstream"] = [source._asdict() for source in sources]
-    with contextlib.chdir(folder):
-        state = compress(return_state=True)
-    record["stages"] = state.message
-    if not state.is_completed():
-        _announce(nights.save(folder, name, None, record | {"verdict": FAILED, "reason": state.message}))
-        return Failed(message=f"{name}: {state.message}")
-    found = _judged(top, folder, name, record)
+    name = f"{nights.PREFIX}{started:%Y%m%d-%H%M%S}"
+    record = {"started": started.isoformat(timespec="seconds"), "flow_run": str(flow_run.id), "stages": "none ran"}
+    try:
+        sources = upstream.bring(top, folder)
+        name += f"-{upstream.digest(sources)[:8]}"
+        record["upstream"] = [source._asdict() for source in sources]
+        with contextlib.chdir(folder):
+            state = compress(return_state=True)
+        record["stages"] = state.message
+        if not state.is_completed():
+            return _failed(folder, name, record, state.message)
+        found = _judged(top, folder, name, record)
+    except (InputError, OSError) as error:
+        return _failed(folder, name, record, str(error))
     verdict = found.record["verdict"]
     try:
         promoted = _promoted(top, found)
@@ -73,6 +76,12 @@ def _night(top: Path, started: datetime) -> State:
         return Failed(message=f"{name}: {verdict}, but {promoted}")
     _announce(found, promoted)
     return Completed(name=verdict.capitalize(), message=f"{name}: {verdict}: {found.record['reason']}; {promoted}")
+
+
+def _failed(folder: Path, name: str, record: dict[str, Any], reason: str) -> State:
+    """Record and announce that the night came to no verdict."""
+    _announce(nights.save(folder, name, None, record | {"verdict": FAILED, "reason": reason}))
+    return Failed(message=f"{name}: {reason}")
 
 
 def _judged(top: Path, folder: Path, name: str, record: dict[str, Any]) -> Night:

@@ -45,8 +45,9 @@ def promote(
     root: Path, rev: str, figures: dict | None = None, verdict: dict | None = None, *, again: bool = False
 ) -> Version:
     """Promote and keep the folders of the last versions alone, for the nightly: `tasks.registry.promote`."""
+    keep = _params(root).keep
     version = registry.promote(root, rev, figures, verdict, again=again)
-    registry.prune(root, _params(root).keep)
+    registry.prune(root, keep)
     return version
 
 
@@ -54,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     given = _parser().parse_args(arguments)
     try:
+        if given.run not in ELSEWHERE and not (ROOT / "dvc.yaml").is_file():
+            raise InputError(f"{ROOT.resolve()} has no dvc.yaml; run from the project's folder")
         content, text = given.run(given)
     except InputError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
@@ -88,7 +91,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _promote(given: argparse.Namespace) -> tuple[Any, str]:
-    before = current()
+    before = registry.current(ROOT, strict=False)
     version = promote(ROOT, _revision(given.what), again=given.again)
     now = current()
     change = "is in use already" if before and before.tag == now.tag else f"is in use ({now.tag})"
@@ -98,7 +101,7 @@ def _promote(given: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _rollback(given: argparse.Namespace) -> tuple[Any, str]:
-    before = current()
+    before = registry.current(ROOT, strict=False)
     version = registry.rollback(ROOT, given.version, given.reason)
     now = current()
     files = len(now.package["files"])
@@ -291,6 +294,10 @@ def _add_update(add: Callable, parser: argparse.ArgumentParser) -> None:
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("--public-key", type=Path, required=True)
     command.add_argument("--folder", type=Path, required=True, metavar="DIR")
+
+
+ELSEWHERE = (_keygen, _update_apply)
+"""Commands that work in any folder, as on a device."""
 
 
 if __name__ == "__main__":

@@ -16,15 +16,18 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc_data.hashfile.gc import gc
 
 from flows import settings
-from tasks import nights, params, registry
+from tasks import nights, params, registry, registry_tags
 from tasks.algorithms.errors import InputError
 from tasks.params import Params
 
 PAGE = 200
+REGISTRY = tuple(f"refs/tags/{registry_tags.ARTIFACT}{mark}" for mark in "@#")
+"""Tags that keep no data of a version that goes; anybody's own do."""
 INTERNAL = tuple(f"refs/exps/{name}" for name in ("apply", "celery", "exec", "stash", "temp"))
 """Refs of DVC's own that name no experiment."""
 
@@ -78,6 +81,10 @@ def main(arguments: list[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except DvcException as error:
+        said = " ".join(str(error).split())
+        print(f"error: {said}: which data it names is unknown, so nothing of the cache was removed", file=sys.stderr)
+        return 1
     freed = sum(item.bytes for item in items)
     said = "gone" if chosen.apply else "would go; `python -m flows.retention --apply` removes them"
     print(f"{len(items)} things and {freed:,} bytes {said}")
@@ -90,12 +97,12 @@ def _named_commits(top: Path, gone: set[str], own: Params) -> list[str]:
     """Commits whose data stays: of every ref but those of nights and versions that go."""
     staying = {version.revision for version in registry.kept(top, own.registry.keep)}
     versions = {entry["revision"] for entry in registry.versions(top)}
-    form = "%(refname) %(if)%(*objectname)%(then)%(*objectname)%(else)%(objectname)%(end)"
+    form = "%(refname) %(if)%(*objectname)%(then)%(*objectname) %(*objecttype)%(else)%(objectname) %(objecttype)%(end)"
     commits = {nights.git(top, "rev-parse", "HEAD"), *staying}
     for line in nights.git(top, "for-each-ref", f"--format={form}", "refs").splitlines():
-        ref, commit = line.split()
-        dropped = ref.startswith("refs/tags/") and commit in versions - staying
-        if ref not in gone and not dropped and not ref.startswith(INTERNAL):
+        ref, commit, kind = line.split()
+        dropped = ref.startswith(REGISTRY) and commit in versions - staying
+        if kind == "commit" and ref not in gone and not dropped and not ref.startswith(INTERNAL):
             commits.add(commit)
     return sorted(commits)
 

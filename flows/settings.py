@@ -7,9 +7,11 @@ The user's environment wins over everything here. Knows nothing of Prefect itsel
 from __future__ import annotations
 
 import base64
+import http
 import http.client
 import json
 import os
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -48,7 +50,7 @@ def running_server() -> str | None:
     in use by another project's server: this project's is the one that keeps its state here.
     """
     if url := os.environ.get("PREFECT_API_URL"):
-        return url if _get(f"{url}/health") is not None else None
+        return url if _get(f"{url}/health") is not None and not _wants_password(url) else None
     try:
         url = SERVER_URL.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -58,16 +60,30 @@ def running_server() -> str | None:
     return url if isinstance(found, dict) and found.get("home") == home else None
 
 
+def _wants_password(url: str) -> bool:
+    """Whether a server that says it is well refuses everything else."""
+    if "PREFECT_API_KEY" in os.environ:  # Prefect Cloud's
+        return False
+    try:
+        with urllib.request.urlopen(_request(f"{url}/admin/version"), timeout=PATIENCE):
+            return False
+    except urllib.error.HTTPError as error:
+        return error.code == http.HTTPStatus.UNAUTHORIZED
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+
+
+def _request(url: str) -> urllib.request.Request:
+    request = urllib.request.Request(url)
+    if name_and_password := os.environ.get("PREFECT_API_AUTH_STRING"):
+        request.add_header("Authorization", f"Basic {base64.b64encode(name_and_password.encode()).decode()}")
+    return request
+
+
 def _get(url: str) -> object | None:
     """The JSON that a GET of the URL answers; None where there is no such answer."""
     try:
-        request = urllib.request.Request(url)
-    except ValueError:
-        return None
-    if name_and_password := os.environ.get("PREFECT_API_AUTH_STRING"):
-        request.add_header("Authorization", f"Basic {base64.b64encode(name_and_password.encode()).decode()}")
-    try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+        with urllib.request.urlopen(_request(url), timeout=PATIENCE) as answer:
             return json.load(answer)
     except (OSError, ValueError, http.client.HTTPException):
         return None

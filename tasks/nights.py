@@ -120,6 +120,7 @@ def prepare(top: Path) -> Path:
             lock.write_bytes(kept)
     else:
         shutil.rmtree(folder, ignore_errors=True)
+        _forget(top, folder)
         git(top, "worktree", "prune")
         git(top, "worktree", "add", "--quiet", "--force", "--detach", str(folder), head)
     environment = folder / ".venv"
@@ -128,6 +129,13 @@ def prepare(top: Path) -> Path:
         environment.symlink_to((top / ".venv").resolve())
     _share_cache(top, folder)
     return folder
+
+
+def _forget(top: Path, folder: Path) -> None:
+    """Remove what git knows of a worktree: a kill in `git worktree add` leaves it locked, and half-written."""
+    for known in Path(git(top, "rev-parse", "--path-format=absolute", "--git-common-dir")).glob("worktrees/*/gitdir"):
+        if known.read_text(encoding="utf-8", errors="replace").strip() in ("", str(folder / ".git")):
+            shutil.rmtree(known.parent)
 
 
 def _is_worktree(folder: Path) -> bool:

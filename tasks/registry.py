@@ -80,14 +80,17 @@ class Manifest:
     canary: Canary | None
 
 
-def current(root: Path) -> Manifest | None:
+def current(root: Path, *, strict: bool = True) -> Manifest | None:
     """What is promoted; None where nothing was yet. Completes what an interrupted call left.
+
+    Args:
+        strict: False: also where its data is gone.
 
     Raises:
         InputError: no git repository; the promoted version's data is gone.
     """
     with registry_tags.locked(root):
-        return _settle(root)
+        return _settle(root, strict=strict)
 
 
 def promote(
@@ -110,7 +113,7 @@ def promote(
         Withdrawn: it was rolled back.
     """
     with registry_tags.locked(root):
-        _settle(root)
+        _settle(root, strict=False)
         version = _register(root, rev, figures, verdict)
         history = registry_tags.read(root)
         stack, withdrawn = _promotions(history)
@@ -134,14 +137,16 @@ def rollback(root: Path, version: str | None = None, reason: str = "by hand") ->
         InputError: there is none, or its data is gone or damaged; then nothing changes.
     """
     with registry_tags.locked(root):
-        _settle(root)
+        _settle(root, strict=False)
         history = registry_tags.read(root)
-        stack, _ = _promotions(history)
+        stack, withdrawn = _promotions(history)
         if not stack:
             raise InputError("nothing is promoted, so there is nothing to roll back")
-        target = version or (stack[-2] if len(stack) > 1 else None)
+        target = version or next((name for name in reversed(stack[:-1]) if name not in withdrawn), None)
         if target is None:
-            raise InputError(f"no version was promoted before {stack[-1]}: there is nothing to go back to")
+            raise InputError(
+                f"no version was promoted before {stack[-1]} and not withdrawn: name the one to go back to"
+            )
         if target not in stack[:-1]:
             before = ", ".join(stack[:-1]) or "none"
             raise InputError(f"{target} was not promoted before {stack[-1]}; to choose from: {before}")
@@ -190,11 +195,11 @@ def stop_canary(root: Path, reason: str = "by hand", *, withdraw: bool = False) 
         InputError: there is none.
     """
     with registry_tags.locked(root):
-        manifest = _settle(root)
+        manifest = _settle(root, strict=False)
         if manifest is None or manifest.canary is None:
             raise InputError("there is no canary; `canary start VERSION --share 0.05` begins one")
         _end_canary(root, manifest.canary.version, "rollback" if withdraw else "stop", reason=reason)
-        _settle(root)
+        _settle(root, strict=False)
         return manifest.canary.version
 
 
@@ -204,7 +209,7 @@ def versions(root: Path) -> list[dict[str, Any]]:
     data: "kept" in a folder of the registry, "cached" by DVC, or "gone".
     """
     with registry_tags.locked(root):
-        _settle(root)
+        _settle(root, strict=False)
         history = registry_tags.read(root)
     return [
         {
@@ -385,8 +390,12 @@ def _keep_folder(root: Path, version: Version) -> Path:
     return folder
 
 
-def _settle(root: Path) -> Manifest | None:
-    """Bring current.json to what the tags say."""
+def _settle(root: Path, *, strict: bool = True) -> Manifest | None:
+    """Bring current.json to what the tags say.
+
+    Args:
+        strict: False: where the data is gone (as in a new clone) current.json stays as it is, instead of an error.
+    """
     history = registry_tags.read(root)
     stack, _ = _promotions(history)
     path = root / MANIFEST
@@ -398,9 +407,14 @@ def _settle(root: Path) -> Manifest | None:
     folders = [root / manifest.folder] + ([root / manifest.canary.folder] if manifest.canary else [])
     same = path.exists() and path.read_text(encoding="utf-8", errors="replace") == text
     if not same or not all(map(Path.is_dir, folders)):
-        for folder in folders:
-            _keep_folder(root, history.versions[folder.name])
-        _replace(path, text)
+        try:
+            for folder in folders:
+                _keep_folder(root, history.versions[folder.name])
+        except InputError:
+            if strict:
+                raise
+        else:
+            _replace(path, text)
     return manifest
 
 
@@ -413,7 +427,7 @@ def _manifest(history: History, name: str) -> Manifest:
         tag=promotion.tag,
         promoted=promotion.date,
         folder=(FOLDER / name).as_posix(),
-        package=version.record["package"],
+        package=version.record.get("package", {}),  # without, the folder can't be kept
         figures=_latest(history, name, "figures"),
         verdict=_latest(history, name, "verdict"),
         canary=_described(history, candidate) if candidate else None,
@@ -422,7 +436,10 @@ def _manifest(history: History, name: str) -> Manifest:
 
 def _described(history: History, name: str) -> Canary:
     since = next(each for each in reversed(history.of(CANARY)) if each.version == name and each.given)
-    return Canary(name, since.note["share"], since.date, (FOLDER / name).as_posix())
+    share = since.note.get("share")
+    if type(share) is not float:
+        raise InputError(f"{since.tag} was tagged by hand, without a share: `git tag -d '{since.tag}'`")
+    return Canary(name, share, since.date, (FOLDER / name).as_posix())
 
 
 def _canary(history: History) -> str | None:
@@ -441,6 +458,7 @@ def _promotions(history: History) -> tuple[list[str], dict[str, str]]:
         if each.stage == PROMOTED and each.given and each.note.get("action") == "rollback" and each.version in stack:
             while stack[-1] != each.version:
                 withdrawn[stack.pop()] = str(each.note.get("reason"))
+            withdrawn.pop(each.version, None)  # of a canary that failed: it was asked for by name
         elif each.stage == PROMOTED and each.given:
             stack = [name for name in stack if name != each.version] + [each.version]
             withdrawn.pop(each.version, None)

@@ -26,6 +26,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.scm import SCMError
 from dvc.stage import Stage
+from dvc_data.index import DataIndexError
 
 from tasks import lineage
 from tasks.algorithms.errors import InputError
@@ -203,7 +204,7 @@ def _refusals(revision: str) -> Iterator[None]:
     """DVC's own exceptions for data that isn't there, in a sentence."""
     try:
         yield
-    except (DvcException, SCMError, OSError) as error:
+    except (DvcException, DataIndexError, SCMError, OSError) as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise
         raise InputError(
@@ -239,9 +240,15 @@ def _readable(fs: DVCFileSystem, path: str) -> bool:
 def _compare_with_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]], revision: str) -> None:
     """The package's own manifest names its files by sha256, where the stage was switched on."""
     path = folder / MANIFEST
-    named = json.loads(path.read_text(encoding="utf-8")).get("files", {}) if path.exists() else {}
-    for name, described in named.items():
-        if files.get(name, {}).get("sha256") != described["sha256"]:
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("files", {}) if path.exists() else {}
+        hashes = {name: described["sha256"] for name, described in named.items()}
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        raise InputError(
+            f"the package's manifest of {revision[:10]} can't be read: {MANIFEST} is no manifest"
+        ) from error
+    for name, expected in hashes.items():
+        if files.get(name, {}).get("sha256") != expected:
             raise InputError(f"{name} of {revision[:10]} is not the file that the package's manifest names")
 
 

@@ -167,8 +167,8 @@ def resolve(root: Path, revision: str) -> str:
     """
     with _git(root) as scm:
         try:
-            return scm.resolve_rev(revision)
-        except SCMError as error:
+            return scm.resolve_commit(scm.resolve_rev(revision)).hexsha
+        except (SCMError, AttributeError) as error:  # AttributeError: it is a file or a tree (scmrepo 3.6.2)
             raise InputError(
                 f"{revision!r} is no version, folder or git revision here; `list` shows the versions"
             ) from error

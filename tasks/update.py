@@ -303,7 +303,7 @@ def _tensor(update: Path, name: str, size: int) -> Any:
     try:
         with safe_open(update, framework="np") as file:
             return memoryview(file.get_tensor(name)).cast("B")
-    except (SafetensorError, OSError, TypeError) as error:
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # AttributeError: a type that NumPy lacks
         raise InputError(f"{update} is damaged: {' '.join(str(error).split())}") from error
 
 

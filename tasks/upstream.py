@@ -88,7 +88,7 @@ def _place(top: Path, folder: Path, path: Path) -> None:
             raise InputError(f"{path} leads too far out of the project for a night; name it by an absolute path")
         _link(target, (top.parent / path.parts[1]).resolve())
     elif not nights.git(folder, "ls-files", "--", str(path)):
-        if not target.exists():
+        if target.is_symlink() or not target.exists():  # what it leads to may have changed
             _link(target, (top / path).resolve())
     elif nights.git(top, "status", "--porcelain", "--ignored", "--", str(path)):
         _copy(top / path, target)
