@@ -76,10 +76,11 @@ class Assignment:
 
 @dataclass(frozen=True)
 class History:
-    """All versions by rising number, all assignments in their order."""
+    """All versions by rising number, all assignments in their order, and the last number that was ever given."""
 
     versions: Mapping[str, Version]
     assignments: tuple[Assignment, ...]
+    last: str | None
 
     def at(self, revision: str) -> Version | None:
         """The version of a commit."""
@@ -87,9 +88,7 @@ class History:
 
     def following(self) -> str:
         """The name of the next version."""
-        if not self.versions:
-            return "v0.0.1"
-        return f"v{semver.Version.parse(list(self.versions)[-1][1:]).bump_patch()}"
+        return f"v{_number(self.last).bump_patch()}" if self.last else "v0.0.1"
 
     def of(self, stage: str) -> list[Assignment]:
         """The assignments of a stage."""
@@ -111,7 +110,7 @@ def read(root: Path) -> History:
         for tag, name in parsed
         if name["action"] == Action.REGISTER and name["version"] not in gone
     }
-    ordered = dict(sorted(versions.items(), key=lambda item: semver.Version.parse(item[0][1:])))
+    ordered = dict(sorted(versions.items(), key=lambda item: _number(item[0])))
     names = {version.revision: name for name, version in ordered.items()}
     assignments = [
         Assignment(
@@ -126,7 +125,8 @@ def read(root: Path) -> History:
         for tag, name in parsed
         if name["action"] in (Action.ASSIGN, Action.UNASSIGN) and "counter" in name and tag.target in names
     ]
-    return History(ordered, tuple(sorted(assignments, key=lambda each: each.number)))
+    last = max({*versions, *gone}, key=_number, default=None)
+    return History(ordered, tuple(sorted(assignments, key=lambda each: each.number)), last)
 
 
 def register(root: Path, name: str, revision: str, record: Mapping[str, Any]) -> None:
@@ -214,6 +214,10 @@ def _message(tag: Any) -> dict[str, Any]:
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _number(version: str) -> semver.Version:
+    return semver.Version.parse(version[1:])
 
 
 def _date(tag: Any) -> str:

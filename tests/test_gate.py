@@ -47,6 +47,11 @@ def changed(**values) -> Figures:
     return dataclasses.replace(GOOD, **values)
 
 
+def test_other_files_beside_the_same_weights_may_have_the_same_figures() -> None:
+    files = {**PROMOTED.files, "chat_template.jinja": "1"}
+    assert judge(changed(perplexity=PROMOTED.perplexity, files=files)).verdict == gate.ACCEPT
+
+
 def test_figures_within_every_limit_are_accepted() -> None:
     verdict = judge(task_drop={"quiz": Interval.exact(0.0)}, latency=Interval.exact(1.0))
     assert verdict.verdict == gate.ACCEPT

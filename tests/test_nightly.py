@@ -23,8 +23,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows import processes
-from tasks import nights, registry, registry_tags
+from flows import processes, retention
+from tasks import nights, params, registry, registry_tags
 from tasks.algorithms.errors import InputError
 from tests.nightly_project import NightlyProject
 from tests.project import ROOT
@@ -279,6 +279,18 @@ def sound(project, nats, **nightly):
     project.commit("sound")
 
 
+@pytest.mark.slow  # a server
+def test_a_night_without_its_source_is_recorded_as_failed(project) -> None:
+    sound(project, 0.007)
+    project.change({"fetch.model.path": "source/nowhere"})
+    project.commit("no source")
+    before = len(nights.listing(project.path))
+    assert "source/nowhere" in project.python(*ONCE, expect=1)
+    (found,) = nights.listing(project.path)[before:]
+    assert found.record["verdict"] == "FAILED" and "source/nowhere" in found.record["reason"]
+    assert found.name in project.python("-m", "flows.nightly", "list")
+
+
 @pytest.mark.slow  # a server and a worker
 def test_the_deployment_of_prefect_yaml_runs_on_a_process_pool(project) -> None:
     sound(project, 0.004)
@@ -404,6 +416,55 @@ def test_the_worktree_shares_the_cache_and_leaves_the_workspace_alone(plain) -> 
     assert workspace(plain) == before
     (folder / ".git").unlink()  # a worktree that somebody broke is made anew
     assert (nights.prepare(plain.path) / ".git").exists()
+
+
+@pytest.mark.parametrize("gitdir", ["{folder}/.git\n", ""])
+def test_a_kill_in_git_worktree_add_does_not_block_the_next_night(plain, gitdir) -> None:
+    folder = plain.path / nights.WORKTREE
+    known = plain.path / ".git/worktrees/worktree"  # as git leaves it
+    known.mkdir(parents=True)
+    (known / "locked").write_text("initializing\n")
+    (known / "gitdir").write_text(gitdir.format(folder=folder))
+    assert nights.prepare(plain.path) == folder
+    assert (folder / "params.yaml").exists() and "locked" not in plain.run("git", "worktree", "list")
+
+
+def test_a_source_that_is_a_link_is_followed_every_night(plain) -> None:
+    from tasks import upstream
+
+    for name in ("one", "two"):
+        (plain.path / f"data/{name}").mkdir(parents=True)
+        (plain.path / f"data/{name}/weights.json").write_text(name)
+    plain.change({"fetch.model.path": "data/current"})
+    plain.commit("a source that git ignores")
+    folder, found = nights.prepare(plain.path), []
+    for name in ("one", "two"):
+        (plain.path / "data/current").unlink(missing_ok=True)
+        (plain.path / "data/current").symlink_to(name)
+        found.append(upstream.digest(upstream.bring(plain.path, folder)))
+        assert (folder / "data/current/weights.json").read_text() == name
+    assert found[0] != found[1]
+
+
+def test_retention_keeps_what_anybody_s_own_tag_names(plain) -> None:
+    plain.python("-m", "dvc", "repro")
+    plain.run("git", "add", "-f", "dvc.lock")
+    plain.commit("made")
+    registry.promote(plain.path, "HEAD", {})
+    revision = plain.run("git", "rev-parse", "HEAD").strip()
+    plain.change({"gptq.bits": 3})
+    plain.python("-m", "dvc", "repro")
+    plain.commit("made anew")
+    registry.promote(plain.path, "HEAD", {})
+    plain.run("git", "tag", "blob", "HEAD:params.yaml")
+    own = params.load(plain.path / "params.yaml")
+    own = own.model_copy(update={"registry": own.registry.model_copy(update={"keep": 1})})
+    plain.run("git", "checkout", "-q", "--orphan", "new")
+    plain.commit("another history")
+    plain.run("git", "branch", "-D", *(set(plain.run("git", "branch", "--format=%(refname:short)").split()) - {"new"}))
+    assert revision not in retention._named_commits(plain.path, set(), own)
+    plain.run("git", "tag", "paper", revision)
+    assert revision in retention._named_commits(plain.path, set(), own)
 
 
 def test_sources_are_taken_as_they_lie_in_the_workspace(plain, tmp_path_factory) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gto.api
 import pytest
 import yaml
 from dvc.repo import Repo
@@ -280,6 +281,93 @@ def test_rollback_is_refused_where_the_bytes_are_gone_or_damaged(night: Night) -
         assert night.content() == "b" and "edgepress#prod#4" not in "".join(night.git("tag").split("#prod#4")[1:])
         cached.unlink(missing_ok=True)
     assert night.git("tag", "--list", "edgepress#prod#*").split()[-1] == "edgepress#prod#4"
+
+
+def test_rollback_passes_over_what_was_withdrawn(night: Night) -> None:
+    for letter in "abc":
+        registry.promote(night.root, night.commit(letter))
+    registry.start_canary(night.root, "v0.0.2", 0.05)
+    registry.stop_canary(night.root, "worse", withdraw=True)
+    assert registry.rollback(night.root).name == "v0.0.1" and night.content() == "a"
+    assert [row["stage"] for row in registry.versions(night.root)] == ["rolled back", "rolled back", "prod"]
+
+
+def test_one_that_was_withdrawn_can_be_gone_back_to_by_name(night: Night) -> None:
+    for letter in "ab":
+        registry.promote(night.root, night.commit(letter))
+    registry.start_canary(night.root, "v0.0.1", 0.05)
+    registry.stop_canary(night.root, "worse", withdraw=True)
+    with pytest.raises(InputError, match="and not withdrawn: name the one"):
+        registry.rollback(night.root)
+    assert registry.rollback(night.root, "v0.0.1").name == "v0.0.1"
+    assert [row["stage"] for row in registry.versions(night.root)] == ["rolled back", "prod"]
+
+
+def test_what_is_in_use_may_be_gone_and_the_registry_still_works(night: Night, tmp_path: Path) -> None:
+    for letter in "ab":
+        registry.promote(night.root, night.commit(letter))
+    night.make("c", 39.0)
+    shutil.rmtree(night.root / "data/registry/v0.0.2")
+    (night.root / ".dvc/cache/files/md5" / md5("b")[:2] / md5("b")[2:]).unlink()
+    with pytest.raises(InputError, match="is gone from DVC's cache"):
+        registry.current(night.root)
+    assert [row["data"] for row in registry.versions(night.root)] == ["gone", "kept"]
+    assert registry.rollback(night.root).name == "v0.0.1" and night.content() == "a"
+    subprocess.run(["git", "clone", "-q", str(night.root), str(tmp_path / "clone")], check=True)
+    assert [row["data"] for row in registry.versions(tmp_path / "clone")] == ["gone", "gone"]
+
+
+@pytest.mark.parametrize("content", ["[]", '{"files": []}', '{"files": {"model.bin": 5}}', "nope"])
+def test_a_manifest_that_is_none_is_refused(night: Night, content: str) -> None:
+    night.make("a", 40.0)
+    path = night.root / "data/package/model/manifest.json"
+    path.unlink()
+    path.write_text(content)
+    with contextlib.chdir(night.root), Repo() as repo:
+        repo.commit(force=True)
+    night.git("add", "-A")
+    night.git("commit", "-qm", "one")
+    with pytest.raises(InputError, match="manifest of .* can't be read"):
+        registry.promote(night.root, "HEAD")
+
+
+def test_tags_by_hand_are_named(night: Night) -> None:
+    registry.promote(night.root, night.commit("a"))
+    night.git("tag", "-a", "-m", "by hand", "edgepress#canary#2", "HEAD")
+    night.commit("b")
+    night.git("tag", "-a", "-m", "by hand", "edgepress@v0.0.9", "HEAD")
+    night.git("tag", "-a", "-m", "by hand", "edgepress#prod#9", "HEAD")
+    with pytest.raises(InputError, match="edgepress#canary#2 was tagged by hand"):
+        registry.versions(night.root)
+    night.git("tag", "-d", "edgepress#canary#2")
+    assert [row["version"] for row in registry.versions(night.root)] == ["v0.0.9", "v0.0.1"]
+    with pytest.raises(InputError, match="v0.0.9 was tagged by hand"):
+        registry.current(night.root)
+
+
+def test_a_number_is_given_once(night: Night) -> None:
+    for letter in "ab":
+        registry.promote(night.root, night.commit(letter))
+    registry.rollback(night.root)
+    gto.api.deregister(str(night.root), registry_tags.ARTIFACT, version="v0.0.2")
+    assert registry.promote(night.root, night.commit("c")).name == "v0.0.3"
+
+
+@pytest.mark.parametrize("revision", ["HEAD:params.yaml", "HEAD^{tree}"])
+def test_what_is_no_commit_is_refused(night: Night, revision: str) -> None:
+    night.commit("a")
+    with pytest.raises(InputError, match="is no version, folder or git revision"):
+        registry.promote(night.root, revision)
+
+
+def test_the_command_in_a_subfolder_changes_nothing(night: Night, monkeypatch, capsys) -> None:
+    for letter in "ab":
+        registry.promote(night.root, night.commit(letter))
+    (night.root / "src").mkdir()
+    monkeypatch.chdir(night.root / "src")
+    for arguments in (["rollback"], ["promote", "HEAD"], ["list"]):
+        assert command.main(arguments) == 1 and "run from the project's folder" in capsys.readouterr().err
+    assert night.content() == "b" and not list((night.root / "src").iterdir())
 
 
 def test_a_package_that_is_not_its_own_manifest_s_is_refused(night: Night) -> None:

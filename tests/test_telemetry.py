@@ -49,6 +49,7 @@ def test_too_few_samples_of_either(tmp_path: Path) -> None:
     assert (found.verdict, found.reason) == (WATCH, "0 of 100 samples of v1 to compare with")
 
 
+HUGE = f'{{"version": "v2", "latency_ms": 1{"0" * 400}, "correct": true}}'
 GOOD = '{"version": "v2", "latency_ms": 1, "correct": true}\n'
 
 
@@ -63,6 +64,7 @@ GOOD = '{"version": "v2", "latency_ms": 1, "correct": true}\n'
         ('{"version": "v2", "latency_ms": NaN, "correct": true}', "line 2: latency_ms = nan is no number"),
         ('{"version": "v2", "latency_ms": -1, "correct": true}', "line 2: latency_ms = -1 is no number"),
         ('{"version": "v2", "latency_ms": true, "correct": true}', "line 2: latency_ms = True is no number"),
+        (HUGE, "line 2: latency_ms = 1000"),
         ('{"version": "v2", "correct": true}', "line 2: latency_ms = None is no number"),
     ],
 )
