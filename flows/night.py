@@ -45,7 +45,7 @@ def night() -> State:
         own = params.load(top / "params.yaml").nightly
         with nights.locked(top, wait=own.overlap == "queue"):
             return _night(top, datetime.now(ZoneInfo(own.timezone)))
-    except InputError as error:
+    except (InputError, OSError) as error:  # what couldn't even be recorded: no room on the disk, say
         return Failed(message=str(error))
 
 

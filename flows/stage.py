@@ -45,7 +45,10 @@ def main(address: str) -> int:
         print(_sentences(address, error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{ERROR}{address}: interrupted; the previous outputs are back in place", file=sys.stderr)
+        print(
+            f"{ERROR}{address}: interrupted; the previous outputs are back as far as the cache has them",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -97,7 +97,7 @@ def described(evidence: Evidence) -> dict[str, Any]:
 
 def table(verdict: gate.Verdict) -> str:
     """The checks as text, then the verdict and its reason."""
-    rows = pd.DataFrame([check.row() for check in verdict.checks])
+    rows = pd.DataFrame([check.row() for check in verdict.checks], dtype=object)
     shown = rows.map(lambda value: "-" if value is None or value != value else _short(value))
     return f"{shown.to_string(index=False)}\n{verdict.verdict}: {verdict.reason}"
 
@@ -124,6 +124,7 @@ def _evidence(fs: DVCFileSystem) -> Evidence:
 
 def _figures(fs: DVCFileSystem, metrics: dict[str, Any], own: Mapping[str, Sums]) -> gate.Figures:
     manifest = _json(fs, f"{PACKAGE_FOLDER}/{MANIFEST}")
+    fit = _json(fs, "data/hardware_fit/fit.json")
     files = _hashes(fs, PACKAGE_FOLDER)
     named = {name: entry["sha256"] for name, entry in manifest.get("files", {}).items()}
     altered = sorted(name for name in named.keys() | files.keys() if named.get(name) != files.get(name))
@@ -132,7 +133,9 @@ def _figures(fs: DVCFileSystem, metrics: dict[str, Any], own: Mapping[str, Sums]
         tokens=_tokens(metrics, own),
         bytes=metrics["bytes"]["total"],
         least_bytes=math.fsum(manifest.get("bound", {}).values()) or None,
-        fit=_json(fs, "data/hardware_fit/fit.json").get("verdict"),
+        fit=fit.get("verdict"),
+        fit_term=f"{fit['device']}, {fit['limiting_term']}" if "limiting_term" in fit else None,
+        fit_margin=fit["headroom_bytes"] - fit["bytes_over"] if "headroom_bytes" in fit else None,
         files=files if named else {},
         altered=tuple(altered) if named else (),
         overlap=_overlap(fs),

@@ -55,7 +55,9 @@ if name == "fetch":
     (out / "model/weights.json").write_bytes(Path(params["fetch"]["model"]["path"], "weights.json").read_bytes())
 elif name == "hardware_fit":
     fits = params["hardware_fit"]["context"] <= 1000
-    (out / "fit.json").write_text(json.dumps({"verdict": "FITS" if fits else "DOES_NOT_FIT"}))
+    over = 0 if fits else 4096
+    found = {"device": "toy", "limiting_term": "ram: kv_cache", "headroom_bytes": 1024 * fits, "bytes_over": over}
+    (out / "fit.json").write_text(json.dumps({"verdict": "FITS" if fits else "DOES_NOT_FIT"} | found))
     text = Path(params["fetch"]["corpora"]["train"]["path"]).read_text()
     leaked = {"verbatim_share": 1.0 if "leak" in text else 0.0, "run_share": 0.0}
     Path("data/overlap").mkdir(exist_ok=True)

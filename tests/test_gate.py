@@ -69,6 +69,11 @@ def test_figures_within_every_limit_are_accepted() -> None:
         ({"latency": Interval(1.5, 1.4, 1.6)}, gate.REGRESSION, "seconds per token"),
         ({"candidate": changed(fit="DOES_NOT_FIT")}, gate.INFEASIBLE, "fits the device: DOES_NOT_FIT"),
         ({"candidate": changed(fit="FITS_STREAMING")}, gate.INFEASIBLE, "FITS_STREAMING"),
+        (
+            {"candidate": changed(fit="DOES_NOT_FIT", fit_term="siracusa, mram: weights", fit_margin=-5_197_770)},
+            gate.INFEASIBLE,
+            "fits the device: DOES_NOT_FIT (siracusa, mram: weights) by 5,197,770 bytes, limit FITS",
+        ),
         ({"limits": dataclasses.replace(LIMITS, max_bytes=999)}, gate.INFEASIBLE, "bytes: 1,000, limit 999"),
         ({"dense": Interval(0.8, 0.78, 0.82)}, gate.ANOMALOUS, "dense"),
         ({"candidate": changed(overlap={"documents": 0.5})}, gate.ANOMALOUS, "training text, documents: 0.5"),
@@ -135,7 +140,10 @@ def test_streaming_counts_as_fitting_only_where_it_is_allowed() -> None:
 
 
 def test_every_limit_is_shown_with_value_and_margin() -> None:
-    rows = {check.name: check.row() for check in judge(ratio=Interval(1.01, 1.0, 1.015)).checks}
+    free = changed(fit_term="siracusa, mram: weights", fit_margin=1_454_373)
+    rows = {check.name: check.row() for check in judge(candidate=free, ratio=Interval(1.01, 1.0, 1.015)).checks}
+    fits = rows["fits the device"]
+    assert (fits["value"], fits["margin"]) == ("FITS (siracusa, mram: weights)", 1_454_373)
     row = rows["perplexity by promoted model's, test"]
     assert (row["value"], row["limit"], row["low"], row["high"]) == (1.01, 1.02, 1.0, 1.015)
     assert row["margin"] == pytest.approx(0.01)

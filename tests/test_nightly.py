@@ -151,7 +151,8 @@ def test_each_kind_of_night_has_its_verdict_its_event_and_its_exit_code(project)
     assert "REGRESSION: perplexity by fetched model's, test: 1.649" in output and "v0.0.2 stays promoted" in output
     project.change({"gptq.bits": 4, "hardware_fit.context": 2000})
     project.commit("oversize")
-    assert "INFEASIBLE: fits the device: DOES_NOT_FIT" in project.python(*ONCE, expect=5)
+    output = project.python(*ONCE, expect=5)
+    assert "INFEASIBLE: fits the device: DOES_NOT_FIT (toy, ram: kv_cache) by 4,096 bytes, limit FITS" in output
     project.change({"hardware_fit.context": 512})
     (project.path / "source/train.jsonl").write_text('{"text": "leak"}\n', encoding="utf-8")
     project.commit("leaked")

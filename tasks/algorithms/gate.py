@@ -59,6 +59,8 @@ class Figures:
         bytes: of the folder to ship.
         least_bytes: what its content must take at least.
         fit: verdict of the device.
+        fit_term: the device and what limits it there, such as "siracusa, mram: weights".
+        fit_margin: bytes free on the device, negative where they are missing.
         tasks: name -> accuracy, 0 to 1.
         seconds_per_token: of generation at batch 1, the median.
         files: name -> sha256 of every file but the manifest.
@@ -71,6 +73,8 @@ class Figures:
     bytes: int | None = None
     least_bytes: float | None = None
     fit: str | None = None
+    fit_term: str | None = None
+    fit_margin: int | None = None
     tasks: Mapping[str, float] = field(default_factory=dict)
     seconds_per_token: float | None = None
     files: Mapping[str, str] = field(default_factory=dict)
@@ -197,10 +201,10 @@ def at_least(name: str, leads_to: str, measured: Interval | None, limit: float, 
     return _numbers(name, leads_to, outcome, measured, limit, measured.value - limit, required)
 
 
-def fact(name: str, leads_to: str, holds: bool | None, value: str, limit: str) -> Check:
-    """A check of what is either so or not; None: not measured."""
+def fact(name: str, leads_to: str, holds: bool | None, value: str, limit: str, margin: int | None = None) -> Check:
+    """A check of what is either so or not; None: not measured. A margin is in bytes."""
     outcome = NOT_MEASURED if holds is None else HOLDS if holds else FAILS
-    return Check(name, leads_to, outcome, value, limit)
+    return Check(name, leads_to, outcome, value, limit, margin)
 
 
 def _numbers(
@@ -231,7 +235,8 @@ def _trust(candidate: Figures, limits: Limits, against_dense: Comparison) -> Ite
 def _feasible(candidate: Figures, limits: Limits) -> Iterator[Check]:
     allowed = (FITS, FITS_STREAMING) if limits.streaming else (FITS,)
     fits = candidate.fit in allowed if candidate.fit in (FITS, FITS_STREAMING, DOES_NOT_FIT) else None
-    yield fact("fits the device", INFEASIBLE, fits, f"{candidate.fit}", " or ".join(allowed))
+    value = f"{candidate.fit} ({candidate.fit_term})" if candidate.fit_term else f"{candidate.fit}"
+    yield fact("fits the device", INFEASIBLE, fits, value, " or ".join(allowed), candidate.fit_margin)
     if limits.max_bytes is not None:
         yield at_most("bytes", INFEASIBLE, _exact(candidate.bytes), limits.max_bytes)
 
@@ -288,6 +293,8 @@ def _verdict(checks: tuple[Check, ...]) -> Verdict:
 def sentence(check: Check) -> str:
     """ "perplexity by promoted model's, test: 1.234 (1.1 to 1.3), limit 1.02"."""
     bounds = "" if check.low == check.high else f" ({_short(check.low)} to {_short(check.high)})"
+    if isinstance(check.value, str) and check.margin is not None and check.margin < 0:
+        bounds = f" by {-check.margin:,} bytes"
     return f"{check.name}: {_short(check.value)}{bounds}, limit {_short(check.limit)}"
 
 
