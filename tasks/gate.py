@@ -45,14 +45,15 @@ class Evidence(NamedTuple):
         figures: of the package.
         sums: evaluated model -> split -> scores per document.
         task_errors: task -> standard error of its accuracy.
-        host: machine, workload and seconds per token (median, least) of stage measure; empty where it wasn't measured.
+        hosts: of the package and of the fetched model, what stage measure found: machine, workload, bytes, seconds per
+            token (median, least); empty where it wasn't measured.
         dense: the evaluated model that is the best dense reference; None where it had less recovery than the package.
     """
 
     figures: gate.Figures
     sums: Mapping[str, Mapping[str, Sums]]
     task_errors: Mapping[str, float]
-    host: Mapping[str, Any]
+    hosts: Mapping[str, Mapping[str, Any]]
     dense: str | None
 
 
@@ -115,11 +116,12 @@ def _evidence(fs: DVCFileSystem) -> Evidence:
     scored = {name: _sums(fs, name) for name, found in metrics.items() if found.get("evaluated")}
     dense = (RECOVERED if dense_too else None) if recovered else BASE
     accuracy, errors = _tasks(fs)
-    host = _json(fs, f"data/measure/{PACKAGE}/host.json")
-    host = host if host.get("measured") else {}
+    found = {name: _json(fs, f"data/measure/{name}/host.json") for name in (PACKAGE, BASE)}
+    hosts = {name: one if one.get("measured") else {} for name, one in found.items()}
+    seconds = hosts[PACKAGE]["seconds_per_token"]["median"] if hosts[PACKAGE] else None
     figures = _figures(fs, metrics[PACKAGE], scored[PACKAGE])
-    figures = replace(figures, tasks=accuracy, seconds_per_token=host["seconds_per_token"]["median"] if host else None)
-    return Evidence(figures, scored, errors, host, dense)
+    figures = replace(figures, tasks=accuracy, seconds_per_token=seconds)
+    return Evidence(figures, scored, errors, hosts, dense)
 
 
 def _figures(fs: DVCFileSystem, metrics: dict[str, Any], own: Mapping[str, Sums]) -> gate.Figures:
@@ -182,18 +184,34 @@ def _against(candidate: Evidence, promoted: Evidence, limits: Gate) -> gate.Comp
         width = z * math.hypot(candidate.task_errors.get(task, 0.0), promoted.task_errors.get(task, 0.0))
         drops[task] = gate.Interval(drop, drop - width, drop + width)
     ratios = _ratios(candidate.sums.get(PACKAGE, {}), promoted.sums.get(PACKAGE, {}), limits)
-    return gate.Comparison(ratios, drops, _latency(candidate.host, promoted.host))
+    return gate.Comparison(ratios, drops, _latency(candidate.hosts, promoted.hosts))
 
 
 def _latency(own: Mapping[str, Any], other: Mapping[str, Any]) -> gate.Interval | None:
-    """Ratio of the medians, with the ratio of the least times as the other bound: a busy host moves the two apart.
+    """Ratio of the medians of seconds per token, as far as two runs on other days can tell it.
+
+    A host that is busy for all of one run slows median and least time alike, so they say little of the noise between
+    two runs. The fetched model was timed in the same run as the package: where it is of the same size in both, the
+    ratio of the packages by that of the fetched models is another estimate, and the bounds are the least and the
+    largest of all. So other programs alone don't make a regression of what can at most be UNDECIDED.
 
     None where one was not measured, or on another host, or by another workload.
     """
-    if not own or not other or any(own.get(key) != other.get(key) for key in ("host", "workload")):
+    if not _alike(own[PACKAGE], other[PACKAGE], "host", "workload"):
         return None
-    median, least = (own["seconds_per_token"][key] / other["seconds_per_token"][key] for key in ("median", "least"))
-    return gate.Interval(median, *sorted((median, least)))
+    median, least = (_slower(own[PACKAGE], other[PACKAGE], key) for key in ("median", "least"))
+    found = [median, least]
+    if _alike(own[BASE], other[BASE], "host", "workload", "bytes"):
+        found += [median / _slower(own[BASE], other[BASE], "median"), least / _slower(own[BASE], other[BASE], "least")]
+    return gate.Interval(median, min(found), max(found))
+
+
+def _alike(own: Mapping[str, Any], other: Mapping[str, Any], *keys: str) -> bool:
+    return bool(own and other) and all(own.get(key) == other.get(key) for key in keys)
+
+
+def _slower(own: Mapping[str, Any], other: Mapping[str, Any], key: str) -> float:
+    return own["seconds_per_token"][key] / other["seconds_per_token"][key]
 
 
 def _ratios(own: Mapping[str, Sums], other: Mapping[str, Sums], limits: Gate) -> dict[str, gate.Interval]:

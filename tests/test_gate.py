@@ -7,6 +7,8 @@ import math
 
 import pytest
 
+from tasks import gate as gathered
+from tasks import params
 from tasks.algorithms import gate
 from tasks.algorithms.gate import Comparison, Figures, Interval
 
@@ -149,3 +151,33 @@ def test_every_limit_is_shown_with_value_and_margin() -> None:
     assert row["margin"] == pytest.approx(0.01)
     assert rows["perplexity by dense model's, test"]["margin"] == pytest.approx(0.05)
     assert all(set(row) == set(rows["files"]) for row in rows.values())
+
+
+def timed(package: float, fetch: float, **more) -> gathered.Evidence:
+    """Seconds per token of both models in one run; the least is 1 % below the median."""
+    hosts = {
+        name: {"host": "h", "workload": "w", "bytes": 9, "seconds_per_token": {"median": one, "least": 0.99 * one}}
+        | more
+        for name, one in (("package", package), ("fetch", fetch))
+    }
+    return gathered.Evidence(GOOD, {}, {}, hosts, None)
+
+
+def test_a_busy_host_alone_makes_no_regression_of_latency() -> None:
+    """The first two pairs were measured: packages of one shape, idle and beside other programs, milliseconds."""
+
+    def check(own, promoted) -> gate.Check:
+        (found,) = (
+            c
+            for c in gathered.judge(own, promoted, params.load().gate).checks
+            if c.name.startswith("seconds per token")
+        )
+        return found
+
+    idle = timed(2.183, 1.768)
+    assert check(timed(2.855, 2.565), idle).outcome == gate.OPEN
+    assert check(timed(3.0, 1.8), idle).outcome == gate.FAILS
+    assert check(timed(2.2, 1.8), idle).outcome == gate.HOLDS
+    slower = check(timed(2.855, 2.565, bytes=8), idle)  # another fetched model says nothing
+    assert (slower.outcome, slower.low) == (gate.FAILS, pytest.approx(2.855 / 2.183))
+    assert check(timed(2.855, 2.565, host="other"), idle).outcome == gate.NOT_MEASURED
