@@ -66,7 +66,10 @@ def read(top: Path, rev: str) -> Evidence:
     try:
         with Repo(str(top)) as repo, repo.switch(rev):
             return _evidence(repo.dvcfs)
-    except (DvcException, SCMError, OSError, ValueError, KeyError) as error:
+    except SCMError as error:
+        what = f"{error}; name a commit, a night, or a version's tag, as edgepress@v0.0.1"
+        raise InputError(f"{rev} can't be judged: {what}") from error
+    except (DvcException, OSError, ValueError, KeyError) as error:
         what = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{rev[:12]} can't be judged: {what}; `dvc repro` there makes what is missing") from error
 

@@ -11,6 +11,7 @@ from tasks import gate as gathered
 from tasks import params
 from tasks.algorithms import gate
 from tasks.algorithms.gate import Comparison, Figures, Interval
+from tests.project import ROOT
 
 LIMITS = gate.Limits(
     perplexity_ratio={"test": 1.02},
@@ -169,7 +170,7 @@ def test_a_busy_host_alone_makes_no_regression_of_latency() -> None:
     def check(own, promoted) -> gate.Check:
         (found,) = (
             c
-            for c in gathered.judge(own, promoted, params.load().gate).checks
+            for c in gathered.judge(own, promoted, params.load(ROOT / "params.yaml").gate).checks
             if c.name.startswith("seconds per token")
         )
         return found
