@@ -196,25 +196,26 @@ def _latency(own: Mapping[str, Any], other: Mapping[str, Any]) -> gate.Interval 
     A host that is busy for all of one run slows median and least time alike, so they say little of the noise between
     two runs. The fetched model was timed in the same run as the package: where it is of the same size in both, the
     ratio of the packages by that of the fetched models is another estimate, and the bounds are the least and the
-    largest of all. So other programs alone don't make a regression of what can at most be UNDECIDED.
+    largest of all: other programs that slow a whole run make it UNDECIDED at most.
 
     None where one was not measured, or on another host, or by another workload.
     """
     if not _alike(own[PACKAGE], other[PACKAGE], "host", "workload"):
         return None
-    median, least = (_slower(own[PACKAGE], other[PACKAGE], key) for key in ("median", "least"))
-    found = [median, least]
-    if _alike(own[BASE], other[BASE], "host", "workload", "bytes"):
-        found += [median / _slower(own[BASE], other[BASE], "median"), least / _slower(own[BASE], other[BASE], "least")]
-    return gate.Interval(median, min(found), max(found))
+    plain = _slower(own[PACKAGE], other[PACKAGE])
+    comparable = _alike(own[BASE], other[BASE], "host", "workload", "bytes")
+    paired = plain / _slower(own[BASE], other[BASE]) if comparable else plain
+    found = np.concatenate([plain, paired])
+    return gate.Interval(float(plain[0]), float(found.min()), float(found.max()))
 
 
 def _alike(own: Mapping[str, Any], other: Mapping[str, Any], *keys: str) -> bool:
     return bool(own and other) and all(own.get(key) == other.get(key) for key in keys)
 
 
-def _slower(own: Mapping[str, Any], other: Mapping[str, Any], key: str) -> float:
-    return own["seconds_per_token"][key] / other["seconds_per_token"][key]
+def _slower(own: Mapping[str, Any], other: Mapping[str, Any]) -> np.ndarray:
+    """(2,): median and least seconds per token of one by the other's."""
+    return np.array([own["seconds_per_token"][key] / other["seconds_per_token"][key] for key in ("median", "least")])
 
 
 def _ratios(own: Mapping[str, Sums], other: Mapping[str, Sums], limits: Gate) -> dict[str, gate.Interval]:
