@@ -31,10 +31,10 @@ lint: install
 	.venv/bin/ruff format --check .
 
 ui: install
-	.venv/bin/python -m flows.ui $(PORT)
+	.venv/bin/python -m flows.server.ui $(PORT)
 
 nightly: install
-	.venv/bin/python -m flows.nightly
+	.venv/bin/python -m flows.schedule
 
 clean: # what DVC has cached stays
 	rm -rf .venv .prefect logs

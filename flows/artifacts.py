@@ -17,7 +17,8 @@ import pandas as pd
 from prefect import get_client
 from prefect.artifacts import Artifact, ImageArtifact, LinkArtifact, MarkdownArtifact, TableArtifact
 
-from tasks import comparison, summary
+from tasks.cli import report as summary
+from tasks.evaluation import comparison
 
 PLAIN = f"{' and '.join(comparison.PLAIN_MODELS)} are the plain models that it is compared with"
 PICTURE = "data:image/svg+xml;base64,"

@@ -1,4 +1,4 @@
-"""`python -m flows.compress`: the whole DAG as one Prefect flow run, one cached task run per stage.
+"""`edgepress run`: the whole DAG as one Prefect flow run, one cached task run per stage.
 
 Prints a table of the stages, the verdict, and the report's path; the lineage of every stage and the report's verdict,
 tables and plots become artifacts of the run (`flows.artifacts`). `--force` runs every stage,
@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from flows import settings
+from flows.server import settings
 
 settings.apply()
 
@@ -24,10 +24,12 @@ from prefect.exceptions import TerminationSignal  # noqa: E402
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings  # noqa: E402
 from prefect.states import Completed, Failed, State  # noqa: E402
 
-from flows import artifacts, processes, server  # noqa: E402
+from flows import artifacts  # noqa: E402
 from flows.reproduction import Reproduction  # noqa: E402
-from tasks import params, summary  # noqa: E402
+from flows.server import dead_runs, temporary  # noqa: E402
 from tasks.algorithms.errors import InputError  # noqa: E402
+from tasks.cli import report as summary  # noqa: E402
+from tasks.parameters import schema  # noqa: E402
 
 REPORT = Path("data/report/report.html")
 
@@ -35,7 +37,7 @@ REPORT = Path("data/report/report.html")
 @flow(name="compress", persist_result=False, validate_parameters=False)
 def compress(targets: list[str] | None = None, force: bool = False) -> State:
     """Bring every stage up to date; a failing stage fails the run with the stage's own sentence."""
-    processes.sign()
+    dead_runs.sign()
     if problem := _problem():
         return Failed(message=problem)
     reproduction = Reproduction()
@@ -51,7 +53,7 @@ def compress(targets: list[str] | None = None, force: bool = False) -> State:
 
 def main(arguments: list[str]) -> int:
     """Run the flow and print its results; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m flows.compress", description="run the DAG as a Prefect flow")
+    parser = argparse.ArgumentParser(prog="edgepress run", description="run the DAG as a Prefect flow")
     parser.add_argument("targets", nargs="*", metavar="STAGE", help="stages of dvc.yaml (default: all)")
     parser.add_argument("--force", action="store_true", help="run the stages even where nothing changed")
     chosen = parser.parse_args(arguments)
@@ -61,9 +63,9 @@ def main(arguments: list[str]) -> int:
     if not configured and (problem := _problem()):  # no server that should hear of it: don't start one for that
         return _fail(problem)
     try:
-        url = None if configured else server.start_temporary()
+        url = None if configured else temporary.start_temporary()
         with temporary_settings({PREFECT_API_URL: f"{url}/api", PREFECT_UI_URL: url} if url else {}):
-            processes.sweep()
+            dead_runs.sweep()
             state = compress(chosen.targets or None, chosen.force, return_state=True)
     except InputError as error:
         return _fail(str(error))
@@ -84,7 +86,7 @@ def _makes_report(targets: list[str] | None) -> bool:
 def _problem() -> str | None:
     """What hinders every stage, in a sentence a line; None if nothing does."""
     try:
-        params.load()
+        schema.load()
         Repo().close()
     except (InputError, DvcException) as error:
         return str(error)

@@ -1,9 +1,9 @@
 """The flow of one night: sources, the DAG in the nights' worktree, the gate, the record, and the promotion.
 
-It compresses the committed HEAD with the newest revision of its sources (`tasks.upstream`), in a worktree of its own
-(`tasks.nights`), by the same flow as `make`, which becomes its subflow. What did not change is Cached. ACCEPT promotes
-through the registry; any other verdict leaves the promoted model as it is. One event per night tells verdict and
-figures. `python -m flows.nightly` runs and schedules it.
+It compresses the committed HEAD with the newest revision of its sources (`tasks.nightly.newer_sources`), in a worktree
+of its own (`tasks.nightly.worktree`), by the same flow as `make`, which becomes its subflow. What did not change is
+Cached. ACCEPT promotes through the registry; any other verdict leaves the promoted model as it is. One event per night
+tells verdict and figures. `edgepress night` runs and schedules it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from flows import settings
+from flows.server import settings
 
 settings.apply()
 
@@ -24,12 +24,14 @@ from prefect.events import emit_event  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed, Failed, State  # noqa: E402
 
-from flows import processes  # noqa: E402
 from flows.compress import compress  # noqa: E402
-from tasks import gate, nights, params, registry, upstream  # noqa: E402
+from flows.server import dead_runs  # noqa: E402
 from tasks.algorithms.errors import InputError  # noqa: E402
-from tasks.algorithms.gate import ACCEPT  # noqa: E402
-from tasks.nights import FAILED, Night  # noqa: E402
+from tasks.algorithms.statistics.gate import ACCEPT  # noqa: E402
+from tasks.nightly import judgement, newer_sources, worktree  # noqa: E402
+from tasks.nightly.worktree import FAILED, Night  # noqa: E402
+from tasks.parameters import schema  # noqa: E402
+from tasks.registry import versions  # noqa: E402
 
 EVENT = "edgepress.night"
 """Events are called edgepress.night.accept, edgepress.night.regression, …, edgepress.night.failed."""
@@ -38,26 +40,26 @@ EVENT = "edgepress.night"
 @flow(name="night", persist_result=False)
 def night() -> State:
     """One night; the run's state is Completed and has the verdict as its name, or Failed."""
-    processes.sign()
-    processes.sweep()
+    dead_runs.sign()
+    dead_runs.sweep()
     try:
-        top = nights.root()
-        own = params.load(top / "params.yaml").nightly
-        with nights.locked(top, wait=own.overlap == "queue"):
+        top = worktree.root()
+        own = schema.load(top / "params.yaml").nightly
+        with worktree.locked(top, wait=own.overlap == "queue"):
             return _night(top, datetime.now(ZoneInfo(own.timezone)))
     except (InputError, OSError) as error:  # what couldn't even be recorded: no room on the disk, say
         return Failed(message=str(error))
 
 
 def _night(top: Path, started: datetime) -> State:
-    if changes := nights.uncommitted(top):
+    if changes := worktree.uncommitted(top):
         get_run_logger().warning("uncommitted changes are left out, a night compresses HEAD: %s", changes)
-    folder = nights.prepare(top)
-    name = f"{nights.PREFIX}{started:%Y%m%d-%H%M%S}"
+    folder = worktree.prepare(top)
+    name = f"{worktree.PREFIX}{started:%Y%m%d-%H%M%S}"
     record = {"started": started.isoformat(timespec="seconds"), "flow_run": str(flow_run.id), "stages": "none ran"}
     try:
-        sources = upstream.bring(top, folder)
-        name += f"-{upstream.digest(sources)[:8]}"
+        sources = newer_sources.bring(top, folder)
+        name += f"-{newer_sources.digest(sources)[:8]}"
         record["upstream"] = [source._asdict() for source in sources]
         with contextlib.chdir(folder):
             state = compress(return_state=True)
@@ -80,27 +82,27 @@ def _night(top: Path, started: datetime) -> State:
 
 def _failed(folder: Path, name: str, record: dict[str, Any], reason: str) -> State:
     """Record and announce that the night came to no verdict."""
-    _announce(nights.save(folder, name, None, record | {"verdict": FAILED, "reason": reason}))
+    _announce(worktree.save(folder, name, None, record | {"verdict": FAILED, "reason": reason}))
     return Failed(message=f"{name}: {reason}")
 
 
 def _judged(top: Path, folder: Path, name: str, record: dict[str, Any]) -> Night:
     """Judge and record what the worktree holds, by the limits of the commit that was compressed."""
-    candidate = nights.snapshot(folder)
-    evidence, current = gate.read(top, candidate), registry.current(top)
-    limits = params.load(folder / "params.yaml").gate
-    verdict = gate.judge(evidence, gate.read(top, current.revision) if current else None, limits)
+    candidate = worktree.snapshot(folder)
+    evidence, current = judgement.read(top, candidate), versions.current(top)
+    limits = schema.load(folder / "params.yaml").gate
+    verdict = judgement.judge(evidence, judgement.read(top, current.revision) if current else None, limits)
     record |= {
         "verdict": verdict.verdict,
         "reason": verdict.reason,
-        "figures": gate.described(evidence),
+        "figures": judgement.described(evidence),
         "checks": [check.row() for check in verdict.checks],
         "against": current.version if current else None,
     }
     rows = [{key: "" if value is None else value for key, value in row.items()} for row in record["checks"]]
     create_table_artifact(key="gate", table=rows, description=f"{name}: {verdict.verdict}: {verdict.reason}")
-    print(f"\n{name}\n{gate.table(verdict)}")
-    return nights.save(folder, name, candidate, record)
+    print(f"\n{name}\n{judgement.table(verdict)}")
+    return worktree.save(folder, name, candidate, record)
 
 
 def _promoted(top: Path, found: Night) -> str:
@@ -114,8 +116,8 @@ def _promoted(top: Path, found: Night) -> str:
         return f"{before} stays promoted" if before else "nothing is promoted"
     verdict = {key: found.record[key] for key in ("verdict", "reason", "checks")} | {"night": found.name}
     try:
-        version = registry.promote(top, found.commit, found.record["figures"], verdict).name
-    except registry.Withdrawn as error:
+        version = versions.promote(top, found.commit, found.record["figures"], verdict).name
+    except versions.Withdrawn as error:
         return f"not promoted: {error}"
     return f"{version} stays promoted" if version == before else f"{version} is promoted"
 

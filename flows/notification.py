@@ -1,8 +1,8 @@
-"""`python -m flows.notification`: an automation that tells each night's verdict to a webhook or by e-mail.
+"""`edgepress notify`: an automation that tells each night's verdict to a webhook or by e-mail.
 
-    python -m flows.notification --webhook https://chat.example/hook              every verdict, figures as JSON
-    python -m flows.notification --email me@example.org --on regression anomalous  by SendGrid, key in SENDGRID_API_KEY
-    python -m flows.notification --webhook URL --print                             the automation as YAML, not created
+    edgepress notify --webhook https://chat.example/hook              every verdict, figures as JSON
+    edgepress notify --email me@example.org --on regression anomalous  by SendGrid, key in SENDGRID_API_KEY
+    edgepress notify --webhook URL --print                             the automation as YAML, not created
 
 It writes a block with the address (or key) into the running server, and one automation, which it replaces when asked
 again. Its trigger are the events of flows/night.py, `edgepress.night.VERDICT`; the templates below use what is in their
@@ -20,7 +20,7 @@ from uuid import UUID
 
 import yaml
 
-from flows import settings
+from flows.server import settings
 
 settings.apply()
 
@@ -33,8 +33,8 @@ from prefect.events.schemas.automations import EventTrigger, Posture  # noqa: E4
 
 from flows.night import EVENT  # noqa: E402
 from tasks.algorithms.errors import InputError  # noqa: E402
-from tasks.algorithms.gate import VERDICTS  # noqa: E402
-from tasks.nights import FAILED  # noqa: E402
+from tasks.algorithms.statistics.gate import VERDICTS  # noqa: E402
+from tasks.nightly.worktree import FAILED  # noqa: E402
 
 SUBJECT = "edgepress {{ event.payload.verdict }}: {{ event.payload.night }}"
 BODY = """{{ event.payload.verdict }}: {{ event.payload.reason }}
@@ -47,7 +47,7 @@ PAYLOAD = "{{ event.payload | tojson }}"
 
 def main(arguments: list[str]) -> int:
     """Create or print the automation; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m flows.notification", description="tell the nights' verdicts")
+    parser = argparse.ArgumentParser(prog="edgepress notify", description="tell the nights' verdicts")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--webhook", metavar="URL", help="POST the event's payload there")
     where.add_argument("--email", metavar="ADDRESS", nargs="+", help="send a mail by SendGrid")

@@ -6,8 +6,8 @@ up to date, since it alone looks at the workspace: such a task run ends as Cache
 
 This is the only place that uses DVC's internals (dvc 3.67.1, pinned): the `repro_fn` argument of `Repo.reproduce`,
 `_reproduce_stage`, `_get_stage_hash`, `StageCache.restore`, and `modify_yaml` where dvc.lock is written. DVC's
-experiments use `repro_fn` in the same way; the public API has no hook per stage. tests/test_flow.py holds them to what
-is used of them here.
+experiments use `repro_fn` in the same way; the public API has no hook per stage. tests/flows/test_flow.py holds them to
+what is used of them here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,9 +44,9 @@ from prefect.states import Completed, Failed, State
 
 from flows import stage as stage_command
 from flows.stage import FLOW_RUN, LOG, TASK_RUN
-from tasks import locks, mend
 from tasks.algorithms.errors import InputError
-from tasks.stage import SCRATCH
+from tasks.runtime import locks, mend
+from tasks.runtime.stage import SCRATCH
 
 RUNNING = SCRATCH / "flow.lock"
 LOGS = Path("logs")
@@ -140,7 +141,9 @@ class Reproduction:
             return f"{', '.join(absent)} is not there; name what is, or bring it back"
         LOGS.mkdir(exist_ok=True)
         log.write_bytes(b"")
-        kwargs["run_env"] = {FLOW_RUN: str(flow_run.id), TASK_RUN: str(task_run.id), LOG: str(log.resolve())}
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        found = {FLOW_RUN: str(flow_run.id), TASK_RUN: str(task_run.id), LOG: str(log.resolve())}
+        kwargs["run_env"] = found | {"PATH": path}  # a stage's `python` is this one, active or not
         try:
             with _followed(log, stage.addressing), _ended_with_flow():
                 _reproduce_stage(stage, **kwargs)

@@ -1,4 +1,4 @@
-"""`python -m flows.retention [--apply]`: remove what nights leave behind and nobody needs; without --apply a dry run.
+"""`edgepress retention [--apply]`: remove what nights leave behind and nobody needs; without --apply a dry run.
 
 Kept are the newest nights and Prefect's runs and logs of so many days (params.yaml, nightly.retention), and whatever
 DVC data the workspace, a branch, a tag, another experiment, a kept night or a kept version of the registry
@@ -20,13 +20,15 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc_data.hashfile.gc import gc
 
-from flows import settings
-from tasks import nights, params, registry, registry_tags
+from flows.server import settings
 from tasks.algorithms.errors import InputError
-from tasks.params import Params
+from tasks.nightly import worktree
+from tasks.parameters import schema
+from tasks.parameters.schema import Params
+from tasks.registry import tags, versions
 
 PAGE = 200
-REGISTRY = tuple(f"refs/tags/{registry_tags.ARTIFACT}{mark}" for mark in "@#")
+REGISTRY = tuple(f"refs/tags/{tags.ARTIFACT}{mark}" for mark in "@#")
 """Tags that keep no data of a version that goes; anybody's own do."""
 INTERNAL = tuple(f"refs/exps/{name}" for name in ("apply", "celery", "exec", "stash", "temp"))
 """Refs of DVC's own that name no experiment."""
@@ -51,10 +53,10 @@ class Item(NamedTuple):
 def plan(top: Path, own: Params) -> list[Item]:
     """Everything that would go, in the order in which it has to."""
     kept = own.nightly.retention
-    gone = nights.listing(top)[: -kept.nights]
+    gone = worktree.listing(top)[: -kept.nights]
     old = datetime.now(UTC) - timedelta(days=kept.days)
     items = [
-        Item("night", night.name, 0, lambda ref=night.ref: nights.git(top, "update-ref", "-d", ref)) for night in gone
+        Item("night", night.name, 0, lambda ref=night.ref: worktree.git(top, "update-ref", "-d", ref)) for night in gone
     ]
     items += _versions(top, own)
     items += _cache(top, _named_commits(top, {night.ref for night in gone}, own))
@@ -65,14 +67,14 @@ def plan(top: Path, own: Params) -> list[Item]:
 
 def main(arguments: list[str]) -> int:
     """Show, and with --apply remove; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m flows.retention", description="remove what is no longer needed")
+    parser = argparse.ArgumentParser(prog="edgepress retention", description="remove what is no longer needed")
     parser.add_argument("--apply", action="store_true", help="remove it; without, only say what would go")
     chosen = parser.parse_args(arguments)
     settings.apply()
     try:
-        top = nights.root()
-        own = params.load(top / "params.yaml")
-        with nights.locked(top, wait=False):
+        top = worktree.root()
+        own = schema.load(top / "params.yaml")
+        with worktree.locked(top, wait=False):
             items = plan(top, own)
             for item in items:
                 print(f"{item.kind:9} {item.bytes:>14,}  {item.what}")
@@ -86,7 +88,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {said}: which data it names is unknown, so nothing of the cache was removed", file=sys.stderr)
         return 1
     freed = sum(item.bytes for item in items)
-    said = "gone" if chosen.apply else "would go; `python -m flows.retention --apply` removes them"
+    said = "gone" if chosen.apply else "would go; `edgepress retention --apply` removes them"
     print(f"{len(items)} things and {freed:,} bytes {said}")
     if not settings.running_server():
         print("Prefect's runs were not looked at: no server answers (`make ui` starts it)")
@@ -95,13 +97,13 @@ def main(arguments: list[str]) -> int:
 
 def _named_commits(top: Path, gone: set[str], own: Params) -> list[str]:
     """Commits whose data stays: of every ref but those of nights and versions that go."""
-    staying = {version.revision for version in registry.kept(top, own.registry.keep)}
-    versions = {entry["revision"] for entry in registry.versions(top)}
+    staying = {version.revision for version in versions.kept(top, own.registry.keep)}
+    registered = {entry["revision"] for entry in versions.versions(top)}
     form = "%(refname) %(if)%(*objectname)%(then)%(*objectname) %(*objecttype)%(else)%(objectname) %(objecttype)%(end)"
-    commits = {nights.git(top, "rev-parse", "HEAD"), *staying}
-    for line in nights.git(top, "for-each-ref", f"--format={form}", "refs").splitlines():
+    commits = {worktree.git(top, "rev-parse", "HEAD"), *staying}
+    for line in worktree.git(top, "for-each-ref", f"--format={form}", "refs").splitlines():
         ref, commit, kind = line.split()
-        dropped = ref.startswith(REGISTRY) and commit in versions - staying
+        dropped = ref.startswith(REGISTRY) and commit in registered - staying
         if kind == "commit" and ref not in gone and not dropped and not ref.startswith(INTERNAL):
             commits.add(commit)
     return sorted(commits)
@@ -109,9 +111,9 @@ def _named_commits(top: Path, gone: set[str], own: Params) -> list[str]:
 
 def _versions(top: Path, own: Params) -> list[Item]:
     """Folders of versions that were promoted too long ago."""
-    folders = registry.prune(top, own.registry.keep, dry=True)
+    folders = versions.prune(top, own.registry.keep, dry=True)
     sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in folders}
-    remove = lambda: registry.prune(top, own.registry.keep)  # noqa: E731  one call removes them all
+    remove = lambda: versions.prune(top, own.registry.keep)  # noqa: E731  one call removes them all
     return [Item("version", str(folder.relative_to(top)), size, remove) for folder, size in sizes.items()]
 
 
@@ -128,7 +130,7 @@ def _cache(top: Path, commits: list[str]) -> list[Item]:
 
 
 def _logs(top: Path, old: datetime) -> list[Item]:
-    files = [file for folder in (top, top / nights.WORKTREE) for file in sorted(folder.glob("logs/*.log"))]
+    files = [file for folder in (top, top / worktree.WORKTREE) for file in sorted(folder.glob("logs/*.log"))]
     return [
         Item("log", str(file.relative_to(top)), file.stat().st_size, file.unlink)
         for file in files
@@ -138,9 +140,9 @@ def _logs(top: Path, old: datetime) -> list[Item]:
 
 def _worktrees(top: Path) -> list[Item]:
     """Worktrees whose folder is gone."""
-    blocks = nights.git(top, "worktree", "list", "--porcelain").split("\n\n")
+    blocks = worktree.git(top, "worktree", "list", "--porcelain").split("\n\n")
     stale = [block.splitlines()[0].removeprefix("worktree ") for block in blocks if "\nprunable" in block]
-    return [Item("worktree", path, 0, lambda: nights.git(top, "worktree", "prune")) for path in stale]
+    return [Item("worktree", path, 0, lambda: worktree.git(top, "worktree", "prune")) for path in stale]
 
 
 def _runs(old: datetime) -> list[Item]:

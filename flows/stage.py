@@ -13,9 +13,9 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from flows import settings
+from flows.server import settings
 from tasks.algorithms.errors import InputError
-from tasks.stage import execute
+from tasks.runtime.stage import execute
 
 if TYPE_CHECKING:
     from prefect import State
@@ -77,7 +77,7 @@ def _as_flow_run(address: str) -> None:
     from prefect.runtime import flow_run
     from prefect.states import Failed
 
-    from flows import processes
+    from flows.server import dead_runs
 
     failures: list[InputError] = []
 
@@ -85,7 +85,7 @@ def _as_flow_run(address: str) -> None:
 
     @flow(name="stage", flow_run_name=address, persist_result=False, log_prints=not redrawn)
     def run() -> State | None:
-        processes.sign()
+        dead_runs.sign()
         try:
             execute(address, run_ids={"flow_run": str(flow_run.id)})
         except InputError as error:  # returned: raised, Prefect would print its traceback

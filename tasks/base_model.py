@@ -19,13 +19,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasks import checkpoint, corpora
-from tasks.algorithms import perplexity
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.scoring import perplexity
+from tasks.models import dense_folder
+from tasks.sources import json_lines
 
 if TYPE_CHECKING:
-    from tasks.params import BaseModelParams
-    from tasks.stage import Stage
+    from tasks.parameters.schema import BaseModelParams
+    from tasks.runtime.stage import Stage
 
 END = "<|endoftext|>"
 SPLITS = ("calibration", "test")
@@ -37,7 +38,7 @@ MEASURED = 24
 def run(stage: Stage) -> None:
     """Write the model folder and training.csv (step, tokens, loss in nats per token, perplexities)."""
     p = stage.params.base_model
-    texts = {name: corpora.read(stage.input("corpus") / f"{name}.jsonl") for name in ("train", *SPLITS)}
+    texts = {name: json_lines.read(stage.input("corpus") / f"{name}.jsonl") for name in ("train", *SPLITS)}
     tokenizer = train_tokenizer(texts["train"], p.vocabulary, p.context)
     tokens = perplexity.tokenise(tokenizer, texts["train"])
     held_out = {
@@ -47,7 +48,7 @@ def run(stage: Stage) -> None:
     model = LlamaForCausalLM(config(p, tokenizer))
     print(f"{sum(w.numel() for w in model.parameters()):,} parameters, {len(tokens):,} distinct training tokens")
     curve = train(model, tokens, held_out, p, stage)
-    checkpoint.save_dense(model, tokenizer, stage.output("model"))
+    dense_folder.save_dense(model, tokenizer, stage.output("model"))
     curve.to_csv(stage.output("training.csv"), index=False, lineterminator="\n", float_format="%.6g")
 
 

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from safetensors.torch import load_file
 
-from tasks import checkpoint, packed, quantisation, quantised
-from tasks.algorithms import families, resume
+from tasks.algorithms.model import checkpoints, families
+from tasks.compression import block_quantisation
+from tasks.models import dense_folder, gptq_folder
+from tasks.packed import reader
 
 if TYPE_CHECKING:
-    from tasks.algorithms import rounding
-    from tasks.stage import Stage
+    from tasks.algorithms.quantisation import rounding
+    from tasks.runtime.stage import Stage
 
 COLUMNS = ["linear", "weights", "bits", "bytes", "sensitivity"]
 """bytes: of the packed linear; sensitivity: divergence of the model's predictions in nats per token with this linear
@@ -50,15 +52,15 @@ def run(stage: Stage) -> None:
     dense, target = stage.input("baseline_lora/model"), stage.output("model")
     limit = shipped_bytes(stage.input("package/model"))
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
-    quantisation.check_shapes(checkpoint.config(dense), None, chosen.group_size)
-    coded, start = quantisation.compress_embedding(dense, windows, chosen, stage.journal)
+    block_quantisation.check_shapes(dense_folder.config(dense), None, chosen.group_size)
+    coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.journal)
     if start is None:
-        start = checkpoint.load_dense(dense)
-    choices = quantisation.choices(stage, start, windows, {}, "dense")
+        start = dense_folder.load_dense(dense)
+    choices = block_quantisation.choices(stage, start, windows, {}, "dense")
     del start
     widths = fit(stage, choices, coded, limit)
-    packed.copy_tokenizer(dense, target)
-    table(checkpoint.config(dense), choices, widths).to_csv(
+    reader.copy_tokenizer(dense, target)
+    table(dense_folder.config(dense), choices, widths).to_csv(
         stage.output("bits.csv"), index=False, lineterminator="\n", float_format="%.9g"
     )
     found = shipped_bytes(target)
@@ -78,11 +80,13 @@ def shipped_bytes(folder: Path) -> int:
     Raises:
         InputError: the folder holds neither.
     """
-    names = (packed.FILE, packed.DESCRIPTION) if packed.is_packed(folder) else sorted(folder.rglob("*.safetensors"))
+    names = (reader.FILE, reader.DESCRIPTION) if reader.is_packed(folder) else sorted(folder.rglob("*.safetensors"))
     return sum((folder / name).stat().st_size for name in names)
 
 
-def fit(stage: Stage, choices: quantisation.Choices, coded: Mapping[str, rounding.Coded], limit: int) -> dict[str, int]:
+def fit(
+    stage: Stage, choices: block_quantisation.Choices, coded: Mapping[str, rounding.Coded], limit: int
+) -> dict[str, int]:
     """Quantise and pack into baseline/model so that it takes at most `limit` bytes, and hardly less; bits per linear.
 
     Args:
@@ -127,8 +131,8 @@ def _round(
 def planned_around(stage: Stage, widths: Mapping[str, int]) -> int:
     """Bytes of a packed model with these widths that aren't its linears': embedding, norms, header and description."""
     chosen = stage.params.gptq
-    components, _ = packed.planned(
-        checkpoint.config(stage.input("baseline_lora/model")),
+    components, _ = reader.planned(
+        dense_folder.config(stage.input("baseline_lora/model")),
         widths,
         group_size=chosen.group_size,
         embedding_bits=chosen.embedding.bits,
@@ -143,23 +147,23 @@ def quantise(
     stage: Stage,
     widths: Mapping[str, int],
     coded: Mapping[str, rounding.Coded],
-    memory: resume.Memory = resume.NOTHING,
+    memory: checkpoints.Memory = checkpoints.NOTHING,
 ) -> int:
     """Quantise the dense model with these widths and pack it into baseline/model; bytes of what holds the model."""
     dense, target = stage.input("baseline_lora/model"), stage.output("model")
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        model = quantised.load_for_quantisation(dense, quantisation.settings(stage.params.gptq, widths))
-        quantisation.place(model.model, coded)
-        quantisation.quantise_linears(stage, model, windows, {}, memory)
+        model = gptq_folder.load_for_quantisation(dense, block_quantisation.settings(stage.params.gptq, widths))
+        block_quantisation.place(model.model, coded)
+        block_quantisation.quantise_linears(stage, model, windows, {}, memory)
         folder, codes = Path(scratch) / "model", Path(scratch) / "embedding.safetensors"
-        quantised.save_quantised(model, dense, folder)
-        quantisation.save_embedding(codes, coded, stage.params.gptq)
-        packed.save(packed.read(folder, embedding=codes), target)
+        gptq_folder.save_quantised(model, dense, folder)
+        block_quantisation.save_embedding(codes, coded, stage.params.gptq)
+        reader.save(reader.read(folder, embedding=codes), target)
     return shipped_bytes(target)
 
 
-def table(described: Mapping, choices: quantisation.Choices, widths: Mapping[str, int]) -> pd.DataFrame:
+def table(described: Mapping, choices: block_quantisation.Choices, widths: Mapping[str, int]) -> pd.DataFrame:
     """One row per linear, in running order, with `COLUMNS`; `described` is the model's config.json."""
     shapes = families.linear_shapes(described)
     rows = []
@@ -169,5 +173,5 @@ def table(described: Mapping, choices: quantisation.Choices, widths: Mapping[str
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _total(choices: quantisation.Choices, widths: Mapping[str, int]) -> int:
+def _total(choices: block_quantisation.Choices, widths: Mapping[str, int]) -> int:
     return sum(choices.sizes[name][bits] for name, bits in widths.items())

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tasks import checkpoint, recovery
+from tasks.compression import recovery_training
+from tasks.models import dense_folder
 
 if TYPE_CHECKING:
-    from tasks.stage import Stage
+    from tasks.runtime.stage import Stage
 
 
 def run(stage: Stage) -> None:
@@ -19,12 +20,12 @@ def run(stage: Stage) -> None:
     if not stage.params.lora.enabled:
         return skip(stage)
     source = stage.input("vocabulary/model")
-    layers = checkpoint.config(source)["num_hidden_layers"]
-    recovered = recovery.recover(stage, source, keep={}, kept=range(layers))
-    recovery.write(recovered, source, stage.output("baseline_lora/model"), stage.output("history.csv"))
+    layers = dense_folder.config(source)["num_hidden_layers"]
+    recovered = recovery_training.recover(stage, source, keep={}, kept=range(layers))
+    recovery_training.write(recovered, source, stage.output("baseline_lora/model"), stage.output("history.csv"))
 
 
 def skip(stage: Stage) -> None:
     """Pass the fetched model on; a history without rows."""
     stage.pass_on(stage.input("vocabulary/model"), stage.output("baseline_lora/model"))
-    recovery.write_history([], stage.output("history.csv"))
+    recovery_training.write_history([], stage.output("history.csv"))

@@ -1,7 +1,8 @@
 """Stage calibrate: the token windows that later stages measure activations on, and each linear's input norms on them.
 
-Windows are cut from the calibration text by the joined protocol (`tasks.algorithms.perplexity`), never overlap, and are
-a seeded choice without replacement. The norms are the fetched model's; stages that prune or quantise measure their own.
+Windows are cut from the calibration text by the joined protocol (`tasks.algorithms.scoring.perplexity`), never overlap,
+and are a seeded choice without replacement. The norms are the fetched model's; stages that prune or quantise measure
+their own.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tasks import checkpoint, corpora
-from tasks.algorithms import families, layers, perplexity
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import families, layers
+from tasks.algorithms.scoring import perplexity
+from tasks.models import dense_folder
+from tasks.sources import json_lines
 
 if TYPE_CHECKING:
-    from tasks.stage import Progress, Stage
+    from tasks.runtime.stage import Progress, Stage
 
 BATCH = 4
 """Windows per forward pass: no effect on the result beyond rounding, and no parameter."""
@@ -29,16 +32,16 @@ def run(stage: Stage) -> None:
         InputError: the calibration text has fewer windows than asked.
     """
     params = stage.params.calibrate
-    model = checkpoint.load_dense(stage.input("vocabulary/model"))
-    tokenizer = checkpoint.load_tokenizer(stage.input("vocabulary/model"))
-    tokens = perplexity.tokenise(tokenizer, corpora.read(stage.input("fetch/corpora") / "calibration.jsonl"))
+    model = dense_folder.load_dense(stage.input("vocabulary/model"))
+    tokenizer = dense_folder.load_tokenizer(stage.input("vocabulary/model"))
+    tokens = perplexity.tokenise(tokenizer, json_lines.read(stage.input("fetch/corpora") / "calibration.jsonl"))
     input_ids = choose(tokens, params.windows, params.length, params.seed)
     available = len(tokens) // params.length
     print(f"{len(tokens)} calibration tokens: {params.windows} of {available} windows of {params.length} tokens chosen")
     with stage.progress("calibrate", len(families.blocks(model))) as progress:
         statistics = _statistics(model, input_ids, progress)
-    checkpoint.save_tensors(stage.output("windows.safetensors"), {"input_ids": input_ids.to(torch.int32)}, {})
-    checkpoint.save_tensors(
+    dense_folder.save_tensors(stage.output("windows.safetensors"), {"input_ids": input_ids.to(torch.int32)}, {})
+    dense_folder.save_tensors(
         stage.output("norms.safetensors"),
         {f"{name}.sum_of_squares": each.sum_of_squares.float() for name, each in statistics.items()},
         {"tokens": str(input_ids.numel())},
@@ -52,8 +55,8 @@ def run(stage: Stage) -> None:
 def skip(stage: Stage) -> None:
     """No windows and no norms."""
     empty = torch.zeros(0, stage.params.calibrate.length, dtype=torch.int32)
-    checkpoint.save_tensors(stage.output("windows.safetensors"), {"input_ids": empty}, {})
-    checkpoint.save_tensors(stage.output("norms.safetensors"), {}, {"tokens": "0"})
+    dense_folder.save_tensors(stage.output("windows.safetensors"), {"input_ids": empty}, {})
+    dense_folder.save_tensors(stage.output("norms.safetensors"), {}, {"tokens": "0"})
 
 
 def choose(tokens: Tensor, windows: int, length: int, seed: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Write the built-in corpus: software requirements specifications from a seeded grammar, and prose that isn't.
 
-Frames and vocabulary are in data/grammar, the mathematics of expanding them in `tasks.algorithms.grammar`. No frame of
-one split is used in another, and the test split has product domains that the training never names.
+Frames and vocabulary are in data/grammar, the mathematics of expanding them in `tasks.algorithms.text.grammar`. No
+frame of one split is used in another, and the test split has product domains that the training never names.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tasks.algorithms import grammar
+from tasks.algorithms.text import grammar
 
 if TYPE_CHECKING:
-    from tasks.stage import Stage
+    from tasks.runtime.stage import Stage
 
 
 def run(stage: Stage) -> None:

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tasks import checkpoint
-from tasks.algorithms import depth_prune, families, importance
+from tasks.algorithms.model import families
+from tasks.algorithms.pruning import depth_prune, importance
+from tasks.models import dense_folder
 
 if TYPE_CHECKING:
-    from tasks.stage import Stage
+    from tasks.runtime.stage import Stage
 
 
 def run(stage: Stage) -> None:
@@ -23,16 +24,18 @@ def run(stage: Stage) -> None:
         InputError: fewer layers than `remove` are unprotected.
     """
     params = stage.params.depth_prune
-    layers = checkpoint.config(stage.input("vocabulary/model"))["num_hidden_layers"]
+    layers = dense_folder.config(stage.input("vocabulary/model"))["num_hidden_layers"]
     depth_prune.unprotected(layers, params.remove, params.protect_first, params.protect_last)
     if not params.remove:
         print("remove = 0: the model is passed on")
         return skip(stage)
-    model = checkpoint.load_dense(stage.input("vocabulary/model"))
+    model = dense_folder.load_dense(stage.input("vocabulary/model"))
     scores = torch.tensor(pd.read_csv(stage.input("scores.csv"))[stage.params.importance.method].to_numpy(dtype=float))
     removed = SCHEDULES[params.schedule](stage, model, scores)
     smaller = depth_prune.without(model, removed)
-    checkpoint.save_dense(smaller, checkpoint.load_tokenizer(stage.input("vocabulary/model")), stage.output("model"))
+    dense_folder.save_dense(
+        smaller, dense_folder.load_tokenizer(stage.input("vocabulary/model")), stage.output("model")
+    )
     _record(stage, layers, removed)
     before, after = (sum(p.numel() for p in each.parameters()) for each in (model, smaller))
     print(f"removed layers {removed} of {layers} in this order, by {stage.params.importance.method}, {params.schedule}")
@@ -43,7 +46,7 @@ def run(stage: Stage) -> None:
 def skip(stage: Stage) -> None:
     """The fetched model as it is, nothing removed."""
     stage.pass_on(stage.input("vocabulary/model"), stage.output("model"))
-    _record(stage, checkpoint.config(stage.input("vocabulary/model"))["num_hidden_layers"], [])
+    _record(stage, dense_folder.config(stage.input("vocabulary/model"))["num_hidden_layers"], [])
 
 
 def _one_shot(stage: Stage, model: nn.Module, scores: Tensor) -> list[int]:
@@ -76,4 +79,4 @@ def _record(stage: Stage, layers: int, removed: list[int]) -> None:
         "method": stage.params.importance.method,
         "schedule": stage.params.depth_prune.schedule,
     }
-    checkpoint.write_json(stage.output("removed.json"), record)
+    dense_folder.write_json(stage.output("removed.json"), record)

@@ -20,13 +20,14 @@ import pandas as pd
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tasks import checkpoint, quantised, sparsity
-from tasks.algorithms import eora, families
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import families
+from tasks.algorithms.quantisation import eora
+from tasks.models import dense_folder, gptq_folder, sparsity_ledger
 
 if TYPE_CHECKING:
-    from tasks.params import Eora
-    from tasks.stage import Stage
+    from tasks.parameters.schema import Eora
+    from tasks.runtime.stage import Stage
 
 COLUMNS = ["linear", "error_before", "error_after", "rank", "bytes", "bits_per_weight_equivalent"]
 """Errors are relative, of the linear's output on calibration inputs against the teacher's; bytes of both factors (codes
@@ -43,7 +44,7 @@ def run(stage: Stage) -> None:
     """
     chosen = stage.params.eora
     source, target = stage.input("gptq/model"), stage.output("model")
-    described = checkpoint.config(source)
+    described = dense_folder.config(source)
     shapes = families.linear_shapes(described)
     if chosen.budget_bytes is None:
         check_rank(shapes, chosen.rank)
@@ -51,7 +52,7 @@ def run(stage: Stage) -> None:
         check_budget(shapes, chosen.budget_bytes, chosen.bits)
     teacher = read_teacher(stage, described)
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
-    model = quantised.load_dequantised(source)
+    model = gptq_folder.load_dequantised(source)
     write_ledger(stage, model)
     with stage.progress("eora", len(teacher) * (1 if chosen.budget_bytes is None else 2)) as progress:
         finished: list[str] = []
@@ -66,7 +67,7 @@ def run(stage: Stage) -> None:
             ranks = eora.allocate(eora.gains(model, windows, teacher, done, stage.journal), sizes, chosen.budget_bytes)
         branches = eora.compensate(model, windows, teacher, ranks, chosen.bits, done, stage.journal)
     stage.pass_on(source, target)
-    quantised.save_adapter(target, {name: (branch.a, branch.b) for name, branch in branches.items()})
+    gptq_folder.save_adapter(target, {name: (branch.a, branch.b) for name, branch in branches.items()})
     save_codes(stage.output("adapter.safetensors"), branches, chosen.bits)
     rows = table(branches, chosen.bits)
     rows.to_csv(stage.output("layers.csv"), index=False, lineterminator="\n", float_format="%.9g")
@@ -78,7 +79,7 @@ def skip(stage: Stage) -> None:
     stage.pass_on(stage.input("gptq/model"), stage.output("model"))
     save_codes(stage.output("adapter.safetensors"), {}, eora.HALF)
     pd.DataFrame(columns=COLUMNS).to_csv(stage.output("layers.csv"), index=False, lineterminator="\n")
-    sparsity.write(pd.DataFrame(columns=sparsity.COLUMNS), stage.output("sparsity.csv"))
+    sparsity_ledger.write(pd.DataFrame(columns=sparsity_ledger.COLUMNS), stage.output("sparsity.csv"))
 
 
 def check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
@@ -130,7 +131,7 @@ def teacher_weights(folder: Path, kept: list[int] | range) -> dict[str, Tensor]:
     Raises:
         InputError: the model has no such block.
     """
-    model = checkpoint.load_dense(folder)
+    model = dense_folder.load_dense(folder)
     blocks = families.linears_by_block(model)
     if max(kept) >= len(blocks):
         raise InputError(f"block {max(kept)} is wanted of a teacher with {len(blocks)}: run stage depth_prune again")
@@ -148,11 +149,11 @@ def write_ledger(stage: Stage, model: nn.Module) -> None:
     Raises:
         InputError: they break the pattern, and wanda.enforce says that they must not.
     """
-    keep, pattern = checkpoint.load_masks(stage.input("masks.safetensors"))
+    keep, pattern = dense_folder.load_masks(stage.input("masks.safetensors"))
     weights = {name: linear.weight.detach() for name, linear in families.block_linears(model).items()}
-    found = sparsity.ledger(weights, keep, pattern)
-    sparsity.write(found, stage.output("sparsity.csv"))
-    sparsity.check(found, "gptq", stage.params.wanda.enforce)
+    found = sparsity_ledger.ledger(weights, keep, pattern)
+    sparsity_ledger.write(found, stage.output("sparsity.csv"))
+    sparsity_ledger.check(found, "gptq", stage.params.wanda.enforce)
 
 
 def save_codes(path: Path, branches: Mapping[str, eora.Branch], bits: int) -> None:
@@ -166,7 +167,7 @@ def save_codes(path: Path, branches: Mapping[str, eora.Branch], bits: int) -> No
     for name, branch in branches.items():
         for side, coded in zip("ab", branch.coded or (), strict=False):
             tensors |= {f"{name}.{side}.codes": coded.codes, f"{name}.{side}.scales": coded.scales}
-    checkpoint.save_tensors(path, tensors, {"bits": str(bits), "group_size": str(eora.GROUP_SIZE)})
+    dense_folder.save_tensors(path, tensors, {"bits": str(bits), "group_size": str(eora.GROUP_SIZE)})
 
 
 def table(branches: Mapping[str, eora.Branch], bits: int) -> pd.DataFrame:

@@ -1,11 +1,11 @@
 """Measure one model of the pipeline: perplexity on both test splits, size by `stat`, zeros, and greedy completions.
 
-The protocol is one of `tasks.algorithms.protocols`, its name stands beside the numbers. Perplexity is per token, so it
-can't be compared between vocabularies. Bits per byte can: the information of the same predictions over the UTF-8 bytes
-of the text that they stand for. documents.csv has the sums per document, from which the difference of two models gets
-its confidence interval. What goes wrong in the completions is counted (`tasks.algorithms.generation_failures`). Each
-model is an item of the stage's matrix and so is cached on its own. It judges nothing: limits and comparisons are the
-report's.
+The protocol is one of `tasks.algorithms.scoring.protocols`, its name stands beside the numbers. Perplexity is per
+token, so it can't be compared between vocabularies. Bits per byte can: the information of the same predictions over the
+UTF-8 bytes of the text that they stand for. documents.csv has the sums per document, from which the difference of two
+models gets its confidence interval. What goes wrong in the completions is counted
+(`tasks.algorithms.scoring.generation_failures`). Each model is an item of the stage's matrix and so is cached on its
+own. It judges nothing: limits and comparisons are the report's.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from tasks import checkpoint, corpora, models, tensor_files
-from tasks.algorithms import generation_failures, masks, protocols, resume, scoring
+from tasks.algorithms.model import checkpoints, masks
+from tasks.algorithms.scoring import generation_failures, likelihood, protocols
+from tasks.models import dense_folder, tensor_headers
+from tasks.runners import any_folder
+from tasks.sources import json_lines
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tasks.params import Evaluate
-    from tasks.stage import Stage
+    from tasks.parameters.schema import Evaluate
+    from tasks.runtime.stage import Stage
 
 SPLITS = ("test", "test_ood")
 GROUPS = (4, 8, 16, 32)
@@ -32,7 +35,7 @@ GROUPS = (4, 8, 16, 32)
 def run(stage: Stage) -> None:
     """Write metrics.json, documents.csv and completions.json."""
     folder, p = stage.input("model"), stage.params.evaluate
-    model, tokenizer = models.load_model(folder), checkpoint.load_tokenizer(folder)
+    model, tokenizer = any_folder.load_model(folder), dense_folder.load_tokenizer(folder)
     protocol = protocols.protocol(p.protocol, p.length, p.stride)
     protocols.check_context(protocol, getattr(model.config, "max_position_embeddings", None))
     metrics = {
@@ -42,15 +45,15 @@ def run(stage: Stage) -> None:
         "perplexity": {},
         "bits_per_byte": {},
         "predictions": {},
-        **sparsity(models.block_weights(model)),
-        "parameters": checkpoint.parameter_count(model),
+        **sparsity(any_folder.block_weights(model)),
+        "parameters": dense_folder.parameter_count(model),
         "bytes": sizes(folder),
     }
     tables = []
     for split in SPLITS:
-        documents = corpora.read(stage.input("corpora") / f"{split}.jsonl")
-        prepared = scoring.prepare(protocol, tokenizer, documents, p.max_windows)
-        score = scoring.score(model, prepared, p.batch, stage.journal.part(split))
+        documents = json_lines.read(stage.input("corpora") / f"{split}.jsonl")
+        prepared = likelihood.prepare(protocol, tokenizer, documents, p.max_windows)
+        score = likelihood.score(model, prepared, p.batch, stage.journal.part(split))
         metrics["perplexity"][split] = score.perplexity
         metrics["bits_per_byte"][split] = score.bits_per_byte
         metrics["predictions"][split] = len(score.nll)
@@ -63,15 +66,15 @@ def run(stage: Stage) -> None:
     written = completions(model, tokenizer, p, stage.journal)
     metrics["failures"] = generation_failures.count(written)
     _write_documents(stage, tables)
-    checkpoint.write_json(stage.output("metrics.json"), metrics)
-    checkpoint.write_json(stage.output("completions.json"), written)
+    dense_folder.write_json(stage.output("metrics.json"), metrics)
+    dense_folder.write_json(stage.output("completions.json"), written)
 
 
 def skip(stage: Stage) -> None:
     """Say that nothing was measured."""
     _write_documents(stage, [])
-    checkpoint.write_json(stage.output("metrics.json"), {"model": stage.item, "evaluated": False})
-    checkpoint.write_json(stage.output("completions.json"), [])
+    dense_folder.write_json(stage.output("metrics.json"), {"model": stage.item, "evaluated": False})
+    dense_folder.write_json(stage.output("completions.json"), [])
 
 
 def _write_documents(stage: Stage, tables: list[pd.DataFrame]) -> None:
@@ -82,7 +85,7 @@ def _write_documents(stage: Stage, tables: list[pd.DataFrame]) -> None:
 
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of a model folder by `stat`: total, and by what they are for, with the names of the folder's own format."""
-    return {"total": tensor_files.stored_bytes(folder), **models.component_bytes(folder)}
+    return {"total": tensor_headers.stored_bytes(folder), **any_folder.component_bytes(folder)}
 
 
 def sparsity(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def sparsity(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def completions(
-    model: Any, tokenizer: Any, p: Evaluate, memory: resume.Memory = resume.NOTHING
+    model: Any, tokenizer: Any, p: Evaluate, memory: checkpoints.Memory = checkpoints.NOTHING
 ) -> list[dict[str, Any]]:
     """The greedy continuation of every prompt, at most `new_tokens` tokens, and what goes wrong in it."""
     begun = memory.load("completions")

@@ -24,15 +24,17 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tasks import checkpoint, hub, preflight
-from tasks.algorithms import families
 from tasks.algorithms.errors import InputError
-from tasks.params import CorpusSource, ModelSource
+from tasks.algorithms.model import families
+from tasks.models import dense_folder
+from tasks.parameters import preflight
+from tasks.parameters.schema import CorpusSource, ModelSource
+from tasks.sources import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tasks.stage import Stage
+    from tasks.runtime.stage import Stage
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -89,7 +91,7 @@ def run(stage: Stage) -> None:
     record = {
         "model": _origin(source) | {"architecture": families.family(config).architecture, "tensors": tensors},
         "files": {
-            file.name: {"bytes": file.stat().st_size, "sha256": checkpoint.sha256(file)} for file in target.iterdir()
+            file.name: {"bytes": file.stat().st_size, "sha256": dense_folder.sha256(file)} for file in target.iterdir()
         },
         "corpora": corpora,
     }
@@ -111,7 +113,7 @@ def check_folder(folder: Path, inside: Path | None = None) -> dict[str, Any]:
     """
     for name in _present(folder, (*SMALL, *QUANTISED, INDEX)):
         _refuse_link(folder / name, inside or folder)
-    checkpoint.check_sizes(folder)
+    dense_folder.check_sizes(folder)
     config = preflight.read_config(folder)
     preflight.shape(config)
     for name in _present(folder, QUANTISED):
@@ -252,7 +254,7 @@ def _refuse_names(verb: str, names: list[str]) -> None:
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        return checkpoint.load_tokenizer(folder)
+        return dense_folder.load_tokenizer(folder)
     except Exception as error:  # any entry of an untrusted tokenizer can be wrong in its own way
         raise InputError(f"the tokenizer can't be loaded ({hub.line(error)}); take a model folder with one") from error
 
@@ -295,7 +297,7 @@ def _corpus(stage: Stage, name: str, target: Path) -> dict[str, Any]:
         "rows": rows,
         "empty_rows_dropped": empty,
         "bytes": target.stat().st_size,
-        "sha256": checkpoint.sha256(target),
+        "sha256": dense_folder.sha256(target),
     }
 
 

@@ -16,13 +16,14 @@ import pandas as pd
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tasks import checkpoint, quantisation, quantised, sparsity
-from tasks.algorithms import masked_gptq
+from tasks.algorithms.quantisation import masked_gptq
+from tasks.compression import block_quantisation
+from tasks.models import dense_folder, gptq_folder, sparsity_ledger
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tasks.stage import Stage
+    from tasks.runtime.stage import Stage
 
 COLUMNS = ["linear", "bits", "error", "zeros", "violations"]
 """error: relative, of the output on calibration inputs; zeros: weights that are 0; violations: pruned weights that are
@@ -37,23 +38,23 @@ def run(stage: Stage) -> None:
     """
     chosen = stage.params.gptq
     dense, target = stage.input("lora/model"), stage.output("model")
-    keep, pattern = checkpoint.load_masks(stage.input("masks.safetensors"))
+    keep, pattern = dense_folder.load_masks(stage.input("masks.safetensors"))
     if chosen.joint:
         keep, pattern = {}, f"{chosen.joint.keep}:{chosen.joint.of}"
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
-    described = checkpoint.config(dense)
+    described = dense_folder.config(dense)
     widths = None if chosen.budget_bytes else chosen.bits
-    quantisation.check_shapes(described, widths, chosen.group_size)
-    coded, start = quantisation.compress_embedding(dense, windows, chosen, stage.journal)
-    quantisation.save_embedding(stage.output("embedding.safetensors"), coded, chosen)
+    block_quantisation.check_shapes(described, widths, chosen.group_size)
+    coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.journal)
+    block_quantisation.save_embedding(stage.output("embedding.safetensors"), coded, chosen)
     if widths is None:
         held = (keep, pattern) if chosen.masked else ({}, "dense")
-        widths = quantisation.choices(stage, start, windows, *held).within(chosen.budget_bytes)
+        widths = block_quantisation.choices(stage, start, windows, *held).within(chosen.budget_bytes)
     del start
-    model = quantised.load_for_quantisation(dense, quantisation.settings(chosen, widths))
-    quantisation.place(model.model, coded)
-    results = quantisation.quantise_linears(stage, model, windows, keep, stage.journal.part("gptq"))
-    quantised.save_quantised(model, dense, target)
+    model = gptq_folder.load_for_quantisation(dense, block_quantisation.settings(chosen, widths))
+    block_quantisation.place(model.model, coded)
+    results = block_quantisation.quantise_linears(stage, model, windows, keep, stage.journal.part("gptq"))
+    gptq_folder.save_quantised(model, dense, target)
     if chosen.joint:
         keep = {name: result.keep for name, result in results.items()}
     _write(stage, target, keep, pattern, results)
@@ -64,12 +65,12 @@ def skip(stage: Stage) -> None:
     dense = stage.input("lora/model")
     stage.pass_on(dense, stage.output("model"))
     stage.pass_on(stage.input("masks.safetensors"), stage.output("masks.safetensors"))
-    checkpoint.save_tensors(stage.output("embedding.safetensors"), {}, {"bits": "16", "group_size": "-1"})
+    dense_folder.save_tensors(stage.output("embedding.safetensors"), {}, {"bits": "16", "group_size": "-1"})
     pd.DataFrame(columns=COLUMNS).to_csv(stage.output("layers.csv"), index=False, lineterminator="\n")
-    keep, pattern = checkpoint.load_masks(stage.input("masks.safetensors"))
-    table = sparsity.ledger(quantised.block_weights(checkpoint.load_dense(dense)), keep, pattern)
-    sparsity.check(table, "gptq", stage.params.wanda.enforce)
-    sparsity.write(table, stage.output("sparsity.csv"))
+    keep, pattern = dense_folder.load_masks(stage.input("masks.safetensors"))
+    table = sparsity_ledger.ledger(gptq_folder.block_weights(dense_folder.load_dense(dense)), keep, pattern)
+    sparsity_ledger.check(table, "gptq", stage.params.wanda.enforce)
+    sparsity_ledger.write(table, stage.output("sparsity.csv"))
 
 
 def table(
@@ -83,7 +84,7 @@ def table(
     Args:
         weights: as saved, full module name -> [out_features, in_features].
         bits: of their codes.
-        ledger: of `tasks.sparsity`, over the same weights.
+        ledger: of `tasks.models.sparsity_ledger`, over the same weights.
     """
     broken = dict(zip(ledger["linear"], ledger["violations"] + ledger["revived"], strict=True))
     rows = [
@@ -101,16 +102,16 @@ def _write(
     results: Mapping[str, masked_gptq.LayerResult],
 ) -> None:
     """Masks and tables, measured on the saved model."""
-    model = quantised.load_quantised(target)
-    weights = quantised.block_weights(model)
+    model = gptq_folder.load_quantised(target)
+    weights = gptq_folder.block_weights(model)
     bits = {name: linear.bits for name, linear in masked_gptq.quantised_linears(model).items()}
-    ledger = sparsity.ledger(weights, keep, pattern)
-    if sparsity.check(ledger, "gptq", stage.params.wanda.enforce or stage.params.gptq.masked):
-        checkpoint.save_masks(stage.output("masks.safetensors"), dict(keep), pattern)
+    ledger = sparsity_ledger.ledger(weights, keep, pattern)
+    if sparsity_ledger.check(ledger, "gptq", stage.params.wanda.enforce or stage.params.gptq.masked):
+        dense_folder.save_masks(stage.output("masks.safetensors"), dict(keep), pattern)
     else:
         print(f"gptq.masked = false broke the pattern {pattern}: the model is a dense one from here on")
-        checkpoint.save_masks(stage.output("masks.safetensors"), {}, "dense")
-    sparsity.write(ledger, stage.output("sparsity.csv"))
+        dense_folder.save_masks(stage.output("masks.safetensors"), {}, "dense")
+    sparsity_ledger.write(ledger, stage.output("sparsity.csv"))
     table(weights, bits, ledger, results).to_csv(
         stage.output("layers.csv"), index=False, lineterminator="\n", float_format="%.9g"
     )

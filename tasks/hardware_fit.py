@@ -1,9 +1,9 @@
 """Stage hardware_fit: the packaged model against the device profiles of data/devices.
 
 What counts are bytes in a device's memory, which follow from the model's matrices and the formats that the device takes
-(tasks.algorithms.footprint), and all files beside the tensors (tokenizer, configs, manifest). The fetched model is
-judged beside it as if stored in bf16, which is what compression has to beat. "Does not fit" is a result. It loads no
-weights. The same verdict without the DAG, for any folder: tasks.fit.
+(tasks.algorithms.device_fit.footprint), and all files beside the tensors (tokenizer, configs, manifest). The fetched
+model is judged beside it as if stored in bf16, which is what compression has to beat. "Does not fit" is a result. It
+loads no weights. The same verdict without the DAG, for any folder: tasks.device_profiles.tables.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tasks import contents, devices, fit
-from tasks.algorithms import footprint
+from tasks.algorithms.device_fit import footprint
+from tasks.algorithms.device_fit.verdict import Fit, judge
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.fit import Fit, judge
+from tasks.device_profiles import contents, profiles, tables
 
 if TYPE_CHECKING:
-    from tasks.stage import Stage
+    from tasks.runtime.stage import Stage
 
 
 def run(stage: Stage) -> None:
     """Judge the packaged (and the fetched) model on every device; the chosen one's verdict is the result."""
     params = stage.params.hardware_fit
-    if params.device == devices.HOST:
+    if params.device == profiles.HOST:
         raise InputError(
-            f"hardware_fit.device = {devices.HOST} is this machine, and the DAG's results are the same on all: name a "
-            "profile of data/devices, or run python -m tasks.fit --device host"
+            f"hardware_fit.device = {profiles.HOST} is this machine, and the DAG's results are the same on all: name a "
+            "profile of data/devices, or run edgepress fit --device host"
         )
-    profiles = devices.load_all(stage.input("devices"))
-    chosen = devices.pick(profiles, params.device)
+    known = profiles.load_all(stage.input("devices"))
+    chosen = profiles.pick(known, params.device)
     workload = footprint.Workload(params.context, params.batch, params.kv_bits, params.activation_bits)
     model = contents.read(stage.input("package/model"))
-    found = {name: judge(profile.device(), model, workload) for name, profile in profiles.items()}
+    found = {name: judge(profile.device(), model, workload) for name, profile in known.items()}
     fetched: dict[str, Fit] = {}
     if stage.has_input("fetch/model"):
         base = contents.read(stage.input("fetch/model"))
         dense = footprint.in_bf16(base)
-        fetched = {name: judge(profile.device(), dense, workload) for name, profile in profiles.items()}
+        fetched = {name: judge(profile.device(), dense, workload) for name, profile in known.items()}
     result = {"device": chosen.name, **asdict(found[chosen.name])}
     if fetched:
         result["fetched"] = {"device": chosen.name, **asdict(fetched[chosen.name]), "stored_bytes": base.stored}
@@ -52,10 +52,10 @@ def run(stage: Stage) -> None:
         "workload": asdict(workload),
     }
     stage.output("fit.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    rows = [fit.row(name, one, fetched[name].verdict if fetched else "") for name, one in found.items()]
+    rows = [tables.row(name, one, fetched[name].verdict if fetched else "") for name, one in found.items()]
     _write(stage, rows)
     base_line = f"fetched model in bf16: {fetched[chosen.name].verdict}" if fetched else "fetched model: not compared"
-    print("\n".join([*fit.summary(chosen.name, found[chosen.name], workload), base_line, *fit.table(rows)]))
+    print("\n".join([*tables.summary(chosen.name, found[chosen.name], workload), base_line, *tables.table(rows)]))
 
 
 def skip(stage: Stage) -> None:
@@ -68,7 +68,7 @@ def skip(stage: Stage) -> None:
 def _write(stage: Stage, rows: list[dict[str, Any]]) -> None:
     """devices.csv: a row per device."""
     with stage.output("devices.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fit.COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, tables.COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -12,8 +12,8 @@ and scores.json:
      "agreement": null | {"protocol", "log_likelihood", "relative_difference"}}
 
 or {"model", "task", "evaluated": false} where the stage is switched off. `agreement` is of tasks that score whole
-texts: our own log-likelihood of the same texts (`tasks.algorithms.scoring`, protocol rolling; nats, summed) and how far
-lm_eval's is from it. Standard errors are lm_eval's, null where it has none.
+texts: our own log-likelihood of the same texts (`tasks.algorithms.scoring.likelihood`, protocol rolling; nats, summed)
+    and how far lm_eval's is from it. Standard errors are lm_eval's, null where it has none.
 
 `lm_eval.evaluate` seeds nothing (it draws a task's name from `random`, which nothing else here uses); `simple_evaluate`
 would seed random, numpy and torch for the whole process, and run git and pip for a report of its own: so it is the
@@ -30,15 +30,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import checkpoint, models
-from tasks.algorithms import protocols, scoring, triviaqa
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.scoring import likelihood, protocols
+from tasks.algorithms.text import triviaqa
+from tasks.models import dense_folder
+from tasks.runners import any_folder
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-    from tasks.harness_model import Model
-    from tasks.stage import Stage
+    from tasks.evaluation.lm_eval_model import Model
+    from tasks.runtime.stage import Stage
 
 
 def run(stage: Stage) -> None:
@@ -53,10 +55,10 @@ def run(stage: Stage) -> None:
     task = load_task(stage.input(f"{task_name}.yaml"), documents)
     from lm_eval import evaluate
 
-    from tasks import harness_model
+    from tasks.evaluation import lm_eval_model
 
-    model, tokenizer = models.load_model(folder), checkpoint.load_tokenizer(folder)
-    lm = harness_model.Model(model, tokenizer, own.batch, stage.progress, stage.answers)
+    model, tokenizer = any_folder.load_model(folder), dense_folder.load_tokenizer(folder)
+    lm = lm_eval_model.Model(model, tokenizer, own.batch, stage.progress, stage.answers)
     results = evaluate(lm, {"tasks": {task_name: task}}, limit=own.limit, log_samples=True)
     samples = results["samples"][task_name]
     scores = {
@@ -75,7 +77,7 @@ def run(stage: Stage) -> None:
         "agreement": _agreement(lm, samples, own.batch) if task.OUTPUT_TYPE == "loglikelihood_rolling" else None,
     }
     _write_samples(stage.output("samples.jsonl"), task, samples)
-    checkpoint.write_json(stage.output("scores.json"), scores)
+    dense_folder.write_json(stage.output("scores.json"), scores)
     print("; ".join(f"{name} {found['value']:.4f}" for name, found in scores["metrics"].items()))
     print(f"{scores['samples']} of {scores['documents']} documents, the model was asked {lm.asked} requests")
 
@@ -84,7 +86,7 @@ def skip(stage: Stage) -> None:
     """Say that nothing was evaluated."""
     model_name, _, task_name = stage.item.partition("-")
     stage.output("samples.jsonl").touch()
-    checkpoint.write_json(stage.output("scores.json"), {"model": model_name, "task": task_name, "evaluated": False})
+    dense_folder.write_json(stage.output("scores.json"), {"model": model_name, "task": task_name, "evaluated": False})
 
 
 def load_task(path: Path, documents: Sequence[dict[str, Any]]) -> Task:
@@ -128,7 +130,7 @@ def _agreement(lm: Model, samples: Sequence[dict[str, Any]], batch: int) -> dict
     """Our own log-likelihood of the texts that lm_eval scored."""
     protocol = protocols.protocol("rolling", lm.max_length, lm.max_length)
     texts = [sample["arguments"][0][0] for sample in samples]
-    own = -float(scoring.score(lm.model, scoring.prepare(protocol, lm.tokenizer, texts), batch).nll.sum())
+    own = -float(likelihood.score(lm.model, likelihood.prepare(protocol, lm.tokenizer, texts), batch).nll.sum())
     theirs = sum(sample["filtered_resps"][0] for sample in samples)
     return {
         "protocol": protocol.label,

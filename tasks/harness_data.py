@@ -1,8 +1,8 @@
 """Bring the documents of the evaluation tasks into data/harness_data/: local files, or the hub's data sets at a commit.
 
 Only tasks that `harness.tasks` names are brought. Of each there is documents/<task>.jsonl, in one form whatever the
-source (`tasks.algorithms.task_documents`), so the stage `harness` needs no network, and a task reruns only where its
-own documents changed. sources.json says where each came from, and how many rows had no document. The hub's rows are
+source (`tasks.algorithms.text.task_documents`), so the stage `harness` needs no network, and a task reruns only where
+its own documents changed. sources.json says where each came from, and how many rows had no document. The hub's rows are
 streamed: nothing is left in a cache, and no code of a data set is run. What a split holds is not judged here.
 """
 
@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import checkpoint, hub
-from tasks.algorithms import task_documents
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.text import task_documents
+from tasks.models import dense_folder
+from tasks.sources import hub
 
 if TYPE_CHECKING:
-    from tasks.params import TaskSource
-    from tasks.stage import Stage
+    from tasks.parameters.schema import TaskSource
+    from tasks.runtime.stage import Stage
 
 CORPUS = "corpus"
 """The task whose documents are the fetched test split."""
@@ -39,7 +40,7 @@ def run(stage: Stage) -> None:
         origin, rows = _hub(source) if source and source.path is None else _local(stage, task, source)
         sources[task] = {**origin, **_write(task, rows, folder / f"{task}.jsonl")}
         print(f"{task}: {sources[task]['documents']} documents, {sources[task]['rows_without_document']} rows without")
-    checkpoint.write_json(stage.output("sources.json"), sources)
+    dense_folder.write_json(stage.output("sources.json"), sources)
 
 
 def skip(stage: Stage) -> None:
@@ -47,7 +48,7 @@ def skip(stage: Stage) -> None:
     stage.output("documents").mkdir()
     for task in stage.params.harness.tasks:
         (stage.output("documents") / f"{task}.jsonl").touch()
-    checkpoint.write_json(stage.output("sources.json"), {})
+    dense_folder.write_json(stage.output("sources.json"), {})
 
 
 def _source(stage: Stage, task: str) -> TaskSource | None:

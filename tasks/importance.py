@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from safetensors.torch import load_file
 
-from tasks import checkpoint
-from tasks.algorithms import importance
+from tasks.algorithms.pruning import importance
+from tasks.models import dense_folder
 
 if TYPE_CHECKING:
-    from tasks.stage import Stage
+    from tasks.runtime.stage import Stage
 
 COLUMNS = [*importance.SCORES, importance.COMPOUND]
 
@@ -19,7 +19,7 @@ COLUMNS = [*importance.SCORES, importance.COMPOUND]
 def run(stage: Stage) -> None:
     """Write scores.csv: layer and one column per score, higher = more important."""
     params = stage.params.importance
-    model = checkpoint.load_dense(stage.input("vocabulary/model"))
+    model = dense_folder.load_dense(stage.input("vocabulary/model"))
     input_ids = load_file(stage.input("windows.safetensors"))["input_ids"][: params.windows].long()
     scores = {}
     with stage.progress("importance", len(importance.SCORES)) as progress:

@@ -15,7 +15,7 @@ compared with. The text is the first `tokens` tokens of the test split for every
 | bytes_per_token | `bytes` / `context` |
 | ratio | bytes at 16 bits / `bytes` |
 
-How the cache is filled and what isn't counted: `tasks.algorithms.kv_cache`. It measures no speed.
+How the cache is filled and what isn't counted: `tasks.algorithms.scoring.kv_cache`. It measures no speed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tasks import checkpoint, corpora, models
-from tasks.algorithms import kv_cache, protocols, scoring
+from tasks.algorithms.scoring import kv_cache, likelihood, protocols
+from tasks.models import dense_folder
+from tasks.runners import any_folder
+from tasks.sources import json_lines
 
 if TYPE_CHECKING:
-    from tasks.stage import Stage
+    from tasks.runtime.stage import Stage
 
 FULL = 16
 COLUMNS = (
@@ -52,18 +54,18 @@ COLUMNS = (
 def run(stage: Stage) -> None:
     """Write kv_cache.csv."""
     folder, p = stage.input("model"), stage.params.kv_cache
-    model, tokenizer = models.load_model(folder), checkpoint.load_tokenizer(folder)
-    documents = corpora.read(stage.input("corpora") / "test.jsonl")
+    model, tokenizer = any_folder.load_model(folder), dense_folder.load_tokenizer(folder)
+    documents = json_lines.read(stage.input("corpora") / "test.jsonl")
     rows, bits = [], [FULL, *p.bits]
     with stage.progress("kv_cache", len(p.contexts) * len(bits)) as progress:
         for context in p.contexts:
             protocol = protocols.protocol("joined", context, context)
             protocols.check_context(protocol, getattr(model.config, "max_position_embeddings", None))
-            prepared = scoring.prepare(protocol, tokenizer, documents, p.tokens // context)
+            prepared = likelihood.prepare(protocol, tokenizer, documents, p.tokens // context)
             reference = None
             for width in bits:
                 cached = kv_cache.Cached(model, width, p.group_size, p.residual)
-                score = scoring.score(cached, prepared, memory=stage.journal.part(f"{context}-{width}"))
+                score = likelihood.score(cached, prepared, memory=stage.journal.part(f"{context}-{width}"))
                 reference = reference or score
                 if not cached.cache.get_seq_length():  # all windows were in the journal
                     cached(prepared.ids[0][None, :context])
@@ -85,7 +87,7 @@ def _write(stage: Stage, table: pd.DataFrame) -> None:
     table.to_csv(stage.output("kv_cache.csv"), **options)
 
 
-def _row(score: scoring.Score, reference: scoring.Score) -> dict[str, Any]:
+def _row(score: likelihood.Score, reference: likelihood.Score) -> dict[str, Any]:
     differences = (score.nll - reference.nll).view(score.windows, -1).mean(dim=1)
     return {
         "protocol": score.label,

@@ -1,7 +1,7 @@
 """Stage lora: recover what pruning lost by training on the train corpus, with every pruned weight kept at zero.
 
-What is trained, and on which loss, is `tasks.recovery`'s and the algorithms'; this stage gives it the pruned model, the
-masks and the record of which blocks are left, and checks the pattern of what comes back.
+What is trained, and on which loss, is `tasks.compression.recovery_training`'s and the algorithms'; this stage gives it
+the pruned model, the masks and the record of which blocks are left, and checks the pattern of what comes back.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from tasks import checkpoint, recovery, sparsity
-from tasks.algorithms import families
+from tasks.algorithms.model import families
+from tasks.compression import recovery_training
+from tasks.models import dense_folder, sparsity_ledger
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from tasks.stage import Stage
+    from tasks.runtime.stage import Stage
 
 
 def run(stage: Stage) -> None:
@@ -25,23 +26,23 @@ def run(stage: Stage) -> None:
         InputError: inputs or parameters don't fit each other, the training diverges, or the pattern is broken.
     """
     source = stage.input("wanda/model")
-    keep, _ = checkpoint.load_masks(stage.input("masks.safetensors"))
+    keep, _ = dense_folder.load_masks(stage.input("masks.safetensors"))
     kept = json.loads(stage.input("removed.json").read_text(encoding="utf-8"))["kept"]
-    recovered = recovery.recover(stage, source, keep, kept)
+    recovered = recovery_training.recover(stage, source, keep, kept)
     _ledger(stage, recovered.model)
-    recovery.write(recovered, source, stage.output("lora/model"), stage.output("history.csv"))
+    recovery_training.write(recovered, source, stage.output("lora/model"), stage.output("history.csv"))
 
 
 def skip(stage: Stage) -> None:
     """Pass the pruned model on; a history without rows."""
-    _ledger(stage, checkpoint.load_dense(stage.input("wanda/model")))
+    _ledger(stage, dense_folder.load_dense(stage.input("wanda/model")))
     stage.pass_on(stage.input("wanda/model"), stage.output("lora/model"))
-    recovery.write_history([], stage.output("history.csv"))
+    recovery_training.write_history([], stage.output("history.csv"))
 
 
 def _ledger(stage: Stage, model: nn.Module) -> None:
-    keep, pattern = checkpoint.load_masks(stage.input("masks.safetensors"))
+    keep, pattern = dense_folder.load_masks(stage.input("masks.safetensors"))
     weights = {name: linear.weight.detach() for name, linear in families.block_linears(model).items()}
-    table = sparsity.ledger(weights, keep, pattern)
-    sparsity.check(table, "lora", stage.params.wanda.enforce)
-    sparsity.write(table, stage.output("sparsity.csv"))
+    table = sparsity_ledger.ledger(weights, keep, pattern)
+    sparsity_ledger.check(table, "lora", stage.params.wanda.enforce)
+    sparsity_ledger.write(table, stage.output("sparsity.csv"))

@@ -19,12 +19,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import corpora
-from tasks.algorithms import overlap
+from tasks.algorithms.text import overlap
+from tasks.sources import json_lines
 
 if TYPE_CHECKING:
-    from tasks.params import Overlap
-    from tasks.stage import Stage
+    from tasks.parameters.schema import Overlap
+    from tasks.runtime.stage import Stage
 
 TRAIN = "train"
 IN_DOMAIN, OUT_OF_DOMAIN = "in-domain", "out-of-domain"
@@ -34,7 +34,7 @@ def run(stage: Stage) -> None:
     """Write overlap.json."""
     folder, p = stage.input("corpora"), stage.params.overlap
     sources = json.loads(stage.input("source.json").read_text(encoding="utf-8"))["corpora"]
-    splits = {path.stem: corpora.read(path) for path in sorted(folder.glob("*.jsonl")) if path.stem != TRAIN}
+    splits = {path.stem: json_lines.read(path) for path in sorted(folder.glob("*.jsonl")) if path.stem != TRAIN}
     found = measure(folder / f"{TRAIN}.jsonl", splits, sources, p)
     _write(stage, found)
     for split, one in found["splits"].items():

@@ -2,11 +2,11 @@
 
 Nothing is rounded here: what the shipped file gives back is compared with what went in, block by block, and the
 sparsity ledger is taken from it. A model that broke its pattern is packed as a dense one where `wanda.enforce` allows
-that at all. The folder is read by `tasks.packed.load_model`; stock libraries load the stage eora's.
+that at all. The folder is read by `tasks.packed.reader.load_model`; stock libraries load the stage eora's.
 
 The manifest's lineage holds what this stage's declared inputs and parameters fix, so that the same inputs give the same
 bytes: source, parameters of every stage, hashes. When, where and by which packages is in data/lineage
-(`python -m tasks.lineage show`).
+(`edgepress lineage show`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from tasks import checkpoint, packed, sparsity
 from tasks.algorithms.errors import InputError
+from tasks.models import dense_folder, sparsity_ledger
+from tasks.packed import reader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tasks.params import Gptq, Wanda
-    from tasks.stage import Stage
+    from tasks.parameters.schema import Gptq, Wanda
+    from tasks.runtime.stage import Stage
 
 MANIFEST = "manifest.json"
 
@@ -39,16 +40,18 @@ def run(stage: Stage) -> None:
             aren't those of the model.
     """
     source, folder = stage.input("eora/model"), stage.output("package/model")
-    keep, pattern = checkpoint.load_masks(stage.input("masks.safetensors"))
+    keep, pattern = dense_folder.load_masks(stage.input("masks.safetensors"))
     codes = stage.input("embedding.safetensors"), stage.input("adapter.safetensors")
-    holds = sparsity.check(_ledger(packed.read(source).blocks, keep, pattern), "package", stage.params.wanda.enforce)
-    model = packed.read(source, stage.input("masks.safetensors") if holds else None, *codes)
-    packed.save(model, folder)
-    packed.copy_tokenizer(source, folder)
+    holds = sparsity_ledger.check(
+        _ledger(reader.read(source).blocks, keep, pattern), "package", stage.params.wanda.enforce
+    )
+    model = reader.read(source, stage.input("masks.safetensors") if holds else None, *codes)
+    reader.save(model, folder)
+    reader.copy_tokenizer(source, folder)
     check_lossless(folder, model.blocks)
-    shipped = (linears for _, linears in packed.stream(folder))
+    shipped = (linears for _, linears in reader.stream(folder))
     table = _ledger(shipped, keep, pattern)
-    sparsity.write(table, stage.output("sparsity.csv"))
+    sparsity_ledger.write(table, stage.output("sparsity.csv"))
     manifest = _manifest(stage, folder, pattern if holds else "dense", len(keep) if holds else 0)
     write_manifest(folder, manifest)
     total, bound = sum(entry["bytes"] for entry in manifest["files"].values()), sum(manifest["bound"].values())
@@ -63,16 +66,16 @@ def skip(stage: Stage) -> None:
     folder = stage.output("package/model")
     stage.pass_on(stage.input("eora/model"), folder)
     write_manifest(folder, {"files": {}, "pattern": None, "pruned_matrices": 0, "lineage": {}})
-    sparsity.write(pd.DataFrame(columns=sparsity.COLUMNS), stage.output("sparsity.csv"))
+    sparsity_ledger.write(pd.DataFrame(columns=sparsity_ledger.COLUMNS), stage.output("sparsity.csv"))
 
 
-def check_lossless(folder: Path, blocks: Iterable[Mapping[str, packed.Linear]]) -> None:
+def check_lossless(folder: Path, blocks: Iterable[Mapping[str, reader.Linear]]) -> None:
     """Compare a packed folder's linears with what was packed, bit by bit, one block in memory.
 
     Raises:
         RuntimeError: they differ, which is a bug in the format.
     """
-    for (index, shipped), given in zip(packed.stream(folder), blocks, strict=True):
+    for (index, shipped), given in zip(reader.stream(folder), blocks, strict=True):
         for name, linear in given.items():
             if not torch.equal(shipped[name].values(), linear.values()) or shipped[name].rank != linear.rank:
                 raise RuntimeError(f"{name} of block {index} is not what was packed into {folder}")
@@ -86,7 +89,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def describe(path: Path) -> dict[str, Any]:
     """Size and sha256 of a file."""
-    return {"bytes": path.stat().st_size, "sha256": checkpoint.sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": dense_folder.sha256(path)}
 
 
 def asked(wanda: Wanda, gptq: Gptq) -> str:
@@ -98,13 +101,13 @@ def asked(wanda: Wanda, gptq: Gptq) -> str:
     return f"{wanda.keep}:{wanda.of}" if wanda.pattern == "n_m" else wanda.pattern
 
 
-def _ledger(blocks: Iterable[Mapping[str, packed.Linear]], keep: Mapping[str, Tensor], pattern: str) -> pd.DataFrame:
+def _ledger(blocks: Iterable[Mapping[str, reader.Linear]], keep: Mapping[str, Tensor], pattern: str) -> pd.DataFrame:
     """`sparsity.ledger` with one block in memory."""
     tables, known = [], set()
     for linears in blocks:
         weights = {name: linear.values() for name, linear in linears.items()}
         known |= set(weights)
-        tables.append(sparsity.ledger(weights, {name: keep[name] for name in weights if name in keep}, pattern))
+        tables.append(sparsity_ledger.ledger(weights, {name: keep[name] for name in weights if name in keep}, pattern))
     foreign = sorted(set(keep) - known)
     if foreign:
         raise InputError(f"there is a mask for {foreign[0]}, which the model does not have: run stage wanda again")
@@ -116,7 +119,7 @@ def _manifest(stage: Stage, folder: Path, pattern: str, pruned: int) -> dict[str
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "files": {str(path.relative_to(folder)): describe(path) for path in files},
-        "bound": {name: bits / 8 for name, bits in packed.bound(folder).items()},
+        "bound": {name: bits / 8 for name, bits in reader.bound(folder).items()},
         "pattern": pattern,
         "asked": asked(stage.params.wanda, stage.params.gptq),
         "pruned_matrices": pruned,

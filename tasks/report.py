@@ -1,7 +1,7 @@
 """Stage report: everything the other stages measured, as one page, a verdict, tables, plots and a few figures.
 
 Its first line is the verdict: size, perplexity, against a plain model of its size, and where it fits
-(`tasks.report_verdict`). What follows are the sections of `SECTIONS`.
+(`tasks.reporting.verdict`). What follows are the sections of `SECTIONS`.
 
 `report.html` is one file that needs no network: Vega and the specifications of its plots are inside, and its content
 security policy forbids every request and every script but its own. It has no time and no random name in it, so that the
@@ -26,11 +26,13 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
-from tasks import charts, report_evidence, report_tables
-from tasks.report_figures import figures
-from tasks.report_format import FILTERS
-from tasks.report_section import Plot, Section
-from tasks.report_sections import (
+from tasks.reporting import charts
+from tasks.reporting.evidence import read as read_evidence
+from tasks.reporting.figures import figures
+from tasks.reporting.format import FILTERS
+from tasks.reporting.model_rows import byte_rows, stage_rows
+from tasks.reporting.section import Plot, Section
+from tasks.reporting.sections import (
     against_plain,
     attribution,
     completions,
@@ -48,11 +50,11 @@ from tasks.report_sections import (
     stages,
     task_scores,
 )
-from tasks.report_verdict import verdict
+from tasks.reporting.verdict import verdict
 
 if TYPE_CHECKING:
-    from tasks.report_evidence import Evidence
-    from tasks.stage import Stage
+    from tasks.reporting.evidence import Evidence
+    from tasks.runtime.stage import Stage
 
 SECTIONS: tuple[Section, ...] = (
     against_plain.SECTION,
@@ -73,7 +75,7 @@ SECTIONS: tuple[Section, ...] = (
     lineage.SECTION,
 )
 """What the page shows, in this order."""
-TEMPLATES = Path(__file__).parent
+TEMPLATES = Path(__file__).parent / "reporting"
 STARTER = """
 for (const figure of document.querySelectorAll("[data-plot]")) {
   const spec = JSON.parse(document.getElementById(figure.dataset.plot).textContent);
@@ -90,7 +92,7 @@ addEventListener("afterprint", () => { for (const each of closed.splice(0)) each
 
 def run(stage: Stage) -> None:
     """Write report.html, verdict.txt, stages.csv, bytes.csv, metrics.json, and the folders plots and tables."""
-    evidence = report_evidence.read(stage)
+    evidence = read_evidence(stage)
     found = figures(evidence)
     sentences = verdict(evidence, found)
     drawn = {section.name: _drawn(section.plots(evidence)) for section in SECTIONS}
@@ -135,13 +137,13 @@ def render(evidence: Evidence, sentences: list[str], drawn: dict[str, dict[str, 
     environment.filters |= FILTERS
     bodies = {
         section.name: Markup(
-            environment.get_template(f"report_sections/{section.name}.html.jinja").render(
+            environment.get_template(f"sections/{section.name}.html.jinja").render(
                 section.context(evidence), plots=drawn[section.name]
             )
         )
         for section in SECTIONS
     }
-    return environment.get_template("report.html.jinja").render(
+    return environment.get_template("page.html.jinja").render(
         bundle=Markup(bundle),
         starter=Markup(STARTER),
         integrity=[_integrity(bundle), _integrity(STARTER)],
@@ -158,7 +160,7 @@ def _drawn(plots: dict[str, Plot]) -> dict[str, Plot]:
 
 
 def _write(stage: Stage, metrics: dict[str, dict[str, Any]], found: dict[str, Any], sentences: list[str]) -> None:
-    rows, components = report_tables.stage_rows(metrics), report_tables.byte_rows(metrics)
+    rows, components = stage_rows(metrics), byte_rows(metrics)
     stage.output("verdict.txt").write_bytes("".join(f"{line}\n" for line in sentences).encode("utf-8", "replace"))
     rows.to_csv(stage.output("stages.csv"), index=False, lineterminator="\n", float_format="%.9g")
     components.to_csv(stage.output("bytes.csv"), index=False, lineterminator="\n")

@@ -18,14 +18,17 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tasks import checkpoint, corpora, tensor_files
-from tasks.algorithms import families, perplexity, vocabulary
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import families
+from tasks.algorithms.scoring import perplexity
+from tasks.algorithms.text import vocabulary
+from tasks.models import dense_folder, tensor_headers
+from tasks.sources import json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tasks.stage import Stage
+    from tasks.runtime.stage import Stage
 
 INDEX = "model.safetensors.index.json"
 """Of a sharded checkpoint."""
@@ -54,11 +57,11 @@ def run(stage: Stage) -> None:
         InputError: the tokenizer is no BPE of the tokenizers library, or trimming would change what it may not.
     """
     source, target, p = stage.input("fetch/model"), stage.output("model"), stage.params.vocabulary
-    tokenizer = checkpoint.load_tokenizer(source)
+    tokenizer = dense_folder.load_tokenizer(source)
     content = _content(tokenizer)
-    texts = corpora.read(stage.input("fetch/corpora") / f"{p.corpus}.jsonl")
+    texts = json_lines.read(stage.input("fetch/corpora") / f"{p.corpus}.jsonl")
     tokens = perplexity.tokenise(tokenizer, texts)
-    counts = torch.bincount(tokens, minlength=checkpoint.config(source)["vocab_size"])
+    counts = torch.bincount(tokens, minlength=dense_folder.config(source)["vocab_size"])
     tokenizer.save_pretrained(target)  # and makes the folder
     described = _described(source, target)
     named = [number for each in described.values() for number in vocabulary.named_ids(each)]
@@ -67,7 +70,7 @@ def run(stage: Stage) -> None:
     _write_configs(described, target, keep)
     _write_weights(stage, source, target, keep)
 
-    trimmed = checkpoint.load_tokenizer(target)
+    trimmed = dense_folder.load_tokenizer(target)
     ids = perplexity.tokenise(trimmed, texts)
     if p.min_count == 1:
         check_tokens(tokens, ids, keep)
@@ -76,7 +79,7 @@ def run(stage: Stage) -> None:
     record = {"enabled": True, "corpus": p.corpus, "min_count": p.min_count} | _sizes(source, target, saved)
     record |= {"kept": keep.tolist(), "counts": counts[keep].tolist()}
     record["corpus_tokens"] = {"before": len(tokens), "after": len(ids)}
-    checkpoint.write_json(stage.output("tokens.json"), record)
+    dense_folder.write_json(stage.output("tokens.json"), record)
     print(f"{len(keep)} of {len(counts)} tokens stay, bytes saved: {record['bytes_saved']}")
     print(f"the corpus has {len(ids):,} tokens, {len(tokens):,} before; logits differ by {difference:.2g} at most")
 
@@ -85,7 +88,7 @@ def skip(stage: Stage) -> None:
     """The fetched model as it is."""
     source = stage.input("fetch/model")
     stage.pass_on(source, stage.output("model"))
-    checkpoint.write_json(stage.output("tokens.json"), {"enabled": False, **_sizes(source, source, 0)})
+    dense_folder.write_json(stage.output("tokens.json"), {"enabled": False, **_sizes(source, source, 0)})
 
 
 def check_tokens(before: Tensor, after: Tensor, keep: Tensor) -> None:
@@ -176,24 +179,24 @@ def _write_configs(described: dict[str, dict[str, Any]], target: Path, keep: Ten
     renumbered = {name: vocabulary.renumber(content, keep) for name, content in described.items()}
     renumbered["config.json"]["vocab_size"] = len(keep)
     for name, content in renumbered.items():
-        checkpoint.write_json(target / name, content)
+        dense_folder.write_json(target / name, content)
 
 
 def _write_weights(stage: Stage, source: Path, target: Path, keep: Tensor) -> None:
     """Embedding and head with the kept rows; a shard with neither is passed on."""
-    described = families.family(checkpoint.config(source))
+    described = families.family(dense_folder.config(source))
     names = {f"{described.embedding}.weight", f"{described.head}.weight"}
     for path in sorted(source.glob("*.safetensors")):
-        metadata, entries = tensor_files.header(path)
+        metadata, entries = tensor_headers.header(path)
         if names.isdisjoint(entries):
             stage.pass_on(path, target / path.name)
             continue
         tensors = {name: tensor[keep] if name in names else tensor for name, tensor in load_file(path).items()}
-        checkpoint.save_tensors(target / path.name, tensors, metadata)
+        dense_folder.save_tensors(target / path.name, tensors, metadata)
     index = _json(source / INDEX)
     if index:
         index["metadata"] = {**index.get("metadata", {}), "total_size": _stored(target)}
-        checkpoint.write_json(target / INDEX, index)
+        dense_folder.write_json(target / INDEX, index)
 
 
 def _sizes(source: Path, target: Path, tokenizer: int) -> dict[str, Any]:
@@ -203,22 +206,22 @@ def _sizes(source: Path, target: Path, tokenizer: int) -> dict[str, Any]:
         tokenizer: bytes by which tokenizer.json is smaller, both in the format of the tokenizers library.
     """
     folders = {"before": source, "after": target}
-    tables = [tensor_files.component_bytes(folder)["embedding"] for folder in folders.values()]
+    tables = [tensor_headers.component_bytes(folder)["embedding"] for folder in folders.values()]
     return {
-        "tokens": {when: checkpoint.config(folder)["vocab_size"] for when, folder in folders.items()},
-        "bytes": {when: tensor_files.stored_bytes(folder) for when, folder in folders.items()},
+        "tokens": {when: dense_folder.config(folder)["vocab_size"] for when, folder in folders.items()},
+        "bytes": {when: tensor_headers.stored_bytes(folder) for when, folder in folders.items()},
         "bytes_saved": {"embedding": tables[0] - tables[1], "tokenizer": tokenizer},
     }
 
 
 def _stored(folder: Path) -> int:
-    return sum(entry.size for entry in tensor_files.entries(folder).values())
+    return sum(entry.size for entry in tensor_headers.entries(folder).values())
 
 
 def _logits(folder: Path, ids: Tensor) -> Tensor:
     """float32 [tokens, vocabulary]."""
     with torch.no_grad():
-        return checkpoint.load_dense(folder)(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
+        return dense_folder.load_dense(folder)(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
 
 
 def _round_trip(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -9,12 +9,13 @@ import pandas as pd
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tasks import checkpoint, sparsity
-from tasks.algorithms import families, wanda
+from tasks.algorithms.model import families
+from tasks.algorithms.pruning import wanda
+from tasks.models import dense_folder, sparsity_ledger
 
 if TYPE_CHECKING:
-    from tasks.params import Wanda
-    from tasks.stage import Stage
+    from tasks.parameters.schema import Wanda
+    from tasks.runtime.stage import Stage
 
 BATCH = 4
 """Windows per forward pass: no effect on the result beyond rounding, and no parameter."""
@@ -30,16 +31,16 @@ def run(stage: Stage) -> None:
         InputError: a linear's inputs aren't divisible by `of`, or a metric isn't finite.
     """
     chosen = stage.params.wanda
-    model = checkpoint.load_dense(stage.input("depth_prune/model"))
+    model = dense_folder.load_dense(stage.input("depth_prune/model"))
     input_ids = load_file(stage.input("windows.safetensors"))["input_ids"].long()
     select = SELECTS[chosen.method, chosen.pattern](chosen)
     with stage.progress("wanda", len(families.blocks(model))) as progress:
         selections = wanda.prune(model, input_ids, select, BATCH, progress.update)
-    tokenizer = checkpoint.load_tokenizer(stage.input("depth_prune/model"))
-    checkpoint.save_dense(model, tokenizer, stage.output("wanda/model"))
+    tokenizer = dense_folder.load_tokenizer(stage.input("depth_prune/model"))
+    dense_folder.save_dense(model, tokenizer, stage.output("wanda/model"))
     pattern = _pattern(chosen)
     keep = {name: each.keep for name, each in selections.items()}
-    checkpoint.save_masks(stage.output("masks.safetensors"), keep, pattern)
+    dense_folder.save_masks(stage.output("masks.safetensors"), keep, pattern)
     _ledger(stage, model, keep, pattern)
     table = _table(model, selections)
     _write(stage, table)
@@ -49,8 +50,8 @@ def run(stage: Stage) -> None:
 def skip(stage: Stage) -> None:
     """The depth-pruned model as it is, no masks."""
     stage.pass_on(stage.input("depth_prune/model"), stage.output("wanda/model"))
-    _ledger(stage, checkpoint.load_dense(stage.input("depth_prune/model")), {}, "dense")
-    checkpoint.save_masks(stage.output("masks.safetensors"), {}, "dense")
+    _ledger(stage, dense_folder.load_dense(stage.input("depth_prune/model")), {}, "dense")
+    dense_folder.save_masks(stage.output("masks.safetensors"), {}, "dense")
     _write(stage, pd.DataFrame(columns=COLUMNS))
 
 
@@ -64,9 +65,9 @@ SELECTS = {
 
 def _ledger(stage: Stage, model: nn.Module, keep: dict[str, Tensor], pattern: str) -> None:
     weights = {name: linear.weight.detach() for name, linear in families.block_linears(model).items()}
-    table = sparsity.ledger(weights, keep, pattern)
-    sparsity.check(table, "wanda", enforce=True)
-    sparsity.write(table, stage.output("sparsity.csv"))
+    table = sparsity_ledger.ledger(weights, keep, pattern)
+    sparsity_ledger.check(table, "wanda", enforce=True)
+    sparsity_ledger.write(table, stage.output("sparsity.csv"))
 
 
 def _pattern(chosen: Wanda) -> str:

@@ -11,8 +11,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tasks.algorithms import resume
-from tests import project
+from tasks.algorithms.model import checkpoints
+from tests.support import project
 
 torch.set_num_threads(1)
 
@@ -53,8 +53,8 @@ def make_stage(tmp_path):
             output=output,
             pass_on=pass_on,
             progress=lambda description, total: _Progress(),
-            journal=resume.NOTHING if journal is None else journal,
-            answers=resume.NOTHING if answers is None else answers,
+            journal=checkpoints.NOTHING if journal is None else journal,
+            answers=checkpoints.NOTHING if answers is None else answers,
         )
 
     return make

@@ -7,8 +7,8 @@ and restarts. A frozen stage is not run: its outputs are taken as they lie in th
 
     python -c 'from tests.benchmarks.chain import Chain; print(Chain(params={"lora.steps": 3}).perplexity("package"))'
 
-It checks no memory and no disk (`tasks.preflight`), writes no lineage and holds no lock: two processes that need the
-same output at the same time both compute it, and the second one's is dropped.
+It checks no memory and no disk (`tasks.parameters.preflight`), writes no lineage and holds no lock: two processes that
+need the same output at the same time both compute it, and the second one's is dropped.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from typing import Any
 import torch
 import yaml
 
-from tasks import params as schema
-from tasks import tensor_files
-from tasks.algorithms import resume
-from tasks.stage import Stage
+from tasks.algorithms.model import checkpoints
+from tasks.models import tensor_headers
+from tasks.parameters import schema
+from tasks.runtime.stage import Stage
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "data/.scratch/benchmarks"
 LIBRARIES = ("torch", "transformers", "peft", "gptqmodel")
 """Their versions are part of every key."""
@@ -153,7 +153,7 @@ class Chain:
 
     def folder_bytes(self, model: str) -> int:
         """Bytes of every file of a stage's model folder, tokenizer and manifest included."""
-        return tensor_files.stored_bytes(self.output(model) / "model")
+        return tensor_headers.stored_bytes(self.output(model) / "model")
 
     def seconds(self, address: str) -> float:
         """How long a stage took when it was computed, without its inputs."""
@@ -217,7 +217,7 @@ class Chain:
 
 
 class CachedStage(Stage):
-    """tasks.stage.Stage with inputs from anywhere: names are those of dvc.yaml, places the chain's."""
+    """tasks.runtime.stage.Stage with inputs from anywhere: names are those of dvc.yaml, places the chain's."""
 
     def __init__(
         self, declared: Declared, everything: schema.Params, places: Mapping[str, Path], scratch: Path
@@ -233,7 +233,7 @@ class CachedStage(Stage):
         self.outs = [Path(out) for out in declared.outs]
         self.scratch = scratch
         self.published = []
-        self.journal = self.answers = resume.NOTHING
+        self.journal = self.answers = checkpoints.NOTHING
 
     def input(self, name: str) -> Path:
         """As Stage's; the place of that dependency."""

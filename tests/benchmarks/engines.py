@@ -3,12 +3,12 @@
     .venv/bin/python -m tests.benchmarks.engines                     data/fetch/model and data/package/model
     .venv/bin/python -m tests.benchmarks.engines --only onnx         rows whose name it is found in
 
-Every figure is of a process of its own (`tasks.host`), so that none warms another; the engines take turns, round by
-round. The prompt has 32 tokens, 128 follow, none of them sampled. Load is from the start of the imports; of `first
-token` the first call counts. Tokens per second are those of a whole generation with its prompt, after one that warmed
-up; CPU time is that of all threads. The peak of memory is the process's, at batch 1, and what it is above the imports.
-Energy is RAPL's, of the whole processor, "not available" where the host shows none. Medians, and the least and the
-largest of the speed.
+Every figure is of a process of its own (`tasks.evaluation.measuring_process`), so that none warms another; the engines
+take turns, round by round. The prompt has 32 tokens, 128 follow, none of them sampled. Load is from the start of the
+imports; of `first token` the first call counts. Tokens per second are those of a whole generation with its prompt,
+after one that warmed up; CPU time is that of all threads. The peak of memory is the process's, at batch 1, and what it
+is above the imports. Energy is RAPL's, of the whole processor, "not available" where the host shows none. Medians, and
+the least and the largest of the speed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks import host
+from tasks.evaluation import measuring_process
 from tests.benchmarks.table import NOTE, RESULTS, Table
-from tests.project import ROOT
+from tests.support.paths import ROOT
 
 FETCHED, PACKAGE = ROOT / "data/fetch/model", ROOT / "data/package/model"
 PROMPT, NEW, GENERATIONS, VOCABULARY = 32, 128, 5, 512
@@ -69,8 +69,8 @@ def prepare(scratch: Path, only: str) -> dict[str, tuple[Path, dict[str, Any]] |
 def _exported(out: Path, folder: Path, settings: dict[str, Any] | str) -> tuple[Path, dict[str, Any]] | str:
     if not isinstance(settings, str):
         return folder, settings
-    from tasks import export
     from tasks.algorithms.errors import InputError
+    from tasks.export import export
 
     try:
         export.export(folder, settings, out)
@@ -82,10 +82,10 @@ def _exported(out: Path, folder: Path, settings: dict[str, Any] | str) -> tuple[
 def _bfloat16(folder: Path) -> Path:
     import torch
 
-    from tasks import checkpoint
+    from tasks.models import dense_folder
 
-    model = checkpoint.load_dense(FETCHED, torch.bfloat16)
-    checkpoint.save_dense(model, checkpoint.load_tokenizer(FETCHED), folder)
+    model = dense_folder.load_dense(FETCHED, torch.bfloat16)
+    dense_folder.save_dense(model, dense_folder.load_tokenizer(FETCHED), folder)
     return folder
 
 
@@ -96,8 +96,8 @@ def rounds(rows: dict[str, Any], threads: int, repetitions: int) -> Iterator[tup
         for name, row in rows.items():
             if not isinstance(row, str):
                 folder, settings = row
-                workload = host.Workload(threads, PROMPT, NEW, GENERATIONS, VOCABULARY, settings)
-                found[name].append(host.measure(folder, workload))
+                workload = measuring_process.Workload(threads, PROMPT, NEW, GENERATIONS, VOCABULARY, settings)
+                found[name].append(measuring_process.measure(folder, workload))
     yield from found.items()
 
 
@@ -119,7 +119,7 @@ def show(table: Table, name: str, folder: Path, found: list[dict[str, Any]], fir
         statistics.median(speeds),
         min(speeds),
         max(speeds),
-        host.TOGETHER * NEW / middle["together_seconds"],
+        measuring_process.TOGETHER * NEW / middle["together_seconds"],
         statistics.median(seconds),
         first / statistics.median(seconds),
         1e3 * middle["cpu_seconds_per_token"],

@@ -3,12 +3,12 @@
     OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.kills [--kills 20] [--start 1] [--only lora]
     … --project FOLDER --results FILE.csv          kept, so that 200 kills can be done in pieces
 
-A tiny project (`tests/project.py`) is run once undisturbed. Then, kill after kill, one of its stages is drawn, what DVC
-knows of its result is removed, and `dvc repro report` or the flow has to make it again. Between the start of the
-stage's process and the end of the command (the outputs' move into place and DVC's own work included) one of `VICTIMS`
-gets SIGKILL. Looked at after it: processes that are left, whether what is in place is whole, whether `dvc status` tells
-what is missing. Then the next `dvc repro report` has to complete, with every output and dvc.lock as the undisturbed run
-has them, an intact cache, no scratch folder, no journal and no lock of a dead process.
+A tiny project (`tests/support/project.py`) is run once undisturbed. Then, kill after kill, one of its stages is drawn,
+what DVC knows of its result is removed, and `dvc repro report` or the flow has to make it again. Between the start of
+the stage's process and the end of the command (the outputs' move into place and DVC's own work included) one of
+`VICTIMS` gets SIGKILL. Looked at after it: processes that are left, whether what is in place is whole, whether `dvc
+status` tells what is missing. Then the next `dvc repro report` has to complete, with every output and dvc.lock as the
+undisturbed run has them, an intact cache, no scratch folder, no journal and no lock of a dead process.
 
 Times are counted from the start of the stage's process: `lost` is what killed and next run took together above an
 undisturbed one. A stage that starts over loses what it had done, one that resumes what the journal had not written.
@@ -39,9 +39,9 @@ import yaml
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from tasks import lineage, locks, mend
-from tasks.journal import SECONDS
-from tests.project import Project, clean_environment, tiny_llama
+from tasks.runtime import lineage, locks, mend
+from tasks.runtime.journal import SECONDS
+from tests.support.project import Project, clean_environment, tiny_llama
 
 DVC = ("-m", "dvc", "repro", "report")
 FLOW = ("-m", "flows.compress", "report")
@@ -50,8 +50,8 @@ VICTIMS = {"group": DVC, "stage": DVC, "dvc": DVC, "flow": FLOW, "flow's server"
 WEIGHTS = (10, 4, 3, 1, 1, 1)
 """How often each is drawn: a flow starts a server, which takes longer than most stages of the tiny project."""
 COLUMNS = ("kill", "victim", "stage", "length", "killed_after", "mended", "resumed", "next", "lost", "faults")
-"""Seconds. `mended`: DVC was killed while it wrote one of CUT_OFF, and could not read it until `python -m tasks.mend`;
-`resumed`: whether the next run took something from the journal; `faults`: what was not as it has to be."""
+"""Seconds. `mended`: DVC was killed while it wrote one of CUT_OFF, and could not read it until it
+was mended; `resumed`: whether the next run took something from the journal; `faults`: what was not as it has to be."""
 CUT_OFF = (mend.LOCK.name, locks.DVC_USERS.name)
 """Named by DVC where it can't read the file that it was writing."""
 PATIENCE = 120.0
@@ -176,7 +176,7 @@ class Killed:
         faults = list(self.faults_after_kill(stage))
         following = self.run(stage)
         if mended := following.status != 0 and any(name in following.output for name in CUT_OFF):
-            self.project(sys.executable, "-m", "tasks.mend")
+            self.project(sys.executable, "-m", "tasks.runtime.mend")
             following = self.run(stage)
         faults += [f"the next run ended with {following.status}"] if following.status else []
         faults += self.faults()
@@ -272,7 +272,7 @@ def end(victim: str, command: psutil.Process, stage: str) -> None:
     if victim == "stage":
         chosen = stage_process(command, stage) or command
     elif victim == "flow's server":
-        servers = [child for child in command.children() if "flows.server" in child.cmdline()]
+        servers = [child for child in command.children() if "flows.server.temporary" in child.cmdline()]
         chosen = servers[0] if servers else command
     with contextlib.suppress(psutil.NoSuchProcess):
         chosen.kill()
@@ -333,7 +333,7 @@ def summary(results: Path) -> int:
     shares = sorted(float(row["lost"]) / float(row["length"]) for row in all_rows)
     print(
         f"{len(all_rows) - len(faulty)} of {len(all_rows)} kills left nothing but what the undisturbed run leaves; "
-        f"{sum(row['mended'] == 'True' for row in all_rows)} cut off dvc.lock, and needed tasks.mend; "
+        f"{sum(row['mended'] == 'True' for row in all_rows)} cut off dvc.lock, and needed tasks.runtime.mend; "
         f"{sum(row['resumed'] == 'True' for row in all_rows)} resumed from a journal; "
         f"lost per kill, of the stage's length: median {shares[len(shares) // 2]:.2f}, at most {shares[-1]:.2f}"
     )

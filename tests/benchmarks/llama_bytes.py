@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from tasks import packed
-from tasks.algorithms import families, rounding
+from tasks.algorithms.model import families
+from tasks.algorithms.quantisation import rounding
+from tasks.packed import reader
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -69,7 +70,7 @@ EMBEDDINGS = (16, 8, 4)
 def plan(case: str, embedding: int, **more: Any) -> tuple[int, float]:
     """(bytes of model.safetensors and model.json, bytes of their information)."""
     settings = {"group_size": GROUP, "embedding_bits": embedding, "embedding_group": TABLE_GROUP, **CASES[case]}
-    sizes, bits = packed.planned(CONFIG, **settings, **more)
+    sizes, bits = reader.planned(CONFIG, **settings, **more)
     return sum(sizes.values()), sum(bits.values()) / 8
 
 
@@ -89,14 +90,14 @@ def show() -> None:
             )
 
 
-def random_model(case: str, embedding: int, seed: int = 0) -> packed.Model:
+def random_model(case: str, embedding: int, seed: int = 0) -> reader.Model:
     """Random content of that shape, a block at a time."""
     generator = torch.Generator().manual_seed(seed)
     chosen, shapes = CASES[case], families.linear_shapes(CONFIG)
     table = (CONFIG["vocab_size"], CONFIG["hidden_size"])
     hidden, prefix = CONFIG["hidden_size"], families.family(CONFIG).blocks
 
-    def blocks() -> Iterator[dict[str, packed.Linear]]:
+    def blocks() -> Iterator[dict[str, reader.Linear]]:
         for block in range(CONFIG["num_hidden_layers"]):
             yield {
                 f"{prefix}.{block}.{name}": random_linear(
@@ -122,12 +123,12 @@ def random_model(case: str, embedding: int, seed: int = 0) -> packed.Model:
             embedding,
             TABLE_GROUP,
         )
-    return packed.Model(CONFIG, blocks(), words, None, rest)
+    return reader.Model(CONFIG, blocks(), words, None, rest)
 
 
-def random_linear(shape: tuple[int, int], bits: int | None, pattern: str, generator: torch.Generator) -> packed.Linear:
+def random_linear(shape: tuple[int, int], bits: int | None, pattern: str, generator: torch.Generator) -> reader.Linear:
     """Random codes and scales; of each group of the pattern, random places are kept."""
-    linear = packed.Linear(pattern=pattern)
+    linear = reader.Linear(pattern=pattern)
     if bits is None:
         linear.weight = torch.randn(shape, generator=generator).bfloat16()
         return linear
@@ -151,11 +152,11 @@ def check(case: str, embedding: int) -> bool:
     """Pack random weights, read them back; whether the files have the planned size."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, started = Path(scratch), time.monotonic()
-        packed.save(random_model(case, embedding), folder)
+        reader.save(random_model(case, embedding), folder)
         written = time.monotonic()
-        size = sum((folder / name).stat().st_size for name in (packed.FILE, packed.DESCRIPTION))
-        table = packed.layout(folder).description.scales
-        count = sum(linear.codes.numel() for _, block in packed.stream(folder) for linear in block.values())
+        size = sum((folder / name).stat().st_size for name in (reader.FILE, reader.DESCRIPTION))
+        table = reader.layout(folder).description.scales
+        count = sum(linear.codes.numel() for _, block in reader.stream(folder) for linear in block.values())
         read = time.monotonic()
     shared = {"distinct_scales": table.values, "kinds": table.kinds} if table else {}
     expected, _ = plan(case, embedding, **shared)

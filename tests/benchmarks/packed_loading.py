@@ -27,8 +27,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks.processes import peak
-from tests.benchmarks.chain import ROOT
+from tasks.runtime.processes import peak
+from tests.support.paths import ROOT
 
 MIB = 2**20
 DEFAULT = ROOT / "data/eora/model"
@@ -56,12 +56,12 @@ def load(kind: str, folder: Path) -> dict[str, float]:
 
 def _loader(kind: str) -> Callable[[Path], Any]:
     if kind == "packed":
-        from tasks import packed
+        from tasks.packed import reader
 
-        return packed.load_model
-    from tasks import quantised
+        return reader.load_model
+    from tasks.models import gptq_folder
 
-    return quantised.load_model
+    return gptq_folder.load_model
 
 
 def measure(folders: Mapping[str, Path], repetitions: int) -> dict[str, list[dict[str, float]]]:
@@ -93,10 +93,10 @@ def show(found: Mapping[str, list[dict[str, float]]], folders: Mapping[str, Path
 
 def pack(unpacked: Path, folder: Path, *parts: Path) -> Path:
     """A packed folder of the model: masks and codes from the `parts`, as the stage package does it."""
-    from tasks import packed
+    from tasks.packed import reader
 
-    packed.save(packed.read(unpacked, *parts), folder)
-    packed.copy_tokenizer(unpacked, folder)
+    reader.save(reader.read(unpacked, *parts), folder)
+    reader.copy_tokenizer(unpacked, folder)
     return folder
 
 
@@ -105,13 +105,14 @@ def write_random(folder: Path, bits: int = 4, group: int = 128) -> Path:
     import torch
     from transformers import LlamaConfig
 
-    from tasks import checkpoint, packed_format
+    from tasks.models import dense_folder
+    from tasks.packed import file_format
 
     generator = torch.Generator().manual_seed(0)
     config = LlamaConfig(**SHAPE, num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=True)
     described = json.loads(config.to_json_string(use_diff=False)) | {"architectures": ["LlamaForCausalLM"]}
-    described = packed_format.clean(described)
-    shapes = packed_format.shapes_of(json.dumps(described))
+    described = file_format.clean(described)
+    shapes = file_format.shapes_of(json.dumps(described))
     tensors = {name: torch.ones(shape, dtype=torch.float16) for name, shape in shapes.rest.items()}
     tensors["model.embed_tokens.weight"] = torch.randn(shapes.table, generator=generator).half()
     zero = sum(2 ** (bits - 1) - 1 << place for place in range(0, 32, bits))  # the format stores them less one
@@ -125,9 +126,9 @@ def write_random(folder: Path, bits: int = 4, group: int = 128) -> Path:
     quantisation = {"bits": bits, "group_size": group, "desc_act": False, "sym": True, "lm_head": False}
     quantisation |= {"quant_method": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32"}
     folder.mkdir()
-    checkpoint.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    checkpoint.write_json(folder / "quantize_config.json", quantisation)
-    checkpoint.write_json(folder / "config.json", described | {"quantization_config": quantisation})
+    dense_folder.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    dense_folder.write_json(folder / "quantize_config.json", quantisation)
+    dense_folder.write_json(folder / "config.json", described | {"quantization_config": quantisation})
     for name in ("tokenizer.json", "tokenizer_config.json"):  # gptqmodel loads no model without one
         shutil.copyfile(ROOT / "data/base_model/model" / name, folder / name)
     return folder

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tasks import checkpoint
-from tasks.algorithms import protocols, scoring
+from tasks.algorithms.scoring import likelihood, protocols
+from tasks.models import dense_folder
 from tests.benchmarks.chain import Chain
 from tests.benchmarks.table import SHARED, Row, Subject, main
 
@@ -38,11 +38,11 @@ def rows(base: Chain, subject: Subject) -> Iterator[Row]:
 def measured(base: Chain, protocol: protocols.Protocol, text: Path = TEXT) -> dict[str, Any]:
     """The row of a protocol."""
     folder = base.output("fetch") / "model"
-    protocols.check_context(protocol, checkpoint.config(folder).get("max_position_embeddings"))
+    protocols.check_context(protocol, dense_folder.config(folder).get("max_position_embeddings"))
     with text.open(encoding="utf-8") as lines:
         documents = [json.loads(line)["text"] for line in lines]
-    prepared = scoring.prepare(protocol, checkpoint.load_tokenizer(folder), documents)
-    score = scoring.score(checkpoint.load_dense(folder), prepared, 8)
+    prepared = likelihood.prepare(protocol, dense_folder.load_tokenizer(folder), documents)
+    score = likelihood.score(dense_folder.load_dense(folder), prepared, 8)
     return {
         "perplexity": score.perplexity,
         "bits_per_byte": score.bits_per_byte,

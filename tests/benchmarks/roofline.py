@@ -5,10 +5,11 @@
 
 Models of random weights, Llama-shaped and larger than the last-level cache, in PyTorch (float32, bfloat16), and
 exported to ONNX Runtime GenAI and llama.cpp; then the built-in model and its package, which fit into it. A row is a
-process of its own, in which rounds of decoding and of `tasks.host_profile`'s reading passes take turns: both figures
-are of the fastest of many short pieces, so that what else runs disturbs both alike. The bound is
-`tasks.algorithms.fit`'s for the model's config, on a profile with the bandwidths so measured, those of the fastest
-reading kernel; PyTorch's own matrix-vector product is told beside it. A ratio above 1 would refute the bound.
+process of its own, in which rounds of decoding and of `tasks.device_profiles.this_machine`'s reading passes take turns:
+both figures are of the fastest of many short pieces, so that what else runs disturbs both alike. The bound is
+`tasks.algorithms.device_fit.verdict`'s for the model's config, on a profile with the bandwidths so measured, those of
+the fastest reading kernel; PyTorch's own matrix-vector product is told beside it. A ratio above 1 would refute the
+bound.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.benchmarks.table import RESULTS, Table
-from tests.project import ROOT
+from tests.support.paths import ROOT
 
 if TYPE_CHECKING:
-    from tasks.algorithms.footprint import Model
+    from tasks.algorithms.device_fit.footprint import Model
 
 FETCHED, PACKAGE = ROOT / "data/fetch/model", ROOT / "data/package/model"
 TOKENIZER = ROOT / "data/base_model/model"
@@ -84,25 +85,25 @@ def random_package(layers: int, folder: Path) -> Path:
     """A packed folder of random codes: int4 in groups of 64, the embedding in float16."""
     import torch
 
-    from tasks import packed
-    from tasks.algorithms import families
+    from tasks.algorithms.model import families
+    from tasks.packed import reader
 
     generator = torch.Generator().manual_seed(0)
     config = CONFIG | {"num_hidden_layers": layers, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
     prefix, hidden = families.family(config).blocks, config["hidden_size"]
 
-    def linear(rows: int, cols: int) -> packed.Linear:
+    def linear(rows: int, cols: int) -> reader.Linear:
         codes = torch.randint(0, 16, (rows, cols), generator=generator, dtype=torch.uint8)
         scales = torch.full((rows, cols // GROUP), 0.25 / cols**0.5).half()
-        return packed.Linear(codes=codes, scales=scales, bits=4, group_size=GROUP)
+        return reader.Linear(codes=codes, scales=scales, bits=4, group_size=GROUP)
 
     shapes = families.linear_shapes(config)
     blocks = ({f"{prefix}.{block}.{name}": linear(*shape) for name, shape in shapes.items()} for block in range(layers))
     norms = [f"{prefix}.{b}.{name}.weight" for b in range(layers) for name in families.family(config).norms]
     rest = {name: torch.ones(hidden).half() for name in [*norms, f"{families.family(config).final_norm}.weight"]}
     words = torch.randn(config["vocab_size"], hidden, generator=generator).half()
-    packed.save(packed.Model(config, blocks, words, None, rest), folder)
-    packed.copy_tokenizer(TOKENIZER, folder)
+    reader.save(reader.Model(config, blocks, words, None, rest), folder)
+    reader.copy_tokenizer(TOKENIZER, folder)
     return folder
 
 
@@ -110,31 +111,32 @@ def measure(row: dict[str, Any]) -> dict[str, float]:
     """What one process measures, in this one: the fastest and the median step, the bound, and what it is made of."""
     import numpy as np
 
-    from tasks import devices, engines, host_profile
-    from tasks.algorithms import fit
-    from tasks.algorithms.footprint import Workload
+    from tasks.algorithms.device_fit import verdict
+    from tasks.algorithms.device_fit.footprint import Workload
+    from tasks.device_profiles import profiles, this_machine
+    from tasks.runners import engines
 
     with tempfile.TemporaryDirectory() as scratch:
         model, folder, settings = prepare(row, Path(scratch))
         engine = engines.load(folder, 1, **settings)
         ids = np.random.default_rng(0).integers(1, 512, (1, PROMPT))
-        compute, steps, memory, cache = host_profile.arithmetic(0.5), [], [], []
-        size = host_profile.cache_bytes() or 2**25
+        compute, steps, memory, cache = this_machine.arithmetic(0.5), [], [], []
+        size = this_machine.cache_bytes() or 2**25
         for _ in range(ROUNDS):
-            memory.append(host_profile.bandwidth(2**28, 0.3))
-            cache.append(host_profile.bandwidth(size // 2, 0.1))
+            memory.append(this_machine.bandwidth(2**28, 0.3))
+            cache.append(this_machine.bandwidth(size // 2, 0.1))
             times: list[float] = []
             engine.generate(ids, NEW, lambda times=times: times.append(time.perf_counter()))
             steps += list(np.diff(times)[1:])
     best = [{name: max(one[name] for one in some) for name in some[0]} for some in (memory, cache)]
-    rates = host_profile.Rates(best[0], best[1], compute)
-    device = devices.Profile.model_validate(host_profile.profile(rates)).device()
+    rates = this_machine.Rates(best[0], best[1], compute)
+    device = profiles.Profile.model_validate(this_machine.profile(rates)).device()
     bits = 16 if settings.get("dtype") == "bfloat16" else 32
-    found = fit.judge(device, model, Workload(PROMPT + NEW // 2, 1, bits, bits))
+    found = verdict.judge(device, model, Workload(PROMPT + NEW // 2, 1, bits, bits))
     kernels = best[1 if found.tokens_per_second.tier == "llc" else 0]
     return {
         "weights": found.weights_bytes / 1e6,
-        "read": host_profile.reading(kernels) / 1e9,
+        "read": this_machine.reading(kernels) / 1e9,
         "product": kernels["matrix-vector product"] / 1e9,
         "bound": found.tokens_per_second.bound,
         "fastest": 1 / min(steps),
@@ -144,7 +146,8 @@ def measure(row: dict[str, Any]) -> dict[str, float]:
 
 def prepare(row: dict[str, Any], scratch: Path) -> tuple[Model, Path, dict[str, Any]]:
     """What the bound counts, the folder to run, and the settings of its engine."""
-    from tasks import contents, export
+    from tasks.device_profiles import contents
+    from tasks.export import export
 
     dtype, kind = row.get("dtype"), row.get("format")
     folder = Path(row["folder"]) if "folder" in row else scratch / "model"

@@ -24,8 +24,9 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from tasks import checkpoint, models, quantised
-from tasks.algorithms import families, masks
+from tasks.algorithms.model import families, masks
+from tasks.models import dense_folder, gptq_folder
+from tasks.runners import any_folder
 from tests.benchmarks.chain import Chain
 from tests.benchmarks.table import Row, Subject, main
 
@@ -70,7 +71,9 @@ def rows(base: Chain, subject: Subject) -> Iterator[Row]:
 
 def plain_lora(ours: Chain) -> Chain:
     """The same pruned model, recovered by a LoRA that knows no masks."""
-    empty = ours.derive("no-masks", {}, lambda folder: checkpoint.save_masks(folder / "masks.safetensors", {}, "dense"))
+    empty = ours.derive(
+        "no-masks", {}, lambda folder: dense_folder.save_masks(folder / "masks.safetensors", {}, "dense")
+    )
     unknown = {("lora", "data/wanda/masks.safetensors"): empty / "masks.safetensors"}
     return ours.variant({**STOCK, "lora.method": "masked"}, _pruned(ours) | unknown)
 
@@ -84,8 +87,8 @@ def plain_gptq(ours: Chain) -> Chain:
 def counted(chain: Chain, stage: str, ours: Chain) -> Mapping[str, Any]:
     """Counts of a stage's model against wanda's masks of `ours`, and its perplexities."""
     folder = chain.output(stage)
-    keep, pattern = checkpoint.load_masks(ours.output("wanda") / "masks.safetensors")
-    weights = models.block_weights(models.load_model(folder / "model"))
+    keep, pattern = dense_folder.load_masks(ours.output("wanda") / "masks.safetensors")
+    weights = any_folder.block_weights(any_folder.load_model(folder / "model"))
     perplexity = chain.perplexity(stage)
     return {
         **count(weights, keep, pattern),
@@ -98,18 +101,18 @@ def counted(chain: Chain, stage: str, ours: Chain) -> Mapping[str, Any]:
 def zeroed(ours: Chain) -> Mapping[str, Any]:
     """Stock GPTQ's dequantised weights times the masks, as a dense model."""
     source, mask_file = plain_gptq(ours).output("gptq") / "model", ours.output("wanda") / "masks.safetensors"
-    keep, pattern = checkpoint.load_masks(mask_file)
+    keep, pattern = dense_folder.load_masks(mask_file)
 
     def make(folder: Path) -> None:
-        model = quantised.load_dequantised(source)
+        model = gptq_folder.load_dequantised(source)
         del model.config.quantization_config  # the weights are ordinary ones now
         multiply(families.block_linears(model), keep)
-        checkpoint.save_dense(model, checkpoint.load_tokenizer(source), folder)
+        dense_folder.save_dense(model, dense_folder.load_tokenizer(source), folder)
 
     folder = ours.derive("stock-gptq-zeroed", {"model": source, "masks": mask_file}, make)
     perplexity = ours.measure(folder)
     return {
-        **count(models.block_weights(checkpoint.load_dense(folder)), keep, pattern),
+        **count(any_folder.block_weights(dense_folder.load_dense(folder)), keep, pattern),
         "ppl_test": perplexity["test"],
         "ppl_ood": perplexity["test_ood"],
     }

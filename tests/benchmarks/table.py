@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from tasks.algorithms.errors import InputError
-from tests.benchmarks.chain import CACHE, ROOT, Chain
+from tests.benchmarks.chain import CACHE, Chain
+from tests.support.paths import SHARED
 
 RESULTS = Path(__file__).parent / "results"
-SHARED = ROOT.parent / "shared"
 STORIES = SHARED / "data/tinystories"
 NOTE = "note"
 """The last column of every table: why a row has no figures."""

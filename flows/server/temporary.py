@@ -1,0 +1,128 @@
+"""This project's Prefect server: for `make ui`, and one for the time of a flow where none runs.
+
+Prefect's own temporary server won't do (3.8.8): Ctrl-C in a terminal ends it before the flow, which then waits for
+minutes for an answer, and it outlives a flow that is killed. This one ends when the process that started it does,
+however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from flows.server import settings
+from tasks.algorithms.errors import InputError
+
+HOST = "127.0.0.1"
+GRACE = 15.0
+"""Seconds that a stage gets to put its previous outputs back when the server has ended."""
+_started: list[subprocess.Popen] = []
+"""Keeps the pipes open: their end, when this process ends, ends the servers."""
+
+
+def serve(listener: socket.socket, started: Callable[[str], None], until: IO | None = None) -> None:
+    """Serve API and UI on a bound socket, until a signal (KeyboardInterrupt) or the end of `until`.
+
+    Args:
+        started: called with the server's URL (without /api) when it answers.
+        until: a stream; its end ends the server.
+    """
+    url = f"http://{HOST}:{listener.getsockname()[1]}"
+    os.environ["PREFECT_API_URL"] = f"{url}/api"
+    os.environ["PREFECT_SERVER_UI_API_URL"] = f"{url}/api"  # otherwise the browser asks port 4200 (3.8.8)
+
+    mend_database()
+
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            started(url)
+
+    server = Server(uvicorn.Config(create_app(final=True), log_level="warning"))
+
+    def wait() -> None:
+        until.read()
+        server.should_exit = True
+
+    if until:
+        threading.Thread(target=wait, daemon=True).start()
+    server.run(sockets=[listener])
+
+
+def mend_database() -> None:
+    """Move Prefect's database aside where SQLite finds it damaged: it holds the history of runs and no result.
+
+    A server of this project that runs has it open, so this is for the moment before one starts.
+    """
+    path = Path(os.environ["PREFECT_HOME"]) / "prefect.db"
+    if not path.exists():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError:  # locked, or not readable: the server says so itself
+        return
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    if found != "ok":
+        for part in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(f"{path}{part}", f"{path}.damaged{part}")
+        print(
+            f"{path} is damaged ({found}): it was moved to {path.name}.damaged, and the history of runs begins anew",
+            file=sys.stderr,
+        )
+
+
+def start_temporary() -> str:
+    """Start a server that ends with this process, with the project's state; returns its URL (without /api).
+
+    It can't be ended earlier: Prefect sends its last log lines and events when the interpreter ends.
+
+    Raises:
+        InputError: it does not start.
+    """
+    command = [sys.executable, "-m", "flows.server.temporary"]
+    process = subprocess.Popen(  # in a session of its own: Ctrl-C is for the flow
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    url = process.stdout.readline().strip()
+    if not url:
+        raise InputError(f"the Prefect server did not start; `{' '.join(command)}` shows why")
+    _started.append(process)
+    threading.Thread(target=_end_with, args=(process,), daemon=True).start()
+    return url
+
+
+def _end_with(server: subprocess.Popen) -> None:
+    """End this process when its server was killed: Prefect would ask it again and again, for minutes (3.8.8)."""
+    server.wait()
+    print(
+        "error: the flow's Prefect server has ended; run again, finished stages stay as they are",
+        file=sys.stderr,
+        flush=True,
+    )
+    stages = psutil.Process().children()
+    for stage in stages:
+        stage.terminate()
+    psutil.wait_procs(stages, timeout=GRACE)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    settings.apply()
+    with socket.create_server((HOST, 0)) as any_port:
+        serve(any_port, started=lambda url: print(url, flush=True), until=sys.stdin)

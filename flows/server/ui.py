@@ -1,0 +1,63 @@
+"""`edgepress ui [PORT]`: serve Prefect's UI with this project's runs on 127.0.0.1, until Ctrl-C or SIGTERM.
+
+While it runs, the project's flows and stages register with it: they find its URL in settings.SERVER_URL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import threading
+
+from flows.server import settings
+from flows.server.temporary import HOST, serve
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until interrupted; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="edgepress ui", description="serve the Prefect UI of this project")
+    parser.add_argument("port", nargs="?", type=int, default=4200, help="0 takes any free one (default: 4200)")
+    port = parser.parse_args(arguments).port
+    settings.apply()
+    if running := settings.running_server():
+        print(f"a Prefect server for this project already runs: {running.removesuffix('/api')}")
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else uvicorn ends the process before the clean-up
+    try:
+        with socket.create_server((HOST, port)) as listener:
+            print("starting the Prefect server ...", flush=True)
+            serve(listener, started=_announce)
+    except KeyboardInterrupt:
+        print("stopped")
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or "it must be 0 to 65535"
+        print(f"error: cannot serve on port {port}: {why}; another one: make ui PORT=4300", file=sys.stderr)
+        return 1
+    finally:
+        settings.SERVER_URL.unlink(missing_ok=True)
+    return 0
+
+
+def _announce(url: str) -> None:
+    settings.HOME.mkdir(exist_ok=True)
+    unfinished = settings.SERVER_URL.with_suffix(".tmp")
+    unfinished.write_text(f"{url}/api\n", encoding="utf-8")
+    os.replace(unfinished, settings.SERVER_URL)
+    threading.Thread(target=_watch, daemon=True).start()  # this thread is the one that answers
+    print(f"Prefect UI: {url}   (Ctrl-C ends it)", flush=True)
+
+
+def _watch() -> None:
+    from prefect.client.orchestration import get_client  # here: Prefect reads the environment when it is imported
+
+    from flows.server import heartbeats
+
+    with get_client(sync_client=True) as client:
+        heartbeats.watch(client)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

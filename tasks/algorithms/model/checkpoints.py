@@ -1,0 +1,101 @@
+"""What a long algorithm needs to go on where it was interrupted: a memory with keys, and an optimizer's state in it.
+
+An algorithm asks its memory for what an earlier run had finished, computes the rest, and hands over what it has. It
+knows nothing of files; `tasks.runtime.journal` keeps the entries on disk, `NOTHING` keeps none. A resumed run has to
+give the bytes of an uninterrupted one, so an entry holds everything that the rest depends on: weights, optimizer,
+positions and states of random generators. Tensors and JSON only, no pickle. When to write is the memory's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Entry(NamedTuple):
+    """What was saved under a key. The tensors are on the CPU and the caller's own; `values` are JSON's types."""
+
+    tensors: dict[str, Tensor]
+    values: Any
+
+
+class Memory(Protocol):
+    """Entries by key, of letters, digits and `._-@`."""
+
+    def load(self, key: str) -> Entry | None:
+        """The last entry of this key; None if there is none."""
+
+    def save(self, key: str, tensors: Mapping[str, Tensor], values: Any = None) -> None:
+        """Keep an entry, in the place of an older one of this key.
+
+        It may be written later: the tensors must not change any more, except where `due` has just said True.
+        """
+
+    def due(self) -> bool:
+        """Whether `save` would write now. What costs something to collect, or changes later, is saved only then."""
+
+    def part(self, name: str) -> Memory:
+        """The same memory for keys of a part of the work, apart from all others."""
+
+    def forget(self) -> None:
+        """Drop every entry of this part: what follows doesn't need them."""
+
+
+class Nothing:
+    """The memory that keeps nothing."""
+
+    def load(self, key: str) -> Entry | None:
+        return None
+
+    def save(self, key: str, tensors: Mapping[str, Tensor], values: Any = None) -> None:
+        pass
+
+    def due(self) -> bool:
+        return False
+
+    def part(self, name: str) -> Memory:
+        return self
+
+    def forget(self) -> None:
+        pass
+
+
+NOTHING = Nothing()
+
+
+def training_state(
+    weights: Sequence[Tensor], optimizer: torch.optim.Optimizer, generators: Sequence[torch.Generator] = ()
+) -> dict[str, Tensor]:
+    """Weights, optimizer and random generators as tensors.
+
+    Args:
+        weights: those that the optimizer trains, in its order.
+        optimizer: with tensors alone in its state, as AdamW has.
+    """
+    state = {f"weight.{index}": weight.detach() for index, weight in enumerate(weights)}
+    for index, own in optimizer.state_dict()["state"].items():
+        state |= {f"optimizer.{index}.{name}": value for name, value in own.items()}
+    return state | {f"generator.{index}": generator.get_state() for index, generator in enumerate(generators)}
+
+
+def restore_training(
+    state: Mapping[str, Tensor],
+    weights: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    generators: Sequence[torch.Generator] = (),
+) -> None:
+    """Put back what `training_state` gave, in place."""
+    for index, weight in enumerate(weights):
+        weight.data.copy_(state[f"weight.{index}"])
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        kind, _, rest = key.partition(".")
+        if kind == "optimizer":
+            index, _, name = rest.partition(".")
+            found.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+    for index, generator in enumerate(generators):
+        generator.set_state(state[f"generator.{index}"])

@@ -1,0 +1,154 @@
+"""The one walk that carries calibration activations from block to block; every algorithm that needs them visits it.
+
+Only the activations at one block boundary are held: [windows, length, hidden]. It does not run the final norm and head,
+and computes no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tasks.algorithms.model import families
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a block after its hidden states: masks, position embeddings, …"""
+
+
+@dataclass
+class BlockInputs:
+    """What one block gets. Valid during the visit only: the walk overwrites `hidden` with the block's outputs.
+
+    Attributes:
+        hidden: [windows, length, hidden].
+        calls: the block's other arguments, by the number of windows in the batch.
+        batch: windows per forward pass.
+    """
+
+    hidden: Tensor
+    calls: Mapping[int, Call]
+    batch: int
+
+    def outputs(self, block: nn.Module) -> Iterator[tuple[slice, Tensor]]:
+        """Run the block batch by batch: (windows of the batch, outputs [batch, length, hidden])."""
+        for start in range(0, len(self.hidden), self.batch):
+            where = slice(start, min(start + self.batch, len(self.hidden)))
+            positional, named = self.calls[where.stop - where.start]
+            with torch.no_grad():
+                output = block(self.hidden[where], *positional, **named)
+            yield where, output
+
+
+class InputStatistics(NamedTuple):
+    """Of a linear's inputs: float64 [in_features] sums of squares over `tokens` tokens."""
+
+    sum_of_squares: Tensor
+    tokens: int
+
+    @property
+    def norm(self) -> Tensor:
+        """Euclidean norm per input over all tokens, float64 [in_features]."""
+        return self.sum_of_squares.sqrt()
+
+
+Visit = Callable[[int, nn.Module, BlockInputs], None]
+
+
+def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> Tensor:
+    """Visit the blocks in order, each with the activations that the blocks before it (as changed by `visit`) produce.
+
+    Args:
+        model: a causal language model of a supported family, in evaluation mode.
+        input_ids: [windows, length], all tokens count (no padding).
+        visit: called with (index, block, inputs); it may change the block's weights.
+        batch: windows per forward pass; no effect on the result beyond rounding.
+
+    Returns:
+        The last block's outputs [windows, length, hidden], before the final norm.
+
+    Raises:
+        InputError: the model's family isn't supported.
+    """
+    hidden, calls = _enter(model, input_ids, batch)
+    for index, block in enumerate(families.blocks(model)):
+        inputs = BlockInputs(hidden, calls[index], batch)
+        visit(index, block, inputs)
+        for where, output in inputs.outputs(block):
+            hidden[where] = output
+    return hidden
+
+
+def observe(
+    linears: Mapping[str, nn.Module], block: nn.Module, inputs: BlockInputs, see: Callable[[str, Tensor], None]
+) -> None:
+    """Run the block as it is and call `see(name, x)` with each linear's input x [batch * length, in_features].
+
+    Args:
+        linears: the block's modules to watch, by any name (`families.linears_by_block(model)[index]`).
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, arguments: see(name, arguments[0].detach().flatten(0, -2))
+
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+    try:
+        for _ in inputs.outputs(block):
+            pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def input_statistics(
+    linears: Mapping[str, nn.Module], block: nn.Module, inputs: BlockInputs
+) -> dict[str, InputStatistics]:
+    """Sums of squares of each linear's inputs, from the block's own forward; accumulated in float64."""
+    statistics: dict[str, InputStatistics] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        squares = x.double().square().sum(dim=0)  # [in_features]
+        before = statistics.get(name)
+        if before:
+            squares += before.sum_of_squares
+        statistics[name] = InputStatistics(squares, len(x) + (before.tokens if before else 0))
+
+    observe(linears, block, inputs, see)
+    return statistics
+
+
+def _enter(model: nn.Module, input_ids: Tensor, batch: int) -> tuple[Tensor, list[dict[int, Call]]]:
+    """The first block's inputs, and each block's other arguments by batch size.
+
+    The model's own forward runs with blocks that hand their input on and note how they were called: blocks of one model
+    can get different masks (sliding windows). Windows are equally long, so the arguments depend on the batch size only.
+    """
+    blocks = families.blocks(model)
+    calls: list[dict[int, Call]] = [{} for _ in blocks]
+    entered: list[Tensor] = []
+
+    def stand_in(index: int) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
+            calls[index].setdefault(len(hidden_states), (positional, named))
+            if index == 0:
+                entered.append(hidden_states)
+            return hidden_states
+
+        return forward
+
+    own = [vars(block).get("forward") for block in blocks]  # an instance's own forward: quantised models can have one
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = stand_in(index)
+        with torch.no_grad():
+            for ids in input_ids.split(batch):
+                model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+    return torch.cat(entered), calls

@@ -1,0 +1,76 @@
+"""Keep masks of pruned matrices as packed bits, and the check of an N:M pattern.
+
+A mask is a bool matrix [rows, cols] = [out_features, in_features], True where the weight is kept.
+Files are `tasks.models.dense_folder`'s; which weights to keep is `tasks.algorithms.pruning.wanda`'s.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tasks.algorithms.errors import InputError
+
+
+def pack(mask: Tensor) -> Tensor:
+    """bool [rows, cols] -> uint8 [ceil(rows * cols / 8)]: row-major, first element in the highest bit, zero padded."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"a mask is bool, got {mask.dtype}")
+    return torch.from_numpy(np.packbits(mask.detach().cpu().contiguous().numpy().reshape(-1)))
+
+
+def unpack(packed: Tensor, rows: int, cols: int) -> Tensor:
+    """uint8 [bytes] -> bool [rows, cols].
+
+    Raises:
+        InputError: the bytes don't belong to a matrix of that shape.
+    """
+    expected = -(-rows * cols // 8)
+    if packed.numel() != expected:
+        raise InputError(f"a mask of {rows} x {cols} has {expected} bytes, found {packed.numel()}: run wanda again")
+    bits = np.unpackbits(packed.cpu().numpy(), count=rows * cols)
+    return torch.from_numpy(bits.astype(bool)).reshape(rows, cols)
+
+
+def groups(matrix: Tensor, of: int) -> Tensor:
+    """[rows, cols] -> [rows, cols / of, of]: each row cut into groups of `of` consecutive inputs.
+
+    Raises:
+        InputError: cols isn't divisible by `of`.
+    """
+    rows, cols = matrix.shape
+    if cols % of:
+        raise InputError(f"{cols} inputs are not divisible by of = {of}: choose an `of` that divides them")
+    return matrix.reshape(rows, cols // of, of)
+
+
+def violations(weight: Tensor, keep: int, of: int) -> int:
+    """How many groups of `of` consecutive inputs hold more than `keep` nonzeros."""
+    return int((groups(weight, of).ne(0).sum(dim=-1) > keep).sum())
+
+
+def densest_group(weight: Tensor, of: int) -> int:
+    """The largest number of nonzeros in any group of `of` consecutive inputs."""
+    return int(groups(weight, of).ne(0).sum(dim=-1).max())
+
+
+def revived(weight: Tensor, keep: Tensor) -> int:
+    """How many pruned weights are not exactly zero; weight and keep [rows, cols]."""
+    return int(weight.detach()[~keep.to(weight.device)].count_nonzero())
+
+
+def parse(pattern: str) -> tuple[int, int] | None:
+    """(kept, of) of an N:M pattern "keep:of"; None for "unstructured" and "dense".
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if pattern in ("unstructured", "dense"):
+        return None
+    kept, _, of = pattern.partition(":")
+    if not (kept.isdigit() and of.isdigit() and 0 < int(kept) < int(of)):
+        raise InputError(
+            f"the masks' pattern is {pattern!r}, not keep:of, unstructured or dense: run stage wanda again"
+        )
+    return int(kept), int(of)

@@ -1,0 +1,163 @@
+"""How important each transformer block is, by five scores; higher means more important for every one of them.
+
+- magnitude: sum of |W| over the block's linears (L1 norm).
+- taylor: sum of |dL/dW * W| over the block's linears, L the mean causal-LM loss of the windows (first-order Taylor
+  expansion; Kim et al. 2024, arXiv 2402.02834). One backward pass; the gradient is summed over the windows first.
+- perplexity: the windows' perplexity without the block minus that of the whole model (ibid.).
+- block_influence: 1 - mean cosine similarity of the block's input and output, over tokens (Men et al. 2024, ShortGPT,
+  arXiv 2403.03853).
+- compound: the mean of the block's ranks by the four scores above, 1 = least important; equal scores share the mean of
+  their ranks.
+
+Biases, norms and the embedding don't count. It decides nothing (`tasks.algorithms.pruning.depth_prune`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import checkpoints, families, layers
+from tasks.algorithms.pruning import depth_prune
+from tasks.algorithms.scoring.perplexity import perplexity as perplexity_of
+
+Score = Callable[[nn.Module, Tensor, int, checkpoints.Memory], Tensor]
+"""(model, input_ids [windows, length], windows per pass, what an interrupted run had computed) -> float64 [blocks]."""
+
+
+def magnitude(
+    model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+) -> Tensor:
+    """L1 norm of each block's linears, float64 [blocks]; the windows play no part."""
+    return torch.tensor(
+        [
+            sum(float(linear.weight.detach().double().abs().sum()) for linear in block.values())
+            for block in families.linears_by_block(model)
+        ],
+        dtype=torch.float64,
+    )
+
+
+def taylor(
+    model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+) -> Tensor:
+    """Sum of |gradient * weight| of each block's linears, float64 [blocks].
+
+    Holds the activations of all blocks for one batch, as a backward pass must, and one gradient per weight.
+    """
+    blocks = [[linear.weight for linear in block.values()] for block in families.linears_by_block(model)]
+    wanted = {id(weight) for block in blocks for weight in block}
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, *_ in before:
+            parameter.requires_grad_(id(parameter) in wanted)
+            parameter.grad = None
+        weights = [weight for block in blocks for weight in block]
+        begun = memory.load("gradients")
+        for place, weight in enumerate(weights if begun else ()):
+            weight.grad = begun.tensors[str(place)].to(weight.device)
+        first = begun.values if begun else 0
+        for done, ids in enumerate(input_ids.split(batch)[first:], start=first + 1):
+            _loss(model, ids, predictions=input_ids[:, 1:].numel()).backward()
+            if memory.due():
+                memory.save("gradients", {str(place): weight.grad for place, weight in enumerate(weights)}, done)
+        return torch.tensor(
+            [sum(float((weight.grad * weight.detach()).double().abs().sum()) for weight in block) for block in blocks],
+            dtype=torch.float64,
+        )
+    finally:
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+
+
+def perplexity(
+    model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+) -> Tensor:
+    """Rise of the perplexity without each block, float64 [blocks]; negative where the model is better without it."""
+    begun = memory.load("perplexities")
+    found = begun.values if begun else [perplexity_of(model, input_ids, batch)]  # the whole model's, then without each
+    for index in range(len(found) - 1, len(families.blocks(model))):
+        found.append(perplexity_of(depth_prune.without(model, [index]), input_ids, batch))
+        if memory.due():
+            memory.save("perplexities", {}, found)
+    return torch.tensor([without - found[0] for without in found[1:]], dtype=torch.float64)
+
+
+def block_influence(
+    model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+) -> Tensor:
+    """1 - mean cosine similarity of each block's inputs and outputs over all tokens, float64 [blocks], from 0 to 2."""
+    begun = memory.load("scores")
+    scores: list[float] = begun.values if begun else []
+
+    def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
+        if index < len(scores):
+            return
+        total = 0.0
+        for where, output in inputs.outputs(block):
+            similarity = torch.cosine_similarity(inputs.hidden[where].double(), output.double(), dim=-1)
+            total += float(similarity.sum())
+        scores.append(1 - total / inputs.hidden[..., 0].numel())
+        if memory.due():
+            memory.save("scores", {}, scores)
+
+    layers.walk(model, input_ids, visit, batch)
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Ranks from 1 = lowest, float64 [n]; equal scores share the mean of their ranks."""
+    below = (scores[None, :] < scores[:, None]).sum(dim=1)
+    equal = (scores[None, :] == scores[:, None]).sum(dim=1)
+    return below.double() + (equal.double() + 1) / 2
+
+
+def combine(scores: dict[str, Tensor]) -> Tensor:
+    """`compound` from the other scores: the mean of their ranks, float64 [blocks]."""
+    return torch.stack([ranks(scores[name]) for name in SCORES]).mean(dim=0)
+
+
+SCORES: dict[str, Score] = {
+    "magnitude": magnitude,
+    "taylor": taylor,
+    "perplexity": perplexity,
+    "block_influence": block_influence,
+}
+COMPOUND = "compound"
+
+
+def score(
+    model: nn.Module, input_ids: Tensor, method: str, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+) -> Tensor:
+    """One block score by name, float64 [blocks].
+
+    Args:
+        input_ids: [windows, length].
+        method: a key of `SCORES`, or `compound`.
+        memory: what it holds of an interrupted run isn't computed again.
+
+    Raises:
+        InputError: a score isn't finite.
+    """
+    if method == COMPOUND:
+        return combine({name: score(model, input_ids, name, batch, memory) for name in SCORES})
+    memory = memory.part(method)
+    if before := memory.load("score"):
+        return before.tensors["score"]
+    values = SCORES[method](model, input_ids, batch, memory)
+    if not values.isfinite().all():
+        broken = (~values.isfinite()).nonzero().flatten().tolist()
+        raise InputError(f"the {method} score of layers {broken} is not finite: mend the model or take another method")
+    memory.save("score", {"score": values})
+    return values
+
+
+def _loss(model: nn.Module, ids: Tensor, predictions: int) -> Tensor:
+    """The batch's share of the mean loss: summed over its own tokens, divided by the predictions of all windows."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # [batch, length - 1, vocabulary]
+    targets = ids[:, 1:].long().flatten()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum") / predictions

@@ -1,0 +1,158 @@
+"""Prune the weights with the smallest |W| * ||X||_2, compared within each output row; nothing is retrained.
+
+"A Simple and Effective Pruning Approach for Large Language Models" (Sun et al. 2023, arXiv 2306.11695). Block by block:
+a block's input norms come from its dense forward, then all its linears are pruned, and the pruned block's outputs feed
+the next one. Embedding and head stay dense. It does not update the weights that stay (that is SparseGPT).
+
+Ties: of equal metrics the lower input index stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import families, layers
+from tasks.algorithms.model.masks import groups
+
+# rows = out_features, cols = in_features
+
+
+class Selection(NamedTuple):
+    """What stays of a matrix.
+
+    Attributes:
+        keep: bool [rows, cols].
+        alpha: the share of each row's metric that was pruned at most, where the method searches it.
+    """
+
+    keep: Tensor
+    alpha: float | None = None
+
+
+Select = Callable[[Tensor], Selection]
+"""From a metric [rows, cols] to what stays."""
+
+
+def metric(weight: Tensor, norm: Tensor) -> Tensor:
+    """|W| * ||X||_2, float64 [rows, cols].
+
+    Args:
+        weight: [rows, cols].
+        norm: of each input over the calibration tokens, [cols]; a common factor changes no mask.
+    """
+    return weight.detach().double().abs() * norm.double()
+
+
+def n_m(values: Tensor, keep: int, of: int) -> Selection:
+    """The `keep` largest of every `of` consecutive inputs stay.
+
+    Args:
+        values: metric [rows, cols].
+
+    Raises:
+        InputError: cols isn't divisible by `of`.
+    """
+    grouped = groups(values, of)  # [rows, cols / of, of]
+    best = grouped.argsort(dim=-1, descending=True, stable=True)[..., :keep]
+    return Selection(torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, best, True).reshape(values.shape))
+
+
+def unstructured(values: Tensor, sparsity: float) -> Selection:
+    """Exactly cols * sparsity, rounded down, of each row's inputs are pruned: the smallest.
+
+    Args:
+        values: metric [rows, cols].
+        sparsity: fraction of zeros in each row.
+    """
+    pruned = torch.full((len(values), 1), _asked(values.shape[1], sparsity))
+    return Selection(_keep_largest(values, pruned))
+
+
+def cumulative(values: Tensor, sparsity: float) -> Selection:
+    """One alpha for the matrix: each row loses its smallest metrics as long as their sum is at most alpha of the row's.
+
+    Rows with a few dominant weights lose more than even ones. Alpha is bisected to the largest whose zeros in the whole
+    matrix don't exceed `sparsity` (rounded down to weights); they can exceed it only where more metrics than asked are
+    exactly 0.
+
+    Args:
+        values: metric [rows, cols].
+        sparsity: fraction of zeros in the matrix.
+    """
+    sums = values.sort(dim=1, stable=True).values.cumsum(dim=1)  # [rows, cols], ascending
+    whole = sums[:, -1:]
+    shares = sums / torch.where(whole > 0, whole, 1)
+    wanted = _asked(values.numel(), sparsity)
+
+    def pruned(alpha: float) -> Tensor:
+        return torch.searchsorted(shares, torch.full((len(shares), 1), alpha, dtype=shares.dtype), right=True)
+
+    low, high = 0.0, 1.0
+    for _ in range(60):  # halves the interval to below the spacing of doubles near 1
+        middle = (low + high) / 2
+        zeros = int(pruned(middle).sum())
+        if zeros > wanted:
+            high = middle
+        else:
+            low = middle
+        if zeros == wanted:
+            break
+    return Selection(_keep_largest(values, pruned(low)), low)
+
+
+def prune(
+    model: nn.Module, input_ids: Tensor, select: Select, batch: int = 1, done: Callable[[int], None] = lambda _: None
+) -> dict[str, Selection]:
+    """Prune all linears of all blocks in place.
+
+    Args:
+        model: of a supported family, in evaluation mode.
+        input_ids: calibration windows [windows, length].
+        select: what stays, from a metric.
+        batch: windows per forward pass.
+        done: called with the number of finished blocks.
+
+    Returns:
+        Module name -> selection, in running order.
+
+    Raises:
+        InputError: a metric isn't finite, or a matrix doesn't suit the pattern.
+    """
+    by_block = families.linears_by_block(model)
+    selections: dict[str, Selection] = {}
+
+    def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
+        linears = by_block[index]
+        statistics = layers.input_statistics(linears, block, inputs)
+        for name, linear in linears.items():
+            selections[name] = _select(name, metric(linear.weight, statistics[name].norm), select)
+            linear.weight.data.masked_fill_(~selections[name].keep, 0)
+        done(index + 1)
+
+    layers.walk(model, input_ids, visit, batch)
+    return selections
+
+
+def _select(name: str, values: Tensor, select: Select) -> Selection:
+    if not values.isfinite().all():
+        raise InputError(f"{name}: |W| * ||X|| is not finite; the model's weights or activations overflow or hold NaN")
+    try:
+        return select(values)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _asked(weights: int, sparsity: float) -> int:
+    return int(weights * sparsity + 1e-6)  # 100 * 0.29 is 28.999999999999996 in doubles
+
+
+def _keep_largest(values: Tensor, pruned: Tensor) -> Tensor:
+    """Keep mask [rows, cols] without the `pruned` [rows, 1] smallest of each row."""
+    order = values.argsort(dim=1, descending=True, stable=True)
+    stays = torch.arange(values.shape[1]) < values.shape[1] - pruned  # [rows, cols]: of the sorted ones
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, stays)

@@ -1,0 +1,169 @@
+"""Score documents under a perplexity protocol: nats, bytes and document of each predicted token, and their means.
+
+The windows are `tasks.algorithms.scoring.protocols`'. Log-probabilities are taken in float32 whatever the model
+computes in, and summed in float64. Windows of unequal length share a batch by padding at the end, where a causal
+model's earlier positions don't see it; padding is never counted, and no attention mask is needed. It knows no model
+beyond its call.
+
+Shapes: n = predictions that count, in the order of the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import checkpoints
+from tasks.algorithms.scoring import perplexity, protocols, token_bytes
+from tasks.algorithms.scoring.protocols import Protocol, Window
+
+
+class Prepared(NamedTuple):
+    """Tokenised documents, cut into windows; needed once per tokenizer, not per model."""
+
+    label: str
+    length: int
+    ids: list[Tensor]
+    """Of each text, int64 [tokens], with the prefix token where the protocol has one."""
+    spans: list[Tensor]
+    """Bytes of each text's tokens, int64 [tokens]."""
+    documents: list[Tensor]
+    """Document of each text's tokens, int64 [tokens]."""
+    windows: list[Window]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The predictions that count, in the order of the text.
+
+    Attributes:
+        label: the protocol.
+        nll: negative log-likelihood in nats, float64 [n].
+        spans: UTF-8 bytes of each predicted token, int64 [n].
+        documents: document of each predicted token, int64 [n]; of one that spans two, the later one.
+        windows: forward passes at batch 1.
+    """
+
+    label: str
+    nll: Tensor
+    spans: Tensor
+    documents: Tensor
+    windows: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean nats per predicted token. InputError where it isn't finite."""
+        return perplexity.from_nll(self.nll.unsqueeze(0), 1)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Information of the predictions, per byte of the text that they stand for."""
+        return float(self.nll.sum()) / math.log(2) / int(self.spans.sum())
+
+    def by_document(self) -> dict[str, np.ndarray]:
+        """Columns `document`, `predictions`, `bytes` (int64) and `nll` (nats, float64): a row per document scored."""
+        which, at = self.documents.unique(return_inverse=True)  # sorted
+        sums = {
+            "predictions": torch.ones_like(self.spans),
+            "bytes": self.spans,
+            "nll": self.nll,
+        }
+        rows = {name: torch.zeros(len(which), dtype=own.dtype).index_add(0, at, own) for name, own in sums.items()}
+        return {"document": which.numpy()} | {name: own.numpy() for name, own in rows.items()}
+
+
+def prepare(own: Protocol, tokenizer: Any, documents: Sequence[str], limit: int | None = None) -> Prepared:
+    """Tokenise and cut.
+
+    Args:
+        limit: measure the first so many windows only; None: all.
+
+    Raises:
+        InputError: too little text for a window, a tokenizer without offsets, or without the prefix token.
+    """
+    encoded = [token_bytes.encode(tokenizer, text) for text in protocols.texts(own, documents)]
+    ids, spans = [one.ids for one in encoded], [one.spans for one in encoded]
+    if own.prefix:
+        first = torch.tensor([_prefix(own, tokenizer)])
+        ids, spans = [torch.cat([first, i]) for i in ids], [torch.cat([torch.zeros(1).long(), s]) for s in spans]
+    found = protocols.windows(own, [len(tokens) for tokens in ids])
+    if own.join is None:
+        belong = [torch.full_like(tokens, text) for text, tokens in enumerate(ids)]
+    else:
+        belong = [documents_of(spans[0], documents, own.join)]
+    return Prepared(protocols.label(own, limit), own.length, ids, spans, belong, found[:limit])
+
+
+def documents_of(spans: Tensor, documents: Sequence[str], join: str) -> Tensor:
+    """The document that each token's last byte lies in, int64 [tokens]; what joins two belongs to the earlier one.
+
+    Args:
+        spans: bytes of each token of the joined documents, int64 [tokens].
+    """
+    sizes = torch.tensor([len(f"{document}{join}".encode()) for document in documents])
+    starts = sizes.cumsum(0) - sizes  # an empty document without a joiner would share its start with the next one
+    return (torch.searchsorted(starts, spans.cumsum(0) - 1, right=True) - 1).clamp(min=0)
+
+
+def score(
+    model: nn.Module, prepared: Prepared, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+) -> Score:
+    """Score prepared documents.
+
+    Args:
+        model: anything whose call returns `.logits` [batch, length, vocabulary].
+        batch: windows per forward pass; no effect on the result beyond rounding.
+        memory: of an interrupted run with the same arguments.
+    """
+    order = sorted(range(len(prepared.windows)), key=lambda at: -_width(prepared.windows[at]))  # stable
+    nll = {}  # window -> nats of its predictions, in `order`
+    if begun := memory.load("nll"):
+        counts = [prepared.windows[at].stop - prepared.windows[at].first for at in order[: begun.values]]
+        nll = dict(zip(order, begun.tensors["nll"].split(counts), strict=False))
+    with torch.no_grad():
+        for start in range(len(nll), len(order), batch):
+            some = order[start : start + batch]
+            nll |= zip(some, _nll(model, prepared, [prepared.windows[at] for at in some]), strict=True)
+            if memory.due():
+                memory.save("nll", {"nll": torch.cat(list(nll.values()))}, len(nll))
+    return Score(
+        prepared.label,
+        torch.cat([nll[at] for at in range(len(order))]),
+        torch.cat([prepared.spans[w.text][w.first : w.stop] for w in prepared.windows]),
+        torch.cat([prepared.documents[w.text][w.first : w.stop] for w in prepared.windows]),
+        len(order),
+    )
+
+
+def _nll(model: nn.Module, prepared: Prepared, some: Sequence[Window]) -> list[Tensor]:
+    """Nats of the counted predictions of windows sorted by falling length: float64 [stop - first] each."""
+    width = _width(some[0])
+    ids = torch.zeros(len(some), width, dtype=torch.int64)  # [batch, width], padded by 0 at the end
+    for row, window in zip(ids, some, strict=True):
+        row[: _width(window)] = prepared.ids[window.text][window.start : window.stop]
+    inputs = ids[:, : prepared.length]  # the last token of a window with a prefix is no input
+    logits = model(input_ids=inputs, use_cache=False).logits[:, : width - 1]  # [batch, width - 1, vocabulary]
+    chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    nll = -chosen.double().cpu()  # [batch, width - 1]
+    return [row[w.first - w.start - 1 : w.stop - w.start - 1] for row, w in zip(nll, some, strict=True)]
+
+
+def _width(window: Window) -> int:
+    return window.stop - window.start
+
+
+def _prefix(own: Protocol, tokenizer: Any) -> int:
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise InputError(
+        f"protocol {own.label} begins each document with the tokenizer's bos or eos token, and it has neither;"
+        " take another protocol"
+    )

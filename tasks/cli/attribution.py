@@ -1,0 +1,89 @@
+"""`edgepress attribution`: what each stage did to the model, and the seconds that it took.
+
+The rows are those of `tasks.evaluation.attribution`, from what stages evaluate and measure wrote; seconds come from the
+lineage records (outputs hold no time). Stages that make no model have their seconds alone. Which stages there are, in
+which order and where their files lie is asked of DVC. It runs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from dvc.repo import Repo
+
+from tasks.cli import report as summary
+from tasks.evaluation import attribution, comparison, results
+
+SHOWN = (("bytes", "bytes", "+,.0f"), ("zeros", "zeros", "+,.0f"))
+NOTHING = "Nothing is evaluated yet: `dvc repro` does it."
+
+
+def rows() -> list[dict[str, Any]]:
+    """`tasks.evaluation.attribution.rows` and `seconds`, for every stage in the order of dvc.yaml; unknown is None."""
+    with Repo() as repo:
+        stages = {stage.name.partition("@")[0]: [dep.def_path for dep in stage.deps] for stage in repo.index.stages}
+        metrics = {folder.name: results.read(folder) for folder in _folders(repo, "metrics.json")}
+        hosts = {folder.name: _json(folder / "host.json") for folder in _folders(repo, "host.json")}
+        order = [name for name in stages if name in metrics]
+        metrics = {name: metrics[name] for name in order}
+        before = attribution.previous(stages, order)
+        found = {row["stage"]: row for row in attribution.rows(metrics, hosts, before)}
+        if not found:
+            return []
+        return [found.get(name, {"stage": name}) | {"seconds": summary.seconds(repo, name)} for name in stages]
+
+
+def table() -> str:
+    """The rows as text, or a sentence where nothing is evaluated."""
+    found = rows()
+    if not found:
+        return NOTHING
+    shown = pd.DataFrame([_shown(row) for row in found])
+    width = shown["stage"].str.len().max()
+    return shown.to_string(index=False, formatters={"stage": f"{{:<{width}}}".format})
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    cells = {"stage": comparison.title(row["stage"])}
+    for split in comparison.SPLITS:
+        cells[f"ppl {split}"] = _quality(row, split)
+    cells |= {title: _text(row.get(name), form) for title, name, form in SHOWN}
+    latency = row.get("seconds_per_token")
+    same = row.get("verdict_latency") == comparison.NO_DIFFERENCE
+    cells["ms/token"] = comparison.NO_DIFFERENCE if same else _text(latency and 1e3 * latency, "+.3f")
+    peak = row.get("peak_bytes")
+    cells["peak MiB"] = _text(None if peak is None else peak / 2**20, "+.1f")
+    return cells | {"seconds": _text(row.get("seconds"), ",.1f")}
+
+
+def _quality(row: dict[str, Any], split: str) -> str:
+    """ "-6.730 [-7.512, -5.980]", "no difference [-0.010, 0.020]"; bits per byte are marked "bpb"."""
+    change, low, high = (row.get(f"{key}_{split}") for key in ("change", "low", "high"))
+    if change is None:
+        return "-"
+    unit = "" if row[f"measure_{split}"] == comparison.PERPLEXITY else "bpb "
+    same = row[f"verdict_{split}"] == comparison.NO_DIFFERENCE
+    value = comparison.NO_DIFFERENCE if same else f"{unit}{change:+.3f}"
+    return value if low is None else f"{value} [{low:+.3f}, {high:+.3f}]"
+
+
+def _folders(repo: Repo, name: str) -> list[Path]:
+    """Folders of all stages' outputs of this name that exist and belong to one model, in the order of dvc.yaml."""
+    outs = (Path(out.fs_path) for stage in repo.index.stages for out in stage.outs)
+    wanted = {"metrics.json": "evaluate", "host.json": "measure"}[name]
+    return [path.parent for path in outs if path.name == name and path.parents[1].name == wanted and path.exists()]
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _text(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,102 @@
+"""`edgepress report`: the report's table and verdict for the terminal, with the seconds that each stage took.
+
+Figures are those of stages.csv, the sentence is the first of verdict.txt, seconds come from the stages' lineage records
+(outputs hold no time). Where these files lie is asked of DVC. It runs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+
+from tasks.evaluation import comparison
+from tasks.runtime import lineage
+
+SHOWN = (
+    ("parameters", "parameters", ",.0f"),
+    ("zeros", "zero_fraction", ".1%"),
+    ("bytes", "bytes", ",.0f"),
+    ("ppl test", "perplexity_test", ",.3f"),
+    ("ppl ood", "perplexity_test_ood", ",.3f"),
+    ("bpb test", "bits_per_byte_test", ".4f"),
+    ("bpb ood", "bits_per_byte_test_ood", ".4f"),
+    ("seconds", "seconds", ",.1f"),
+)
+"""Heading, column of `rows`, and format of what stands beside a stage's name (ppl: perplexity, bpb: bits per byte)."""
+NOTHING = "There is no report yet: `dvc repro` makes it."
+
+
+def rows() -> list[dict[str, Any]]:
+    """The report's rows, with the columns of its stages.csv, and `seconds`.
+
+    A missing value is None; no row where there is no report yet.
+    """
+    with Repo() as repo:
+        path = _report(repo, "stages.csv")
+        if path is None:
+            return []
+        table = pd.read_csv(path).astype(object)
+        records = table.where(table.notna(), None).to_dict("records")
+        return [record | {"seconds": seconds(repo, record["stage"])} for record in records]
+
+
+def verdict() -> str:
+    """What the package scores against a plain model of its size, in a sentence; empty where there is no report."""
+    with Repo() as repo:
+        path = _report(repo, "verdict.txt")
+        return path.read_text(encoding="utf-8").partition("\n")[0] if path else ""
+
+
+def table() -> str:
+    """The rows as text, plain models below a rule; then the protocol and the verdict. Without a report a sentence."""
+    found = rows()
+    if not found:
+        return NOTHING
+    shown = pd.DataFrame(
+        {"stage": [comparison.title(row["stage"]) for row in found]}
+        | {title: [_text(row.get(name), form) for row in found] for title, name, form in SHOWN}
+    )
+    width = shown["stage"].str.len().max()
+    lines = shown.to_string(index=False, formatters={"stage": f"{{:<{width}}}".format}).splitlines()
+    plain = [row["stage"] in comparison.PLAIN_MODELS for row in found]
+    if any(plain):
+        lines.insert(1 + plain.index(True), "-" * len(lines[0]))
+    protocols = sorted({row["protocol"] for row in found if row["protocol"]})
+    lines.append(f"perplexity by protocol {', '.join(protocols)}" if protocols else "not evaluated")
+    return "\n".join([*lines, *filter(None, [verdict()])])
+
+
+def _report(repo: Repo, name: str) -> Path | None:
+    """The report's output of this name, None where it was not made yet."""
+    return next((path for path in _outs(repo, "report") if path.name == name and path.exists()), None)
+
+
+def _outs(repo: Repo, name: str) -> list[Path]:
+    try:
+        return [Path(out.fs_path) for stage in repo.index.stages if stage.addressing == name for out in stage.outs]
+    except DvcException:
+        return []
+
+
+def seconds(repo: Repo, name: str) -> float | None:
+    """How long the stage took when it last ran, from its record; None without one."""
+    folder = Path(repo.root_dir) / lineage.RECORDS
+    path = next((path for path in _outs(repo, name) if folder in path.parents), None)
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"]) if path else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _text(value: Any, form: str) -> str:
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
+if __name__ == "__main__":
+    print(table())

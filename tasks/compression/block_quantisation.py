@@ -1,0 +1,268 @@
+"""What quantises a model's linears and tables, for every stage that does: gptq, and the plain model of equal size.
+
+Settings of `params.gptq` in; embedding and head first, so that the linears are calibrated on what the model will
+compute; then bits per linear, where a budget of bytes is given, by what their quantisation does to the model's
+predictions; then GPTQ (`tasks.algorithms.quantisation.masked_gptq`). It writes no files but the embedding's codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tasks.algorithms import packing
+from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import checkpoints, families, layers, masks
+from tasks.algorithms.quantisation import allocation, embedding, masked_gptq, rounding, sensitivity
+from tasks.models import dense_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tasks.parameters.schema import Gptq
+    from tasks.runtime.stage import Stage
+
+BATCH = 4
+"""Windows per forward pass: no effect on the result beyond rounding, and no parameter."""
+MEASURED = 4
+"""Calibration windows on which sensitivities are measured, at most."""
+SNAPPED_BITS = 6
+"""What a scale of `scale_steps` takes when coded: an estimate, the package's coder sees how they are distributed."""
+
+
+def settings(chosen: Gptq, widths: int | Mapping[str, int]) -> Any:
+    """gptqmodel's configuration.
+
+    Args:
+        widths: bits of all linears, or full module name -> bits.
+    """
+    mixed = None if isinstance(widths, int) else widths
+    bits = widths if isinstance(widths, int) else chosen.bits
+    return masked_gptq.config(
+        bits, chosen.group_size, chosen.symmetric, chosen.damp, chosen.act_order, chosen.mse, mixed
+    )
+
+
+def check_shapes(described: Mapping[str, Any], bits: int | None, group_size: int) -> None:
+    """Refuse a model whose linears don't pack.
+
+    Args:
+        described: the model's config.json.
+        bits: of all linears; None if they are yet to be chosen.
+
+    Raises:
+        InputError: as `masked_gptq.check_shapes`; or a linear that packs at no width.
+    """
+    shapes = families.linear_shapes(described)
+    for name, shape in shapes.items():
+        packable = masked_gptq.packable(shape)
+        if not packable and bits is None:
+            raise InputError(f"{name} is {shape[0]} x {shape[1]}, which packs at none of {masked_gptq.WIDTHS} bits")
+        masked_gptq.check_shapes({name: shape}, bits or packable[-1], group_size)
+
+
+def compress_embedding(
+    dense: Path, windows: Tensor, chosen: Gptq, memory: checkpoints.Memory = checkpoints.NOTHING
+) -> tuple[dict[str, rounding.Coded], nn.Module | None]:
+    """Quantise the embedding, and the head where it is a matrix of its own.
+
+    Args:
+        dense: folder of the model.
+        windows: calibration windows [windows, length].
+        memory: what it holds isn't computed again.
+
+    Returns:
+        "embedding" (and "head") -> coded [vocabulary, hidden], nothing at 16 bits; and the dense model with these
+        values in place, or None where nobody needs it.
+    """
+    wanted = chosen.embedding
+    if wanted.bits == 16 and not chosen.budget_bytes:
+        return {}, None
+    model = dense_folder.load_dense(dense)
+    if wanted.bits == 16:
+        return {}, model
+    matrices = _tables(model)
+    if before := memory.load("embedding"):
+        coded = {name: rounding.Coded(*_sides(before.tensors, name), *before.values[name]) for name in matrices}
+        place(model, coded)
+        return coded, model
+    moments = head_moments(model, windows) if wanted.method == "gptq" else None
+    coded = {}
+    for name, matrix in matrices.items():
+        # Where there are two, the moments are the head's: nothing multiplies the embedding with an input.
+        compensated = moments is not None and (name == "head" or len(matrices) == 1)
+        coded[name] = embedding.compress(
+            matrix.detach(),
+            wanted.bits,
+            wanted.group_size,
+            "gptq" if compensated else "nearest",
+            moments if compensated else None,
+            chosen.scale_steps,
+        )
+    tensors = {f"{name}.{side}": getattr(each, side) for name, each in coded.items() for side in SIDES}
+    memory.save("embedding", tensors, {name: [each.bits, each.group_size] for name, each in coded.items()})
+    place(model, coded)
+    return coded, model
+
+
+def _sides(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+    return (tensors[f"{name}.{side}"] for side in SIDES)
+
+
+def head_moments(model: nn.Module, windows: Tensor) -> Tensor:
+    """Second moments of the head's inputs (final norm included), float64 [hidden, hidden]: X^T X / tokens."""
+    hidden = layers.walk(model, windows, lambda *_: None, BATCH)  # [windows, length, hidden]
+    norm = model.get_submodule(families.of_model(model).final_norm)
+    total = torch.zeros(hidden.shape[-1], hidden.shape[-1], dtype=torch.float64)
+    with torch.no_grad():
+        for part in hidden.split(BATCH):
+            x = norm(part).flatten(0, 1).double()
+            total += x.T @ x
+    return total / hidden[..., 0].numel()
+
+
+def place(model: nn.Module, coded: Mapping[str, rounding.Coded]) -> None:
+    """Put dequantised values in the place of the embedding's (and head's) weights; tied ones stay tied."""
+    matrices = _tables(model)
+    for name, each in coded.items():
+        matrices[name].data.copy_(rounding.values(each))
+
+
+def save_embedding(path: Path, coded: Mapping[str, rounding.Coded], chosen: Gptq) -> None:
+    """Write codes and scales of the embedding (and of an untied head); no tensors at 16 bits."""
+    tensors = {}
+    for name, each in coded.items():
+        tensors |= {f"{name}.codes": each.codes, f"{name}.scales": each.scales}
+    described = {"bits": str(chosen.embedding.bits), "group_size": str(chosen.embedding.group_size)}
+    dense_folder.save_tensors(path, tensors, described)
+
+
+SIDES = ("codes", "scales")
+"""The tensors of a coded matrix."""
+
+
+class Choices(NamedTuple):
+    """What each width of each linear costs: full module name -> bits -> cost, of the widths that pack.
+
+    Attributes:
+        harm: divergence of the model's predictions, in nats per token, with this linear alone rounded to the nearest.
+            GPTQ afterwards does better at every width; of several linears it is taken to add up.
+        sizes: bytes when packed (`linear_bytes`).
+    """
+
+    harm: dict[str, dict[int, float]]
+    sizes: dict[str, dict[int, int]]
+
+    def within(self, budget: int) -> dict[str, int]:
+        """Bits per linear with the least harm in at most this many bytes.
+
+        Raises:
+            InputError: the smallest widths don't fit.
+        """
+        return allocation.allocate(self.harm, self.sizes, budget)
+
+
+def choices(stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, Tensor], pattern: str) -> Choices:
+    """Measure every width of every linear.
+
+    Args:
+        stage: for its progress, journal and `gptq` parameters.
+        model: dense, 0 where pruned.
+        windows: [windows, length]; the first `MEASURED` are used.
+        keep: full module name -> bool [out_features, in_features]; of all linears, or of none.
+        pattern: of the masks.
+    """
+    chosen = stage.params.gptq
+    config = settings(chosen, chosen.bits)
+    weights = {name: linear.weight for name, linear in families.block_linears(model).items()}
+    packable = {name: masked_gptq.packable(tuple(weight.shape)) for name, weight in weights.items()}
+    widths = sorted({bits for each in packable.values() for bits in each})
+
+    def quantise(name: str, weight: Tensor, bits: int) -> Tensor:
+        return masked_gptq.nearest(weight, keep.get(name), config, bits, chosen.scale_steps)
+
+    with stage.progress("sensitivity", len(weights)) as progress:
+        memory = stage.journal.part("sensitivity")
+        harm = sensitivity.measure(model, windows[:MEASURED], quantise, widths, progress.update, BATCH, memory)
+    return Choices(
+        {name: {bits: harm[name][bits] for bits in each} for name, each in packable.items()},
+        {
+            name: {bits: linear_bytes(weights[name], keep.get(name), pattern, bits, chosen) for bits in each}
+            for name, each in packable.items()
+        },
+    )
+
+
+def linear_bytes(weight: Tensor, keep: Tensor | None, pattern: str, bits: int, chosen: Gptq) -> int:
+    """Bytes that a linear's positions, codes, scales, zero points and order of columns take when packed.
+
+    Unstructured positions count as the information that they hold, scales on a coarse grid as `SNAPPED_BITS`.
+
+    Args:
+        weight: [out_features, in_features].
+        keep: bool of the same shape, or None where nothing is pruned or `joint` will choose.
+        pattern: of the masks.
+    """
+    total, cols = weight.numel(), weight.shape[1]
+    groups = cols // (cols if chosen.group_size == -1 else chosen.group_size)  # per row
+    shape = masks.parse(pattern)
+    if shape:
+        kept, positions = total // shape[1] * shape[0], packing.positions_bytes(total, *shape)
+    else:
+        kept = total if keep is None else int(keep.sum())
+        positions = math.ceil(packing.log2_combinations(total, kept) / 8)
+    scales = math.ceil(len(weight) * groups * (SNAPPED_BITS if chosen.scale_steps else 16) / 8)
+    zeros = 0 if chosen.symmetric else packing.digits_bytes(len(weight) * groups, 2**bits)
+    order = packing.digits_bytes(cols, groups) if chosen.act_order == "descending" else 0
+    return positions + packing.digits_bytes(kept, 2**bits) + scales + zeros + order
+
+
+def quantise_linears(
+    stage: Stage,
+    model: Any,
+    windows: Tensor,
+    keep: Mapping[str, Tensor],
+    memory: checkpoints.Memory = checkpoints.NOTHING,
+) -> dict[str, masked_gptq.LayerResult]:
+    """GPTQ of all linears of the blocks, with the stage's progress; says where more damping was needed.
+
+    Args:
+        model: gptqmodel's wrapper of the dense model (`quantised.load_for_quantisation`); it is changed.
+        windows: [windows, length].
+        keep: full module name -> bool [out_features, in_features]; unused where `gptq.masked` is false.
+        memory: linears that it holds aren't quantised again.
+    """
+    chosen = stage.params.gptq
+    finished: list[str] = []
+    with stage.progress("gptq", len(families.block_linears(model.model))) as progress:
+
+        def done(name: str, error: float) -> None:
+            finished.append(name)
+            progress.update(len(finished), error=error)
+
+        joint = (chosen.joint.keep, chosen.joint.of) if chosen.joint else None
+        results = masked_gptq.quantise(
+            model,
+            windows,
+            keep if chosen.masked else {},
+            done,
+            chosen.scale_steps,
+            joint,
+            chosen.descent_cycles,
+            memory,
+        )
+    for name, result in results.items():
+        if result.damp > chosen.damp:
+            print(f"{name}: the Hessian needed damping {result.damp:.3g} instead of gptq.damp = {chosen.damp:.3g}")
+    return results
+
+
+def _tables(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of embedding and, where it is not the same parameter, head: [vocabulary, hidden] each."""
+    family = families.of_model(model)
+    weight, head = (model.get_submodule(name).weight for name in (family.embedding, family.head))
+    return {"embedding": weight} if head is weight else {"embedding": weight, "head": head}

@@ -1,0 +1,295 @@
+"""Export to GGUF for llama.cpp, with the `gguf` package: the package's own codes and scales as Q4_0, Q5_0 or Q8_0.
+
+These types are blocks of 32 values with a float16 scale and codes around zero, which hold symmetric codes of groups of
+a multiple of 32 exactly: the scale is repeated for each block. Codes with zero points of at most 7 bits become Q8_0,
+whose steps hold them, too. What has no such groups becomes float32: float16 weights would have the engine round the
+activations as well. An EoRA adapter
+is written as a GGUF LoRA of its own, adapter.gguf, to be loaded with the model. Pruned weights are stored as zeros.
+
+Llama's and Mistral's query and key rows are reordered, because llama.cpp rotates neighbouring pairs where transformers
+rotates halves; Qwen's are not. The engine rounds the activations that meet quantised weights to 8 bits: its logits are
+near the PyTorch model's, not equal. Tokenizers other than byte-level BPE are left out: the model then takes token ids.
+
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; block layouts: ggml-common.h of ggml
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+from gguf import GGMLQuantizationType as Type
+from gguf import GGUFWriter
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from tasks.algorithms.errors import InputError
+from tasks.export import source_model
+from tasks.export.source_model import Change, Source
+from tasks.packed import reader
+from tasks.packed.reader import Linear
+from tasks.runners.engines import GGUF, LORA
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "MistralForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
+    "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
+}
+_BLOCK = 32
+_PRE = {
+    ("ByteLevel",): "gpt-2",
+    ("Digits", "ByteLevel"): "smollm",
+}
+"""The steps of a tokenizer before BPE -> llama.cpp's name for them."""
+
+
+def write_float32(source: Source, folder: Path) -> dict[str, Change]:
+    """As `write`, with every weight in float32: the engine then rounds no activation."""
+    whole = [{name: _plain(linear) for name, linear in block.items()} for block in source.blocks]
+    head = None if source.head is None else Linear(weight=source_model.table(source.head))
+    table = Linear(weight=source_model.table(source.embedding))
+    notes = write(dataclasses.replace(source, blocks=whole, embedding=table, head=head), folder)
+    coded = any(linear.codes is not None for linear in source.linears.values())
+    return ({"codes and scales": Change("dequantised to float32", "values")} if coded else {}) | notes
+
+
+def _plain(linear: Linear) -> Linear:
+    weight = linear.values().float()
+    return Linear(weight=weight, bias=linear.bias, adapter=linear.adapter, pattern=linear.pattern)
+
+
+def write(source: Source, folder: Path) -> dict[str, Change]:
+    """Write model.gguf, adapter.gguf where there is an adapter, and the tokenizer's own files.
+
+    Returns:
+        What the format could not express -> what was done instead, to be said in export.json.
+
+    Raises:
+        InputError: the engine has no such architecture, attention window or rotary embedding.
+    """
+    architecture = _architecture(source)
+    names = gguf.get_tensor_name_map(architecture, source.config["num_hidden_layers"])
+    writer, notes = GGUFWriter(folder / GGUF, gguf.MODEL_ARCH_NAMES[architecture]), _notes(source)
+    _describe(writer, source)
+    notes |= _vocabulary(writer, source)
+    tensors = dict(source.linears) | {"model.embed_tokens": source.embedding}
+    tensors |= {} if source.head is None else {"lm_head": source.head}
+    for name, linear in tensors.items():
+        place, order = names.get_name(name), _order(source, architecture, name)
+        _add(writer, f"{place}.weight", linear, order, notes)
+        if linear.bias is not None:
+            writer.add_tensor(f"{place}.bias", linear.bias[order].float().numpy())
+    for name, values in source.rest.items():
+        place = names.get_name(name.removesuffix(".weight"))
+        writer.add_tensor(f"{place}.weight", values.float().numpy())
+    _close(writer)
+    notes |= _write_adapter(source, architecture, names, folder)
+    reader.copy_tokenizer(source.folder, folder)
+    return notes
+
+
+def steps(folder: Path) -> dict[str, np.ndarray]:
+    """Tensor name -> the signed codes [out_features, in_features] of Q4_0, Q5_0 and Q8_0, read with `gguf`."""
+    found = {}
+    for tensor in gguf.GGUFReader(folder / GGUF).tensors:
+        if tensor.tensor_type not in (Type.Q4_0, Type.Q5_0, Type.Q8_0):
+            continue
+        blocks = np.array(tensor.data).reshape(len(tensor.data), -1, gguf.GGML_QUANT_SIZES[tensor.tensor_type][1])
+        blocks = blocks.copy()
+        blocks[..., :2] = np.frombuffer(np.float16(1).tobytes(), np.uint8)  # scales of one leave the codes
+        values = gguf.dequantize(blocks.reshape(len(blocks), -1), tensor.tensor_type)
+        found[tensor.name] = values.astype(np.int16)
+    return found
+
+
+def component_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of the tensors by what they are for, with the names of `packed.COMPONENTS`, and `rotary`."""
+    found = dict.fromkeys(("values", "scales", "embedding", "norms", "adapter", "rotary"), 0)
+    for tensor in gguf.GGUFReader(folder / GGUF).tensors:
+        block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+        scales = 2 * int(tensor.n_elements) // block if block > 1 else 0
+        if tensor.name.startswith(("token_embd", "output.")):
+            found["embedding"] += int(tensor.n_bytes)
+        elif "norm" in tensor.name or tensor.name.endswith("bias"):
+            found["norms"] += int(tensor.n_bytes)
+        elif tensor.name.startswith("rope"):
+            found["rotary"] += int(tensor.n_bytes)
+        else:
+            found["scales"] += scales
+            found["values"] += int(tensor.n_bytes) - scales
+    if (folder / LORA).exists():
+        found["adapter"] = (folder / LORA).stat().st_size
+    return found
+
+
+def _architecture(source: Source) -> gguf.MODEL_ARCH:
+    config, named = source.config, source.config["architectures"][0]
+    if named not in ARCHITECTURES:
+        raise InputError(
+            f"{named} can't be exported to GGUF; known are {', '.join(ARCHITECTURES)}: export to onnx-int4"
+        )
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if window and window < config["max_position_embeddings"]:
+        raise InputError(f"a sliding window of {window} tokens can't be exported to GGUF: export to onnx-int4")
+    return ARCHITECTURES[named]
+
+
+def _notes(source: Source) -> dict[str, Change]:
+    notes, linears = source_model.densified(source), [*source.linears.values(), source.embedding]
+    if any(_type(linear) for linear in linears):
+        notes["scales"] = Change(f"float16 for each block of {_BLOCK} inputs, on no grid", "scales")
+        rounded = "rounded to 8 bits by the engine where they meet quantised weights"
+        notes["activations"] = Change(rounded, None, exact=False)
+    return notes
+
+
+def _describe(writer: GGUFWriter, source: Source) -> None:
+    """The sizes, and factors of the rotary embedding where it isn't the plain one."""
+    config = transformers.AutoConfig.for_model(**source.config)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(size)
+    theta = float(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(theta)
+    rotary = LlamaRotaryEmbedding(config)
+    plain = 1 / theta ** (torch.arange(0, size, 2) / size)
+    if rotary.attention_scaling != 1 or len(rotary.inv_freq) != len(plain):
+        kind = config.rope_parameters["rope_type"]
+        raise InputError(f"a rotary embedding of the type {kind!r} can't be exported to GGUF: export to onnx-int4")
+    if not torch.allclose(rotary.inv_freq, plain):
+        writer.add_tensor("rope_freqs.weight", (plain / rotary.inv_freq).float().numpy())
+
+
+def _vocabulary(writer: GGUFWriter, source: Source) -> dict[str, Change]:
+    """Tokens and merges of a byte-level BPE; what could not be expressed."""
+    path = source.folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"model": {}}
+    pre = _PRE.get(_pre_steps(content))
+    end = source.config.get("eos_token_id")
+    if end is not None:
+        writer.add_eos_token_id(end if isinstance(end, int) else end[0])
+    if not content["model"].get("merges") or content.get("normalizer") or pre is None:
+        writer.add_tokenizer_model("none")
+        return {
+            "tokenizer": Change("left out, no byte-level BPE that llama.cpp knows: the model takes ids", "metadata")
+        }
+    size = source.config["vocab_size"]
+    tokens, types = [f"[PAD{index}]" for index in range(size)], [gguf.TokenType.UNUSED] * size
+    added = {entry["content"]: entry["special"] for entry in content.get("added_tokens", [])}
+    entries = content["model"]["vocab"] | {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
+    for token, index in entries.items():
+        kind = {True: gguf.TokenType.CONTROL, False: gguf.TokenType.USER_DEFINED}
+        tokens[index], types[index] = token, kind[added[token]] if token in added else gguf.TokenType.NORMAL
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    if isinstance(source.config.get("bos_token_id"), int):
+        writer.add_bos_token_id(source.config["bos_token_id"])
+    writer.add_add_bos_token(_adds_bos(content))
+    return {}
+
+
+def _pre_steps(content: dict[str, Any]) -> tuple[str, ...]:
+    step = content.get("pre_tokenizer") or {"type": None}
+    parts = step["pretokenizers"] if step["type"] == "Sequence" else [step]
+    plain = {"Digits": {"individual_digits": True}, "ByteLevel": {"add_prefix_space": False, "use_regex": True}}
+    known = all(part.get(key) == value for part in parts for key, value in plain.get(part["type"], {}).items())
+    return tuple(part["type"] for part in parts) if known else ()
+
+
+def _adds_bos(content: dict[str, Any]) -> bool:
+    single = (content.get("post_processor") or {}).get("single", [])
+    return bool(single) and "SpecialToken" in single[0]
+
+
+def _order(source: Source, architecture: gguf.MODEL_ARCH, name: str) -> Tensor | slice:
+    """Of a linear's rows: query and key rows of a head as pairs (first half, second half) where llama.cpp wants it."""
+    if architecture != gguf.MODEL_ARCH.LLAMA or not name.endswith(("q_proj", "k_proj")):
+        return slice(None)
+    rows = source.linears[name].shape[0]
+    size = source.config.get("head_dim") or source.config["hidden_size"] // source.config["num_attention_heads"]
+    return torch.arange(rows).view(rows // size, 2, size // 2).transpose(1, 2).reshape(-1)
+
+
+def _add(writer: GGUFWriter, name: str, linear: Linear, order: Tensor | slice, notes: dict[str, Change]) -> None:
+    kind = _type(linear)
+    if kind is not None:
+        blob = _blocks(linear, kind)[order.numpy() if isinstance(order, Tensor) else order]
+        writer.add_tensor(name, np.ascontiguousarray(blob), raw_dtype=kind)
+        return
+    values = linear.values().float()[order]
+    writer.add_tensor(name, values.contiguous().numpy())
+    if linear.codes is not None:
+        done = Change("their linears are dequantised to float32", "values")
+        notes[f"groups that are no multiple of {_BLOCK} inputs, or out of order"] = done
+
+
+def _type(linear: Linear) -> Type | None:
+    """The smallest type that holds the codes exactly; None: not even Q8_0."""
+    if source_model.block_size(linear, _BLOCK, _BLOCK) is None:
+        return None
+    if linear.zeros is None:
+        return Type.Q4_0 if linear.bits <= 4 else Type.Q5_0 if linear.bits == 5 else Type.Q8_0
+    return Type.Q8_0 if linear.bits <= 7 else None
+
+
+def _blocks(linear: Linear, kind: Type) -> np.ndarray:
+    """uint8 [out_features, bytes]: per 32 values a float16 scale, then codes; nibbles hold value i low, i + 16 high."""
+    scales = source_model.block_scales(linear, _BLOCK).numpy()[..., None].view(np.uint8)  # [out, blocks, 2]
+    codes = source_model.steps(linear).numpy().reshape(*scales.shape[:2], _BLOCK)
+    if kind == Type.Q8_0:
+        parts = [scales, codes.astype(np.int8).view(np.uint8)]
+    else:
+        codes = (codes + (8 if kind == Type.Q4_0 else 16)).astype(np.uint8)
+        low, high = codes[..., : _BLOCK // 2] & 15, codes[..., _BLOCK // 2 :] & 15
+        fifth = [] if kind == Type.Q4_0 else [np.packbits(codes >> 4, axis=-1, bitorder="little")]
+        parts = [scales, *fifth, low | high << 4]
+    return np.concatenate(parts, axis=-1).reshape(len(codes), -1)
+
+
+def _write_adapter(
+    source: Source, architecture: gguf.MODEL_ARCH, names: gguf.TensorNameMap, folder: Path
+) -> dict[str, Change]:
+    branches = {name: linear for name, linear in source.linears.items() if linear.adapter is not None}
+    if not branches:
+        return {}
+    writer = GGUFWriter(folder / LORA, gguf.MODEL_ARCH_NAMES[architecture])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # no scaling by the rank, which differs between linears
+    for name, linear in branches.items():
+        a, b = source_model.factors(linear)
+        place = names.get_name(name)
+        for part, factor in (("a", a), ("b", b[_order(source, architecture, name)])):
+            writer.add_tensor(f"{place}.weight.lora_{part}", np.ascontiguousarray(factor.numpy()))
+    _close(writer)
+    done = f"a GGUF LoRA in float32 beside the model, {LORA}: the engine has to be told to load it"
+    return {"adapter": Change(done, "adapter")}
+
+
+def _close(writer: GGUFWriter) -> None:
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,181 @@
+"""Read and write quantised model folders with gptqmodel; `load_model` reads dense ones too.
+
+Apart from `tasks.models.dense_folder` because gptqmodel takes seconds to import, and because the code of a stage that
+only knows dense models must not change with it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import families
+from tasks.algorithms.quantisation import masked_gptq
+from tasks.models import dense_folder
+
+QUANTISED = "quantize_config.json"
+"""gptqmodel writes this file beside the weights; a folder without it is dense."""
+
+ADAPTER = "eora"
+"""Folder of the low-rank adapter inside a quantised model's folder."""
+
+_META = (
+    "quantizer",
+    "uri",
+    "damp_percent",
+    "damp_auto_increment",
+    "true_sequential",
+    "static_groups",
+    "act_group_aware",
+    "mse",
+)
+"""Of what gptqmodel notes about the quantisation: what had an effect on the weights."""
+
+
+def is_quantised(folder: Path) -> bool:
+    """Whether the folder holds a gptqmodel checkpoint."""
+    return (folder / QUANTISED).exists()
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """Any model folder of the pipeline, on the CPU, in float32, to be evaluated: dense, or quantised with adapter."""
+    return load_quantised(folder) if is_quantised(folder) else dense_folder.load_dense(folder)
+
+
+def load_quantised(folder: Path, adapter: bool = True) -> PreTrainedModel:
+    """A gptqmodel checkpoint with gptqmodel's torch kernel, on the CPU, computing in float32.
+
+    The kernel's weights are unpacked once, so it takes the memory of the dense model and is as fast.
+
+    Args:
+        adapter: load the adapter of the folder too, where it has one.
+    """
+    dense_folder.check_sizes(folder)
+    library = masked_gptq.gptqmodel
+    branch = folder / ADAPTER
+    with masked_gptq.loading_in_float32():
+        model = library.GPTQModel.load(
+            str(folder),
+            backend=library.BACKEND.GPTQ_TORCH,
+            device="cpu",
+            dtype=torch.float32,
+            adapter=masked_gptq.Lora(rank=None, path=str(branch)) if adapter and branch.exists() else None,
+        ).model
+    masked_gptq.unpack_once(model)
+    return model.eval()
+
+
+def load_dequantised(folder: Path) -> PreTrainedModel:
+    """A gptqmodel checkpoint as an ordinary dense float32 model, without its adapter."""
+    model = load_quantised(folder, adapter=False)
+    masked_gptq.densify(model)
+    return model
+
+
+def load_for_quantisation(folder: Path, quantisation: Any) -> Any:
+    """gptqmodel's wrapper of a dense checkpoint in float32, to be quantised by `masked_gptq.quantise`.
+
+    Args:
+        quantisation: of `masked_gptq.config`.
+    """
+    with masked_gptq.contained():
+        return masked_gptq.gptqmodel.GPTQModel.load(str(folder), quantisation, dtype=torch.float32)
+
+
+def save_quantised(model: Any, dense: Path, folder: Path) -> None:
+    """Write a quantised model as a folder that stock gptqmodel loads; what isn't quantised is stored in float16.
+
+    gptqmodel's own files hold times, settings of this machine and a changed tokenizer. So only its tensors and its
+    description of the quantisation are kept; all else comes from the dense folder.
+
+    Args:
+        model: what `masked_gptq.quantise` quantised.
+        dense: the folder it was loaded from.
+
+    Raises:
+        InputError: a value is too large for float16.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, masked_gptq.contained():
+        model.save(scratch, max_shard_size=None)
+        tensors = load_file(Path(scratch) / "model.safetensors")
+        quantisation = json.loads((Path(scratch) / QUANTISED).read_text(encoding="utf-8"))
+    tensors = {name: _half(name, tensor) for name, tensor in tensors.items()}
+    dense_folder.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    quantisation["meta"] = {key: quantisation["meta"][key] for key in _META}
+    dense_folder.write_json(folder / QUANTISED, quantisation)
+    described = {key: value for key, value in dense_folder.config(dense).items() if key != "torch_dtype"}
+    dense_folder.write_json(
+        folder / "config.json", described | {"dtype": "float16", "quantization_config": quantisation}
+    )
+    for path in sorted(dense.iterdir()):
+        if path.is_file() and not path.name.startswith("model.safetensors") and path.name != "config.json":
+            shutil.copyfile(path, folder / path.name)
+
+
+def save_adapter(folder: Path, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Add a low-rank adapter to a quantised model's folder, in the format of gptqmodel's `Lora` (that of PEFT).
+
+    A linear without a branch has factors of rank 0 in the file: gptqmodel gives every quantised linear an adapter and
+    refuses one without tensors. Where no linear has a branch, nothing is written.
+
+    Args:
+        factors: full module name -> (A [rank, in_features], B [out_features, rank]), added as B A; of every quantised
+            linear. Ranks may differ.
+    """
+    ranks = {name: len(a) for name, (a, _) in factors.items() if len(a)}
+    if not ranks:
+        return
+    branch = folder / ADAPTER
+    branch.mkdir()
+    tensors = {}
+    for name, (a, b) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b
+    dense_folder.save_tensors(branch / "adapter_model.safetensors", tensors, {"format": "pt"})
+    dense_folder.write_json(branch / "adapter_config.json", _adapter_config(ranks, whole=len(ranks) == len(factors)))
+
+
+def block_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Full module name -> float32 [out_features, in_features], dequantised, of the blocks; without adapter."""
+    found = {}
+    for name, linear in families.block_linears(model).items():
+        if isinstance(linear, nn.Linear):
+            found[name] = linear.weight.detach().float()
+        else:
+            found[name] = masked_gptq.dequantised(linear)
+    return found
+
+
+def _adapter_config(ranks: dict[str, int], whole: bool) -> dict[str, Any]:
+    """PEFT's description; `whole`: every quantised linear has a branch, so that short names find them all."""
+    rank = max(ranks.values())  # gptqmodel compares it to the rank that a user gives, and takes shapes from the tensors
+    others = {name: own for name, own in ranks.items() if own != rank}
+    return {
+        "r": rank,
+        "lora_alpha": rank,  # PEFT scales by alpha / r: by 1, for each linear
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted({name.rpartition(".")[2] for name in ranks} if whole else ranks),
+        "bias": "none",
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def _half(name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in (torch.float32, torch.bfloat16):
+        return tensor
+    half = tensor.half()
+    if not half.isfinite().all():
+        raise InputError(f"{name} has values up to {tensor.abs().max():.3g}, float16 ends at 65504: it can't be stored")
+    return half

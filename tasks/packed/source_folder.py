@@ -1,0 +1,224 @@
+"""Read a gptqmodel checkpoint, or a dense folder, as what is to be packed: codes, scales, zero points, masks, factors.
+
+The tensors are read as they are stored, block by block and without gptqmodel. The codes of embedding and adapter, which
+gptqmodel's format has no place for, come from files beside it, and must have the values that the folder computes with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tasks.algorithms import packing
+from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import families, masks
+from tasks.algorithms.quantisation import rounding
+from tasks.packed import file_format
+from tasks.packed.file_format import Linear, Model, Shapes
+
+
+def read(
+    folder: Path, masks_file: Path | None = None, embedding: Path | None = None, adapter: Path | None = None
+) -> Model:
+    """A gptqmodel checkpoint or a dense folder as a `Model`; blocks are read when they are asked for.
+
+    Args:
+        masks_file: masks.safetensors; None: nothing is pruned, zeros are values like others.
+        embedding: embedding.safetensors of the stage gptq; None or without tensors: embedding and head as stored.
+        adapter: adapter.safetensors of the stage eora; None or without tensors: the folder's adapter as stored.
+
+    Raises:
+        InputError: tensors that the config asks for are missing or have another shape; codes whose values aren't those
+            in the folder; a tied head that differs from the embedding; what gptqmodel stores in a way not known here.
+            (While the blocks are read:) a pruned weight that isn't zero.
+    """
+    config = file_format.clean(json.loads(file_format.read_bytes(folder / "config.json", "it is no model folder")))
+    shapes = file_format.shapes_of(json.dumps(config))
+    described = families.family(config)
+    tensors = _Tensors(folder)
+    table, head = f"{described.embedding}.weight", f"{described.head}.weight"
+    if shapes.tied and table not in tensors:
+        table = head  # a tied matrix may be stored under either name
+    if shapes.tied and head in tensors and not torch.equal(tensors.get(head), tensors.get(table)):
+        raise InputError(
+            f"{folder} has a head of its own, but its config ties it to the embedding: one of them is wrong"
+        )
+    coded = _coded(embedding)
+    return Model(
+        config,
+        _Blocks(folder, shapes, tensors, _Masks(masks_file), _coded(adapter)),
+        _matched(coded, "embedding", tensors.get(table, shapes.table)),
+        None if shapes.tied else _matched(coded, "head", tensors.get(head, shapes.table)),
+        {name: tensors.get(name, shape) for name, shape in shapes.rest.items()},
+    )
+
+
+class _Tensors:
+    """The tensors of a model folder, in one file or several."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        paths = sorted(folder.glob("model*.safetensors"))
+        if not paths:
+            raise InputError(f"{folder} holds no model*.safetensors: it is no model folder")
+        self.files = {path: safe_open(path, framework="pt") for path in paths}
+        self.where = {name: file for file in self.files.values() for name in sorted(file.keys())}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.where
+
+    def get(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The tensor, of this shape.
+
+        Raises:
+            InputError: it is missing, or has another.
+        """
+        if name not in self:
+            raise InputError(f"{self.folder} has no tensor {name}, which its config asks for: run the stages again")
+        tensor = self.where[name].get_tensor(name)
+        if shape is not None and tuple(tensor.shape) != tuple(shape):
+            raise InputError(f"{name} of {self.folder} is {tuple(tensor.shape)}, its config says {tuple(shape)}")
+        return tensor
+
+
+class _Masks:
+    """masks.safetensors, mask by mask; empty without a file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.file = safe_open(path, framework="pt") if path else None
+        metadata = (self.file.metadata() or {}) if path else {"pattern": "dense"}
+        if "pattern" not in metadata:
+            raise InputError(f"{path} is no mask file: its metadata has no `pattern`; run the stage wanda again")
+        self.pattern = metadata["pattern"]
+        masks.parse(self.pattern)
+        self.names = set(self.file.keys()) if path else set()
+        self.shapes = metadata
+
+    def get(self, name: str) -> tuple[Tensor | None, str]:
+        """(bool [out, in], pattern) of a linear; (None, "dense") where it isn't pruned."""
+        if name not in self.names or self.pattern == "dense":
+            return None, "dense"
+        rows, cols = map(int, self.shapes[name].split(","))
+        return masks.unpack(self.file.get_tensor(name), rows, cols), self.pattern
+
+
+class _Blocks:
+    """The blocks of a model folder; each pass reads them anew."""
+
+    def __init__(
+        self, folder: Path, shapes: Shapes, tensors: _Tensors, keep: _Masks, coded: Mapping[str, rounding.Coded]
+    ) -> None:
+        self.folder, self.shapes, self.tensors, self.keep, self.coded = folder, shapes, tensors, keep, coded
+        self.settings: dict[str, Any] = {}
+        if (folder / "quantize_config.json").exists():
+            self.settings = json.loads((folder / "quantize_config.json").read_text(encoding="utf-8"))
+            self._check_format()
+        branch = folder / "eora" / "adapter_model.safetensors"
+        self.adapter = safe_open(branch, framework="pt") if branch.exists() else None
+        names = {name for block in shapes.linears for name in block}
+        foreign = sorted((keep.names | {name.rpartition(".")[0] for name in coded}) - names)
+        if foreign:
+            raise InputError(f"there is a mask or an adapter for {foreign[0]}, which {folder} doesn't have")
+
+    def _check_format(self) -> None:
+        found = self.settings.get("checkpoint_format", self.settings.get("format"))
+        if found not in ("gptq", "gptq_v2") or self.settings.get("pack_dtype", "int32") != "int32":
+            raise InputError(f"{self.folder} is quantised in the format {found!r}; known are gptq and gptq_v2 of int32")
+
+    def __iter__(self) -> Iterator[dict[str, Linear]]:
+        for block in self.shapes.linears:
+            yield {name: self._linear(name, shape) for name, shape in block.items()}
+
+    def _linear(self, name: str, shape: tuple[int, int]) -> Linear:
+        keep, pattern = self.keep.get(name)
+        linear = Linear(keep=keep, pattern=pattern)
+        if f"{name}.qweight" in self.tensors:
+            self._quantised(name, shape, linear)
+        else:
+            linear.weight = self.tensors.get(f"{name}.weight", shape)
+        if name in self.shapes.biases:
+            linear.bias = self.tensors.get(f"{name}.bias", shape[:1])
+        if self.adapter:
+            linear.adapter = self._branch(name)
+        return linear
+
+    def _quantised(self, name: str, shape: tuple[int, int], linear: Linear) -> None:
+        rows, cols = shape
+        words = self.tensors.get(f"{name}.qweight")  # int32 [in * bits / 32, out]
+        linear.bits = len(words) * 32 // cols
+        if linear.bits not in (2, 3, 4, 8) or tuple(words.shape) != (cols * linear.bits // 32, rows):
+            raise InputError(f"{name}.qweight of {self.folder} is {tuple(words.shape)}: no codes of 2, 3, 4 or 8 bits")
+        linear.codes = torch.from_numpy(_fields(words.T, linear.bits))
+        linear.scales = self.tensors.get(f"{name}.scales").T.contiguous()
+        groups = linear.scales.shape[1]
+        linear.group_size = cols // groups
+        index = self.tensors.get(f"{name}.g_idx", (cols,))
+        trivial = torch.arange(cols, dtype=index.dtype) // linear.group_size
+        linear.group_index = None if torch.equal(index, trivial) else index
+        zeros = self._zeros(name, linear.bits)
+        if tuple(zeros.shape) != (groups, rows) or tuple(linear.scales.shape) != (rows, groups):
+            raise InputError(f"scales and zero points of {name} in {self.folder} don't fit its shape {shape}")
+        if (zeros != 2 ** (linear.bits - 1)).any():
+            linear.zeros = torch.from_numpy(zeros.T.copy())
+
+    def _zeros(self, name: str, bits: int) -> np.ndarray:
+        """uint8 [groups, out]."""
+        words = self.tensors.get(f"{name}.qzeros")  # int32 [groups, out * bits / 32]
+        old = self.settings.get("checkpoint_format", self.settings.get("format")) == "gptq"  # stored less one
+        if old and bits != 3:
+            one = sum(1 << place for place in range(0, 32, bits))  # of each field, with carries: gptqmodel's arithmetic
+            words = torch.from_numpy((words.numpy().view(np.uint32) + np.uint32(one)).view(np.int32))
+        zeros = _fields(words, bits)
+        return (zeros + 1) & 7 if old and bits == 3 else zeros
+
+    def _branch(self, name: str) -> tuple[rounding.Coded | Tensor, rounding.Coded | Tensor] | None:
+        a, b = (self.adapter.get_tensor(f"base_model.model.{name}.lora_{side}.weight") for side in "AB")
+        if not len(a):
+            return None
+        if f"{name}.a" not in self.coded:
+            return a, b
+        coded_a, coded_b = self.coded[f"{name}.a"], self.coded[f"{name}.b"]
+        if not (
+            torch.equal(rounding.values(coded_a), a.float()) and torch.equal(rounding.values(coded_b).T, b.float())
+        ):
+            raise InputError(f"the codes of the adapter of {name} aren't those of {self.folder}: run stage eora again")
+        return coded_a, coded_b
+
+
+def _fields(words: Tensor, bits: int) -> np.ndarray:
+    """uint8 [rows, words * 32 / bits] of int32 [rows, words], the lowest bits first, across words."""
+    data = words.contiguous().numpy().astype("<i4", copy=False)
+    count = data.size * 32 // bits
+    return packing.unpack_digits(data.view(np.uint8).reshape(-1), count, 2**bits).reshape(len(data), -1)
+
+
+def _coded(path: Path | None) -> dict[str, rounding.Coded]:
+    """Name -> Coded, of a file of `<name>.codes` and `<name>.scales`; groups follow from the numbers of both."""
+    if path is None:
+        return {}
+    found = {}
+    with safe_open(path, framework="pt") as file:
+        bits = int((file.metadata() or {}).get("bits", 16))
+        for name in [key.removesuffix(".codes") for key in sorted(file.keys()) if key.endswith(".codes")]:
+            codes, scales = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales")
+            found[name] = rounding.Coded(codes, scales, bits, codes.shape[1] // scales.shape[1])
+    return found
+
+
+def _matched(coded: Mapping[str, rounding.Coded], name: str, stored: Tensor) -> rounding.Coded | Tensor:
+    if name not in coded:
+        return stored
+    found = coded[name]
+    step = max(1, file_format.CHUNK // stored.shape[1])
+    for start in range(0, len(stored), step):
+        part = rounding.Coded(found.codes[start : start + step], found.scales[start : start + step], *found[2:])
+        if not torch.equal(rounding.values(part), stored[start : start + step].float()):
+            raise InputError(f"the codes of the {name} aren't those of its folder: run stage gptq again")
+    return found

@@ -1,0 +1,132 @@
+"""Which bytes of a tensor file an older one has, too: by the sections of a packed model, else by tensors.
+
+A packed blob holds all of a block; its layout says where each linear's positions, values, scales and adapter are, so an
+adapter that changed costs its own bytes, not its block's. Sections are matched by name, wherever they are now. No
+search for similar bytes: packed content is close to random, and a section either stays or is another one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from tasks.algorithms.errors import InputError
+from tasks.packed import file_format, reader
+
+CHUNK = 2**20
+"""Bytes that are compared at once."""
+
+
+class Segment(NamedTuple):
+    """A named run of bytes of a file; component: what it is for (`tasks.packed.reader.COMPONENTS`)."""
+
+    name: tuple[str, ...]
+    component: str
+    start: int
+    size: int
+
+
+class Piece(NamedTuple):
+    """Bytes of the new file: from `start` of the old one, or new (None)."""
+
+    start: int | None
+    size: int
+
+
+def pieces(old: Path, new: Path) -> tuple[list[Piece], dict[str, int]]:
+    """What the new file is made of, in its order; and of the new bytes how many are for what.
+
+    Raises:
+        InputError: one is no safetensors file.
+    """
+    known = {segment.name: segment for segment in segments(old)}
+    found: list[Piece] = []
+    sizes: dict[str, int] = {}
+    with old.open("rb") as before, new.open("rb") as after:
+        for segment in segments(new):
+            own = known.get(segment.name)
+            same = own is not None and own.size == segment.size and _equal(before, own, after, segment)
+            _add(found, own.start if same else None, segment.size)
+            if not same:
+                sizes[segment.component] = sizes.get(segment.component, 0) + segment.size
+    return found, sizes
+
+
+def segments(path: Path) -> Iterator[Segment]:
+    """The segments of a safetensors file, which together are all of it.
+
+    Raises:
+        InputError: it is none.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > file_format.LIMIT:
+            raise InputError(f"{path} is no safetensors file that can be read: its header has {size} bytes")
+        try:
+            header = json.loads(file.read(size))
+            tensors = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is no safetensors file: its header can't be read") from error
+    yield Segment(("header",), "metadata", 0, 8 + size)
+    layout = reader.layout(path.parent) if path.name == reader.FILE and reader.is_packed(path.parent) else None
+    for name, (start, stop) in sorted(tensors.items(), key=lambda item: item[1]):
+        if layout:
+            yield from _sections(path, layout, name, 8 + size + start, stop - start)
+        else:
+            yield Segment((name,), "tensors", 8 + size + start, stop - start)
+
+
+def adapter_parameters(folder: Path) -> tuple[int, int]:
+    """Parameters of the adapters of a packed model, and of the model without them.
+
+    Raises:
+        InputError: it is none.
+    """
+    layout = reader.layout(folder)
+    specs = [spec for block in layout.specs for spec in block]
+    rows, cols = layout.table_shape
+    table = rows * cols * (1 if layout.description.tied else 2)
+    rest = sum(math.prod(shape) for shape in layout.rest.values())
+    biases = sum(spec.rows for spec in specs if spec.bias)
+    own = sum(spec.rows * spec.cols for spec in specs) + table + rest + biases
+    return sum(spec.rank * (spec.rows + spec.cols) for spec in specs), own
+
+
+def _sections(path: Path, layout: file_format.Layout, blob: str, start: int, size: int) -> Iterator[Segment]:
+    """The sections of a packed blob that begins at `start`."""
+
+    def peek(spec: file_format.Spec, offset: int) -> tuple[int, int]:
+        with path.open("rb") as file:
+            file.seek(start + offset)
+            return file_format.COUNTS.unpack(file.read(file_format.COUNTS.size))
+
+    offset = 0
+    for section in layout.sections(blob, peek):
+        yield Segment((blob, section.linear, section.part), section.component, start + offset, section.size)
+        offset += section.size
+    if offset != size:
+        raise InputError(f"{blob} in {path} has {size} bytes, not {offset}: the folder is damaged")
+
+
+def _equal(before: BinaryIO, one: Segment, after: BinaryIO, other: Segment) -> bool:
+    before.seek(one.start)
+    after.seek(other.start)
+    left = one.size
+    while left:
+        size = min(left, CHUNK)
+        if before.read(size) != after.read(size):
+            return False
+        left -= size
+    return True
+
+
+def _add(found: list[Piece], start: int | None, size: int) -> None:
+    """Append a piece, or lengthen the last one where it goes on."""
+    last = found[-1] if found else None
+    if last and (last.start is None) == (start is None) and (start is None or last.start + last.size == start):
+        found[-1] = Piece(last.start, last.size + size)
+    elif size:
+        found.append(Piece(start, size))

@@ -1,0 +1,52 @@
+"""Any model folder of the pipeline: dense, quantised by gptqmodel, or packed.
+
+Apart from `tasks.models.gptq_folder` because stages before `package` know no packed models and must not change with
+their code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tasks.algorithms.model import families
+from tasks.models import dense_folder, gptq_folder, tensor_headers
+from tasks.packed import reader
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The model on the CPU, in float32, to be evaluated.
+
+    Raises:
+        InputError: a packed file is damaged.
+    """
+    return reader.load_model(folder) if reader.is_packed(folder) else gptq_folder.load_model(folder)
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """The model's config.json, wherever the folder has it.
+
+    Raises:
+        InputError: there is none, or it can't be read.
+    """
+    return reader.config(folder) if reader.is_packed(folder) else dense_folder.config(folder)
+
+
+def block_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Full module name -> float32 [out_features, in_features], dequantised, of the blocks; without adapter."""
+    linears = families.block_linears(model)
+    if any(isinstance(linear, reader.PackedLinear) for linear in linears.values()):
+        return {name: linear.weight.detach() for name, linear in linears.items()}
+    return gptq_folder.block_weights(model)
+
+
+def component_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of all files below the folder by what they are for, with the names of the folder's own format.
+
+    Raises:
+        InputError: a file of tensors is damaged.
+    """
+    return reader.component_bytes(folder) if reader.is_packed(folder) else tensor_headers.component_bytes(folder)

@@ -1,0 +1,187 @@
+"""Put right what a kill, a full disk or a failing one left behind, so that the next run goes on.
+
+    edgepress mend            DVC's list of readers and writers, and dvc.lock
+    edgepress mend --cache    hash every byte of DVC's cache and of the outputs, too
+
+DVC (3.67.1) writes dvc.lock and `.dvc/tmp/rwlock` in place. A kill meanwhile leaves half of them, and then every
+command fails, or it silently lacks entries. Every stage keeps a copy of dvc.lock when it starts: entries that were lost
+come from it. DVC also trusts the files of its cache, which the outputs are hard links to: a bit that flips there is
+never noticed, and comes back with every checkout. So damaged copies are removed here, and `dvc repro` restores or
+computes what is missing. Nothing that is whole is removed, and nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+
+from tasks.algorithms.errors import InputError
+from tasks.runtime import lineage, locks
+
+LOCK = Path("dvc.lock")
+KEPT = Path("data/.scratch/dvc.lock")
+"""The copy of dvc.lock that stages keep."""
+DAMAGED = ".damaged"
+"""Ending of what is moved aside."""
+GUARD = locks.DVC_USERS.with_suffix(".lock")
+"""DVC holds this lock while it edits its list."""
+HASH = re.compile(r"[0-9a-f]{32}(\.dir)?")
+AT_WORK = "DVC is working in this folder"
+
+
+def keep_lock() -> None:
+    """Keep a copy of dvc.lock: what it says now, and the entries that it lacks and had before."""
+    now = _entries(LOCK)
+    if now is None:
+        return
+    kept = _entries(KEPT) or {}
+    if kept != (together := kept | now):
+        KEPT.parent.mkdir(parents=True, exist_ok=True)
+        _write(KEPT, _dumped(together))
+
+
+def mend() -> list[str]:
+    """Put DVC's list of readers and writers and dvc.lock right; returns a sentence for each thing that was done.
+
+    Raises:
+        InputError: DVC is working in this folder at this moment.
+    """
+    if not locks.DVC_LOCK.parent.is_dir():
+        return []
+    with (
+        locks.held(locks.DVC_LOCK, AT_WORK),
+        locks.held(GUARD, "DVC is working in this folder"),
+    ):
+        return [*_mend_users(), *_mend_lock()]
+
+
+def _mend_users() -> Iterator[str]:
+    users = locks.users_of_dvc()
+    if users is None:
+        os.replace(locks.DVC_USERS, _aside(locks.DVC_USERS))
+        yield f"{locks.DVC_USERS} could not be read (a kill or a full disk cut it off): it was moved aside"
+    elif users and (living := locks.without_dead(users)) != {"read": {}, "write": {}} | users:
+        _write(locks.DVC_USERS, json.dumps(living))
+        yield f"{locks.DVC_USERS} named processes that are gone: it does no more"
+
+
+def _mend_lock() -> Iterator[str]:
+    kept, now = _entries(KEPT) or {}, _entries(LOCK)
+    if now is None and LOCK.exists():
+        os.replace(LOCK, _aside(LOCK))
+        yield f"{LOCK} could not be read (a kill or a full disk cut it off): it was moved to {_aside(LOCK)}"
+        if not kept:
+            yield f"no stage kept a copy of {LOCK}: `git checkout -- {LOCK}` brings the committed one back"
+    lost = {name: entry for name, entry in kept.items() if _lost(entry, (now or {}).get(name))}
+    if lost:
+        _write(LOCK, _dumped((now or {}) | lost))
+        yield f"{LOCK} had lost {len(lost)} entries ({', '.join(sorted(lost)[:3])} …): they are back"
+
+
+def _lost(kept: dict[str, Any], now: dict[str, Any] | None) -> bool:
+    """Whether an entry is not there, or ends before the kept one does."""
+    if now is None or kept == now:
+        return now is None
+    hashes = [out.get("md5") if isinstance(out, dict) else None for out in now["outs"]]
+    begun = _dumped(now).rstrip().removesuffix("null").rstrip()  # a value that was cut off before it began
+    return not all(map(HASH.fullmatch, map(str, hashes))) or _dumped(kept).startswith(begun)
+
+
+def mend_cache() -> Iterator[str]:
+    """Remove every file of DVC's cache and every output whose bytes don't have their hash; a sentence for each.
+
+    Outputs that DVC doesn't cache are left, and the command that brings them back is named.
+
+    Raises:
+        InputError: there is no DVC project, or DVC is working in it.
+    """
+    try:
+        with locks.held(locks.DVC_LOCK, AT_WORK), Repo() as repo:
+            yield from _mend_objects(Path(repo.cache.local.path))
+            yield from _mend_outputs(repo)
+    except DvcException as error:
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def _mend_objects(cache: Path) -> Iterator[str]:
+    for path in sorted(cache.glob("??/*")):
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "md5").hexdigest()
+        if found != path.parent.name + path.name.removesuffix(".dir"):
+            path.unlink()
+            yield f"{path} of DVC's cache had other bytes than its name says: it was removed"
+
+
+def _mend_outputs(repo: Repo) -> Iterator[str]:
+    for out in (out for stage in repo.index.stages for out in stage.outs):
+        if not out.hash_info or not out.exists or lineage.md5(out, trust_state=False) == out.hash_info.value:
+            continue
+        if out.use_cache:
+            out.remove()
+            yield f"{out} was not what its stage wrote: it was removed; `dvc repro` restores it or makes it again"
+        else:
+            yield f"{out} is not what its stage wrote: `git checkout -- {out}` brings it back"
+
+
+def _entries(path: Path) -> dict[str, dict[str, Any]] | None:
+    """Stage -> entry of a dvc.lock; None where there is none or it can't be read. Half of an entry is left out."""
+    try:
+        stages = yaml.load(path.read_bytes(), yaml.CSafeLoader)["stages"]
+        return {name: entry for name, entry in stages.items() if _is_entry(entry)}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and "cmd" in entry and isinstance(entry.get("outs"), list)
+
+
+def _dumped(entries: dict[str, Any]) -> str:
+    return yaml.dump({"schema": "2.0", "stages": entries}, Dumper=yaml.CSafeDumper, sort_keys=False)
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + DAMAGED)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Exit status: 0 all is right now, 1 DVC is at work, or there is no project."""
+    parser = argparse.ArgumentParser(prog="edgepress mend", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--cache", action="store_true", help="hash DVC's cache and the outputs, too")
+    given = parser.parse_args(arguments)
+    done = 0
+    try:
+        for sentence in (*mend(), *(mend_cache() if given.cache else ())):
+            print(sentence)
+            done += 1
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("`dvc repro` goes on from here" if done else "nothing to mend")
+    return 0
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        sys.exit(main())

@@ -1,0 +1,204 @@
+"""What a folder holds, against tensors made by hand, `stat`, and the packed file's own bytes."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tasks.algorithms.device_fit import footprint
+from tasks.algorithms.device_fit.footprint import Model, Unit
+from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import families
+from tasks.algorithms.quantisation import rounding
+from tasks.device_profiles import contents
+from tasks.packed import reader
+from tests.algorithms.device_fit.test_footprint import CONFIG
+from tests.benchmarks import llama_bytes
+
+EVERYTHING = Unit(
+    {name: "fp32" for name in ("fp32", "fp16", "bf16")}
+    | {f"int{bits}-{kind}": "fp32" for bits in range(2, 9) for kind in ("group", "channel")},
+    {"fp32": 1},
+    saves_bytes=frozenset({(2, 4)}),
+)
+"""Takes whatever there is."""
+
+
+def held(model: Model) -> dict[str, int]:
+    """Component -> bytes in such a memory, metadata left out."""
+    found: dict[str, int] = {}
+    for one in footprint.hold(model, EVERYTHING):
+        found[one.component] = found.get(one.component, 0) + one.bytes
+    return {name: size for name, size in found.items() if name != "metadata"}
+
+
+def model_folder(folder: Path, *, tied: bool = True, quantised: bool = False) -> Path:
+    """Tensors of the right names; only their sizes matter here."""
+    folder.mkdir(parents=True)
+    config = dict(CONFIG)
+    tensors = {"model.embed_tokens.weight": torch.zeros(20, 8, dtype=torch.float32)}
+    if quantised:
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 8, "sym": True}
+        tensors["model.layers.0.mlp.gate_proj.qzeros"] = torch.zeros(1, 2, dtype=torch.int32)
+        tensors["model.layers.0.mlp.gate_proj.qweight"] = torch.zeros(1, 12, dtype=torch.int32)
+        tensors["model.layers.0.mlp.gate_proj.scales"] = torch.zeros(1, 12, dtype=torch.float16)
+        adapter = {"model.layers.0.mlp.gate_proj.lora_A.weight": torch.zeros(2, 8, dtype=torch.float16)}
+        save_file(adapter, folder / "adapter_model.safetensors")
+    else:
+        tensors["model.layers.0.mlp.gate_proj.weight"] = torch.zeros(12, 8, dtype=torch.float32)
+    if not tied:
+        tensors["lm_head.weight"] = torch.zeros(20, 8, dtype=torch.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "tokenizer.json").write_text("{}" * 50, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_sizes_equal_stat(tmp_path: Path, quantised: bool) -> None:
+    folder = model_folder(tmp_path / "model", quantised=quantised)
+    model, sizes = contents.read(folder), {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert model.stored == sum(sizes.values()) == sum(model.stored_components.values())
+    assert model.metadata == sum(size for name, size in sizes.items() if not name.endswith(".safetensors"))
+    if quantised:
+        assert held(model) == {"values": 12 * 8 // 2, "scales": 12 * 2, "adapter": 2 * 8 * 2, "embedding": 20 * 8 * 4}
+        assert [m.format for m in model.matrices()] == ["fp16", "int4-channel", "fp32"]
+    else:
+        assert held(model) == {"values": 12 * 8 * 4, "embedding": 20 * 8 * 4}
+
+
+def test_an_untied_embedding_is_only_looked_up_in(tmp_path: Path) -> None:
+    model = contents.read(model_folder(tmp_path / "model", tied=False))
+    assert [(part.name, part.matrices[0].looked_up) for part in model.parts[-2:]] == [
+        ("embedding", True),
+        ("head", False),
+    ]
+    tied = contents.read(model_folder(tmp_path / "tied"))
+    assert not any(matrix.looked_up for matrix in tied.matrices())
+
+
+def test_damaged_and_missing_files(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(InputError, match="cut off"):
+        contents.read(folder)
+    path.unlink()
+    with pytest.raises(InputError, match="no .*safetensors"):
+        contents.read(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match="config.json can't be read"):
+        contents.read(folder)
+    for content, said in (("{", "no JSON"), ("[]", "holds list")):
+        (folder / "config.json").write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match=said):
+            contents.config_of(folder)
+
+
+def test_a_type_or_codes_that_can_not_be_counted(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    save_file(
+        {"model.layers.1.mlp.up_proj.weight": torch.zeros(12, 8, dtype=torch.float64)}, folder / "more.safetensors"
+    )
+    with pytest.raises(InputError, match="up_proj.weight is stored as F64"):
+        contents.read(folder)
+    folder = model_folder(tmp_path / "quantised", quantised=True)
+    save_file({"model.layers.1.mlp.up_proj.qweight": torch.zeros(1, 12, dtype=torch.int32)}, folder / "a.safetensors")
+    with pytest.raises(InputError, match="up_proj has packed GPTQ codes, but no scales"):
+        contents.read(folder)
+
+
+@pytest.fixture
+def pack(make_model, tmp_path: Path):
+    """pack(tied, pattern) -> a packed folder: int4 linears in groups of 16 with adapters of rank 2, int8 embedding."""
+
+    def make(tied: bool = True, pattern: str = "2:4") -> Path:
+        model = make_model(tie_word_embeddings=tied)
+        blocks = []
+        for linears in families.linears_by_block(model):
+            block = {}
+            for name, linear in linears.items():
+                coded = rounding.quantise(linear.weight.detach(), 4, 16)
+                keep = torch.tensor([True, False, False, True]).repeat(linear.out_features, linear.in_features // 4)
+                codes = coded.codes * keep if pattern == "2:4" else coded.codes
+                block[name] = reader.Linear(
+                    codes=(codes + 8).to(torch.uint8),
+                    scales=coded.scales,
+                    bits=4,
+                    group_size=16,
+                    keep=keep if pattern == "2:4" else None,
+                    pattern=pattern,
+                    adapter=(torch.ones(2, linear.in_features).half(), torch.ones(linear.out_features, 2).half()),
+                )
+            blocks.append(block)
+        table, head = (model.get_submodule(name).weight.detach() for name in ("model.embed_tokens", "lm_head"))
+        rest = {name: weight.detach().half() for name, weight in model.named_parameters() if "norm" in name}
+        config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+        coded = rounding.quantise(table, 8, 32), None if tied else head.half()
+        reader.save(reader.Model(config, blocks, *coded, rest), tmp_path / "packed")
+        (tmp_path / "packed/tokenizer.json").write_text("{}" * 50, encoding="utf-8")
+        return tmp_path / "packed"
+
+    return make
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_folder_is_counted_by_its_description(pack, tied: bool) -> None:
+    folder = pack(tied)
+    model, components = contents.read(folder), reader.component_bytes(folder)
+    assert model.stored == sum(path.stat().st_size for path in folder.iterdir()) == sum(components.values())
+    found, weights = held(model), 4 * sum(r * c for r, c in families.linear_shapes(reader.config(folder)).values())
+    assert found["values"] == components["values"] == weights // 2 // 2
+    assert found["positions"] == weights // 2 * 2 // 8  # the file's combinatorial codes are shorter
+    assert found["scales"] == weights // 16 * 2
+    assert found["norms"] == components["norms"]
+    sides = 4 * sum(sum(shape) for shape in families.linear_shapes(reader.config(folder)).values())
+    assert found["adapter"] == 2 * sides * 2
+    assert found["embedding"] == 96 * 32 + 96 * 2 + (0 if tied else 96 * 32 * 2)
+    assert {m.pattern for m in model.matrices() if m.component == "values"} == {(2, 4)}
+    assert any(matrix.looked_up for matrix in model.matrices()) != tied
+
+
+def test_a_packed_folder_without_a_pattern(pack) -> None:
+    model = contents.read(pack(pattern="dense"))
+    assert {matrix.pattern for matrix in model.matrices()} == {None}
+    assert "positions" not in held(model)
+
+
+def test_a_model_is_planned_as_it_would_be_packed(pack) -> None:
+    folder = pack()
+    real = contents.read(folder)
+    planned = contents.planned(reader.config(folder), 4, 16, "2:4", 8, 32)
+    ours = {name: size for name, size in held(real).items() if name != "adapter"}
+    assert held(planned) == ours
+    assert planned.stored == reader.planned_bytes(reader.config(folder), 4, "2:4", 16, 8, 32)
+    assert planned.metadata == 0
+
+
+def test_plans_that_can_not_be() -> None:
+    config = CONFIG | {"tie_word_embeddings": True}
+    for arguments, said in (
+        ((1,), "bits = 1"),
+        ((4, 5), "group_size = 5"),
+        ((4, 4, "3:7"), "not divisible by groups of 3:7"),
+        ((4, 4, "dense", 5), "embedding's 5"),
+        ((4, 4, "dense", 8, 3), "embedding_group = 3"),
+    ):
+        with pytest.raises(InputError, match=said):
+            contents.planned(config, *arguments)
+    with pytest.raises(InputError, match="supported are"):
+        contents.planned(config | {"architectures": ["GPT2LMHeadModel"]}, 4)
+
+
+def test_llama_in_bf16_has_its_published_size() -> None:
+    # PTE file of the bf16 baseline: 2,358 MiB (pytorch/executorch, examples/models/llama/README.md)
+    model = contents.planned(llama_bytes.CONFIG, None, dtype="BF16")
+    assert sum(held(model).values()) / 2**20 == pytest.approx(2358, rel=1e-3)
+    average = footprint.with_bits(model, Fraction(7, 2), EVERYTHING)
+    linears = 16 * sum(rows * cols for rows, cols in families.linear_shapes(llama_bytes.CONFIG).values())
+    assert held(average)["values"] == linears * 7 // 16

@@ -1,0 +1,119 @@
+"""dvc.yaml is the one DAG: its stages, params.yaml's sections, the modules and the declared code agree."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tasks.cli.deps import closure
+from tasks.parameters.schema import OPERATIONS, Params
+from tests.support.paths import ROOT
+
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+ALLOWED = {"masked_gptq": {"pathlib"}}  # gptqmodel writes ./logs: it is given a temporary working folder
+
+
+def test_there_are_stages() -> None:
+    assert len(STAGES) >= 14
+
+
+def test_stages_are_the_sections_of_the_parameters_and_the_modules() -> None:
+    sections = list(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")))
+    assert sorted([*STAGES, *OPERATIONS]) == sorted(sections) == sorted(Params.model_fields)
+    for name in STAGES:
+        assert (ROOT / "tasks" / f"{name}.py").exists()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_declared_code_is_the_import_closure(name: str) -> None:
+    declared = [dep for dep in STAGES[name]["deps"] if dep.startswith("tasks/")]
+    assert declared == closure(ROOT / "tasks" / f"{name}.py", ROOT), "run `edgepress deps`"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_imports_no_other_stage(name: str) -> None:
+    others = {f"tasks/{other}.py" for other in STAGES if other != name}
+    assert not set(closure(ROOT / "tasks" / f"{name}.py", ROOT)) & others
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_writes_below_its_own_name_and_leaves_a_record(name: str) -> None:
+    outs = [
+        next(iter(out)) if isinstance(out, dict) else out
+        for key in ("outs", "metrics")
+        for out in STAGES[name].get(key, [])
+    ]
+    records = [out for out in outs if out.startswith("data/lineage/")]
+    assert len(records) == 1 and Path(records[0]).name.split("@")[0].removesuffix(".json") == name
+    assert all(Path(out).parts[:2] == ("data", name) for out in outs if out not in records)
+    assert not any(dep.startswith("data/lineage") for dep in STAGES[name]["deps"])
+
+
+def test_only_flows_imports_prefect() -> None:
+    for path in (ROOT / "tasks").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        modules |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not any(module.split(".")[0] in ("prefect", "flows") for module in modules), path
+
+
+def test_algorithms_know_no_path_no_yaml_no_dvc() -> None:
+    banned = {"pathlib", "yaml", "dvc", "prefect", "json"}
+    files = sorted((ROOT / "tasks" / "algorithms").rglob("*.py"))
+    assert len(files) > 30
+    for path in files:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = {
+            alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+        }
+        modules |= {(node.module or "").split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not modules & banned - ALLOWED.get(path.stem, set()), path
+
+
+def rooms() -> list[str]:
+    """The folders of tasks/ that hold modules, those of the algorithms too: "runtime", "algorithms.model"."""
+    folders = {path.parent.relative_to(ROOT / "tasks") for path in (ROOT / "tasks").rglob("*.py")}
+    return sorted(".".join(folder.parts) for folder in folders if folder.parts)
+
+
+def test_a_file_in_tasks_is_a_stage_and_a_folder_is_a_room() -> None:
+    files = {path.stem for path in (ROOT / "tasks").glob("*.py") if not path.stem.startswith("__")}
+    assert files == set(STAGES)
+    assert not set(rooms()) & set(STAGES)
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_a_room_opens_with_what_belongs_there(room: str) -> None:
+    tree = ast.parse((ROOT / "tasks" / room.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))
+    assert len(tree.body) == 1 and len(ast.get_docstring(tree) or "") > 60  # words, and nothing that runs
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules or packages that a module imports from, those for type checkers included."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+
+
+def test_the_rooms_imports_have_no_circle() -> None:
+    known, after = set(rooms()), {}
+    for path in (ROOT / "tasks").rglob("*.py"):
+        room = ".".join(path.parent.relative_to(ROOT / "tasks").parts)
+        for name in imports(path) if room else ():
+            _, *parts = name.split(".")
+            other = next((r for r in (".".join(parts[:2]), ".".join(parts[:1])) if r in known), None)
+            if name.startswith("tasks.") and other and other != room:
+                after.setdefault(room, set()).add(other)
+    assert len(after) > 10
+    tuple(graphlib.TopologicalSorter(after).static_order())  # raises CycleError, which names it
+
+
+def test_no_room_imports_a_stage() -> None:
+    for path in (ROOT / "tasks").glob("*/**/*.py"):
+        assert "tasks" not in imports(path), f"{path} imports a stage"

@@ -1,0 +1,517 @@
+"""Versions in small git and DVC repositories: promotion, rollback, kills in between, clean-up, the command."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import gto.api
+import pytest
+import yaml
+from dvc.repo import Repo
+from dvc_data.hashfile.gc import gc
+
+from tasks import package
+from tasks.algorithms.errors import InputError
+from tasks.cli import registry as command
+from tasks.registry import contents, tags, versions
+from tests.support.paths import ROOT
+
+VERDICT = {"verdict": "ACCEPT"}
+
+
+class Night:
+    """A repository whose stage `package` is written by the test, and committed as DVC commits."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.git("init", "-q", "-b", "main")
+        Repo.init(str(root)).close()
+        shutil.copyfile(ROOT / "params.yaml", root / "params.yaml")
+        outs = ["data/package/model", "data/evaluate/package/metrics.json"]
+        stage = {"cmd": "false", "params": ["wanda"], "outs": outs}
+        (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"package": stage}}))
+        (root / ".gitignore").write_text("/data\n")
+
+    def git(self, *arguments: str) -> str:
+        who = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+        done = subprocess.run(["git", *who, *arguments], cwd=self.root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    def make(self, weights: str, perplexity: float, keep: int = 2) -> None:
+        """Write a package and its figures into the workspace, and dvc.lock."""
+        folder = self.root / "data/package/model"
+        (folder / "sub").mkdir(parents=True, exist_ok=True)
+        (self.root / "data/evaluate/package").mkdir(parents=True, exist_ok=True)
+        for name, text in (("model.bin", weights * 1000), ("sub/tokenizer.json", "{}")):
+            (folder / name).unlink(missing_ok=True)  # it may be a link to DVC's cache
+            (folder / name).write_text(text)
+        files = {"model.bin": {"bytes": len(weights) * 1000, "sha256": contents.sha256(folder / "model.bin")}}
+        metrics = self.root / "data/evaluate/package/metrics.json"
+        for path, content in (
+            (folder / "manifest.json", {"files": files}),
+            (metrics, {"perplexity": {"test": perplexity}}),
+        ):
+            path.unlink(missing_ok=True)
+            path.write_text(json.dumps(content))
+        params = yaml.safe_load((self.root / "params.yaml").read_text())
+        params["wanda"]["keep"] = keep
+        (self.root / "params.yaml").write_text(yaml.safe_dump(params))
+        with contextlib.chdir(self.root), Repo() as repo:
+            repo.commit(force=True)
+
+    def commit(self, weights: str, perplexity: float = 40.0, keep: int = 2) -> str:
+        """A commit of the branch."""
+        self.make(weights, perplexity, keep)
+        self.git("add", "-A")
+        self.git("commit", "-qm", weights)
+        return self.git("rev-parse", "HEAD")
+
+    def content(self) -> str:
+        """Of the promoted model."""
+        return (self.root / versions.current(self.root).folder / "model.bin").read_text()[:1]
+
+    def state(self) -> tuple:
+        """Branch, commit, index, status and all files of the workspace but the registry's."""
+        files = {
+            str(path.relative_to(self.root)): hashlib.md5(path.read_bytes()).hexdigest()
+            for path in sorted(self.root.rglob("*"))
+            if path.is_file() and ".git" not in path.parts and ".dvc" not in path.parts
+        }
+        kept = {name: value for name, value in files.items() if not name.startswith("data/registry")}
+        return self.git("symbolic-ref", "HEAD"), self.git("rev-parse", "HEAD"), self.git("ls-files", "-s"), kept
+
+
+@pytest.fixture
+def night(tmp_path: Path) -> Night:
+    (tmp_path / "project").mkdir()
+    return Night(tmp_path / "project")
+
+
+def run(night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: str) -> tuple:
+    """(exit code, stdout, stderr) of the command."""
+    monkeypatch.chdir(night.root)
+    code = command.main(list(arguments))
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_promote_and_roll_back_and_what_the_manifest_says(night: Night) -> None:
+    first, second = night.commit("a", 41.0), night.commit("b", 40.0)
+    assert versions.current(night.root) is None
+    assert versions.promote(night.root, first).name == "v0.0.1"
+    assert versions.promote(night.root, second, {"perplexity_test": 39.0}, VERDICT).name == "v0.0.2"
+    manifest = versions.current(night.root)
+    assert (manifest.version, manifest.revision, manifest.tag) == ("v0.0.2", second, "edgepress#prod#2")
+    assert manifest.figures == {"perplexity_test": 39.0} and manifest.verdict == VERDICT
+    expected = hashlib.sha256(b"b" * 1000).hexdigest()
+    assert manifest.package["files"]["model.bin"]["sha256"] == expected and night.content() == "b"
+    stored = json.loads((night.root / versions.MANIFEST).read_text())
+    assert (stored["version"], stored["package"]) == ("v0.0.2", manifest.package)
+    with Repo(str(night.root)) as repo:
+        assert (
+            manifest.package["md5"]
+            == repo.stage.load_one(str(night.root / "dvc.yaml"), "package").outs[0].hash_info.value
+        )
+    assert versions.rollback(night.root, reason="slow").name == "v0.0.1"
+    assert (versions.current(night.root).figures["perplexity_test"], night.content()) == (41.0, "a")
+    with pytest.raises(InputError, match="no version was promoted before v0.0.1"):
+        versions.rollback(night.root)
+    with pytest.raises(InputError, match=r"v0.0.2 was rolled back \(slow\); promote it --again"):
+        versions.promote(night.root, second)
+    assert versions.promote(night.root, "v0.0.2", again=True).name == "v0.0.2" and night.content() == "b"
+    assert versions.rollback(night.root).name == "v0.0.1"
+
+
+def test_the_tags_are_gto_s(night: Night) -> None:
+    import gto.api
+
+    for letter in "ab":
+        versions.promote(night.root, night.commit(letter))
+    assert night.git("tag").split() == ["edgepress#prod#1", "edgepress#prod#2", "edgepress@v0.0.1", "edgepress@v0.0.2"]
+    assert {row["version"] for row in gto.api.show(str(night.root), "edgepress")} == {"v0.0.1", "v0.0.2"}
+
+
+def test_a_second_promotion_of_the_same_bytes_changes_nothing(night: Night) -> None:
+    first = night.commit("a")
+    versions.promote(night.root, first)
+    night.make("a", 40.0)
+    (night.root / "params.yaml").open("a").write("# a comment\n")
+    night.git("commit", "-qam", "another commit, the same bytes")
+    assert versions.promote(night.root, "HEAD").name == "v0.0.1"
+    assert len(night.git("tag").split()) == 2
+
+
+def test_rolling_back_twice_goes_further_back(night: Night) -> None:
+    for letter in "abc":
+        versions.promote(night.root, night.commit(letter))
+    with pytest.raises(InputError, match="v9.9.9 was not promoted before v0.0.3; to choose from: v0.0.1, v0.0.2"):
+        versions.rollback(night.root, "v9.9.9")
+    assert [versions.rollback(night.root).name for _ in range(2)] == ["v0.0.2", "v0.0.1"]
+    assert [row["stage"] for row in versions.versions(night.root)] == ["rolled back", "rolled back", "prod"]
+
+
+def test_a_night_outside_of_every_branch_leaves_the_workspace_as_it_is(night: Night) -> None:
+    night.commit("a")
+    night.git("worktree", "add", "-q", "--detach", "../night")
+    cache = night.root / ".dvc/cache"
+    (night.root.parent / "night/.dvc/config.local").write_text(f"[cache]\n    dir = {cache}\n")
+    away = Night.__new__(Night)
+    away.root = night.root.parent / "night"
+    away.git("update-ref", "refs/exps/aa/bb/night-1", away.commit("b"))
+    night.git("worktree", "remove", "--force", "../night")
+    (night.root / "params.yaml").open("a").write("# being edited\n")
+    (night.root / "staged").write_text("x")
+    night.git("add", "staged")
+    before = night.state()
+    assert versions.promote(night.root, "refs/exps/aa/bb/night-1").name == "v0.0.1"
+    assert night.content() == "b" and night.state() == before
+    night.git("update-ref", "-d", "refs/exps/aa/bb/night-1")
+    night.git("-c", "gc.pruneExpire=now", "-c", "gc.reflogExpire=now", "gc", "-q")
+    contents.remove(night.root / "data/registry")
+    assert night.content() == "b"  # the tag kept the commit
+
+
+def test_a_folder_s_present_state_becomes_a_commit_beside_the_branch(night: Night) -> None:
+    head = night.commit("a")
+    assert contents.snapshot(night.root) == head
+    night.make("b", 39.0, keep=1)
+    before = night.state()
+    revision = contents.snapshot(night.root)
+    assert night.state() == before and night.git("rev-parse", f"{revision}^") == head
+    assert versions.promote(night.root, revision).name == "v0.0.1" and night.content() == "b"
+    path = night.root / "data/package/model/model.bin"
+    path.unlink()
+    path.write_text("altered")
+    with pytest.raises(InputError, match="is not the one that dvc.lock names"):
+        contents.snapshot(night.root)
+
+
+KILLS = {
+    "before the version's tag": ("tasks.registry.tags.register", None),
+    "before the stage's tag": ("tasks.registry.tags.assign", "v0.0.2"),
+    "before the manifest": ("tasks.registry.versions._replace", "v0.0.2"),
+    "before the manifest takes its name": ("os.fsync", None),
+}
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_killed_in_a_promotion(night: Night, moment: str) -> None:
+    """SIGKILL: the old model is in use until the stage's tag is there, then the new one; the next call completes it."""
+    for letter in "ab":
+        revision = night.commit(letter)
+        if letter == "a":
+            versions.promote(night.root, revision)
+    where, registered = KILLS[moment]
+    module, _, name = where.rpartition(".")
+    script = (
+        f"import os, signal, {module}\nfrom pathlib import Path\nfrom tasks import registry\n"
+        f"{module}.{name} = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"registry.promote(Path({str(night.root)!r}), {revision!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    tagged = "edgepress#prod#2" in night.git("tag")
+    assert tagged == (where == "tasks.registry.versions._replace")
+    assert json.loads((night.root / versions.MANIFEST).read_text())["version"] == "v0.0.1"  # whole, and the old one
+    assert list(tags.read(night.root).versions) == ["v0.0.1", *filter(None, [registered])]
+    assert night.content() == ("b" if tagged else "a")
+    assert versions.promote(night.root, revision).name == "v0.0.2" and night.content() == "b"
+    assert night.git("tag", "--list", "edgepress#prod#*").split() == ["edgepress#prod#1", "edgepress#prod#2"]
+    assert sorted(path.name for path in (night.root / "data/registry").iterdir() if path.suffix != ".tmp") == [
+        "current.json",
+        "v0.0.1",
+        "v0.0.2",
+    ]
+
+
+def objects(night: Night) -> set[str]:
+    return {path.parent.name + path.name for path in (night.root / ".dvc/cache/files/md5").rglob("*") if path.is_file()}
+
+
+def md5(letter: str) -> str:
+    return hashlib.md5(letter.encode() * 1000).hexdigest()
+
+
+def test_gc_keeps_the_last_promoted_and_drops_the_others(night: Night) -> None:
+    commits = {letter: night.commit(letter) for letter in "abcde"}
+    for letter in "abd":  # c was never promoted, e is the workspace
+        versions.promote(night.root, commits[letter])
+    revisions = [version.revision for version in versions.kept(night.root, 2)]
+    assert revisions == [commits["d"], commits["b"]]
+    with contextlib.chdir(night.root), Repo() as repo:  # as `dvc gc --rev`, which takes one revision
+        used = {found for some in repo.used_objs(revs=revisions).values() for found in some}
+        gc(repo.cache.local, used)
+    assert {letter for letter in "abcde" if md5(letter) in objects(night)} == {"b", "d", "e"}
+    versions.prune(night.root, 2)
+    assert [row["data"] for row in versions.versions(night.root)] == ["kept", "kept", "gone"]
+
+
+def test_a_bare_gc_can_t_take_what_was_promoted(night: Night) -> None:
+    for letter in "abc":
+        revision = night.commit(letter)
+        if letter < "c":
+            versions.promote(night.root, revision)
+    with Repo(str(night.root)) as repo:
+        repo.gc(workspace=True, force=True)
+    assert md5("a") not in objects(night)
+    assert versions.rollback(night.root).name == "v0.0.1" and night.content() == "a"
+
+
+def test_rollback_is_refused_where_the_bytes_are_gone_or_damaged(night: Night) -> None:
+    for letter in "ab":
+        versions.promote(night.root, night.commit(letter))
+    kept = night.root / "data/registry/v0.0.1/model.bin"
+    kept.write_text("x" * 1000)
+    assert versions.rollback(night.root).name == "v0.0.1" and night.content() == "a"  # mended from DVC's cache
+    versions.promote(night.root, "v0.0.2", again=True)
+    kept.write_text("x" * 1000)
+    cached = night.root / ".dvc/cache/files/md5" / md5("a")[:2] / md5("a")[2:]
+    cached.chmod(0o644)
+    cached.write_text("a" * 999 + "b")
+    for sentence in ("in DVC's cache is damaged: its md5 is not", "is gone from DVC's cache"):
+        with pytest.raises(InputError, match=sentence):
+            versions.rollback(night.root)
+        assert night.content() == "b" and "edgepress#prod#4" not in "".join(night.git("tag").split("#prod#4")[1:])
+        cached.unlink(missing_ok=True)
+    assert night.git("tag", "--list", "edgepress#prod#*").split()[-1] == "edgepress#prod#4"
+
+
+def test_rollback_passes_over_what_was_withdrawn(night: Night) -> None:
+    for letter in "abc":
+        versions.promote(night.root, night.commit(letter))
+    versions.start_canary(night.root, "v0.0.2", 0.05)
+    versions.stop_canary(night.root, "worse", withdraw=True)
+    assert versions.rollback(night.root).name == "v0.0.1" and night.content() == "a"
+    assert [row["stage"] for row in versions.versions(night.root)] == ["rolled back", "rolled back", "prod"]
+
+
+def test_one_that_was_withdrawn_can_be_gone_back_to_by_name(night: Night) -> None:
+    for letter in "ab":
+        versions.promote(night.root, night.commit(letter))
+    versions.start_canary(night.root, "v0.0.1", 0.05)
+    versions.stop_canary(night.root, "worse", withdraw=True)
+    with pytest.raises(InputError, match="and not withdrawn: name the one"):
+        versions.rollback(night.root)
+    assert versions.rollback(night.root, "v0.0.1").name == "v0.0.1"
+    assert [row["stage"] for row in versions.versions(night.root)] == ["rolled back", "prod"]
+
+
+def test_what_is_in_use_may_be_gone_and_the_registry_still_works(night: Night, tmp_path: Path) -> None:
+    for letter in "ab":
+        versions.promote(night.root, night.commit(letter))
+    night.make("c", 39.0)
+    shutil.rmtree(night.root / "data/registry/v0.0.2")
+    (night.root / ".dvc/cache/files/md5" / md5("b")[:2] / md5("b")[2:]).unlink()
+    with pytest.raises(InputError, match="is gone from DVC's cache"):
+        versions.current(night.root)
+    assert [row["data"] for row in versions.versions(night.root)] == ["gone", "kept"]
+    assert versions.rollback(night.root).name == "v0.0.1" and night.content() == "a"
+    subprocess.run(["git", "clone", "-q", str(night.root), str(tmp_path / "clone")], check=True)
+    assert [row["data"] for row in versions.versions(tmp_path / "clone")] == ["gone", "gone"]
+
+
+@pytest.mark.parametrize("content", ["[]", '{"files": []}', '{"files": {"model.bin": 5}}', "nope"])
+def test_a_manifest_that_is_none_is_refused(night: Night, content: str) -> None:
+    night.make("a", 40.0)
+    path = night.root / "data/package/model/manifest.json"
+    path.unlink()
+    path.write_text(content)
+    with contextlib.chdir(night.root), Repo() as repo:
+        repo.commit(force=True)
+    night.git("add", "-A")
+    night.git("commit", "-qm", "one")
+    with pytest.raises(InputError, match="manifest of .* can't be read"):
+        versions.promote(night.root, "HEAD")
+
+
+def test_tags_by_hand_are_named(night: Night) -> None:
+    versions.promote(night.root, night.commit("a"))
+    night.git("tag", "-a", "-m", "by hand", "edgepress#canary#2", "HEAD")
+    night.commit("b")
+    night.git("tag", "-a", "-m", "by hand", "edgepress@v0.0.9", "HEAD")
+    night.git("tag", "-a", "-m", "by hand", "edgepress#prod#9", "HEAD")
+    with pytest.raises(InputError, match="edgepress#canary#2 was tagged by hand"):
+        versions.versions(night.root)
+    night.git("tag", "-d", "edgepress#canary#2")
+    assert [row["version"] for row in versions.versions(night.root)] == ["v0.0.9", "v0.0.1"]
+    with pytest.raises(InputError, match="v0.0.9 was tagged by hand"):
+        versions.current(night.root)
+
+
+def test_a_number_is_given_once(night: Night) -> None:
+    for letter in "ab":
+        versions.promote(night.root, night.commit(letter))
+    versions.rollback(night.root)
+    gto.api.deregister(str(night.root), tags.ARTIFACT, version="v0.0.2")
+    assert versions.promote(night.root, night.commit("c")).name == "v0.0.3"
+
+
+@pytest.mark.parametrize("revision", ["HEAD:params.yaml", "HEAD^{tree}"])
+def test_what_is_no_commit_is_refused(night: Night, revision: str) -> None:
+    night.commit("a")
+    with pytest.raises(InputError, match="is no version, folder or git revision"):
+        versions.promote(night.root, revision)
+
+
+def test_the_command_in_a_subfolder_changes_nothing(night: Night, monkeypatch, capsys) -> None:
+    for letter in "ab":
+        versions.promote(night.root, night.commit(letter))
+    (night.root / "src").mkdir()
+    monkeypatch.chdir(night.root / "src")
+    for arguments in (["rollback"], ["promote", "HEAD"], ["list"]):
+        assert command.main(arguments) == 1 and "run from the project's folder" in capsys.readouterr().err
+    assert night.content() == "b" and not list((night.root / "src").iterdir())
+
+
+def test_a_package_that_is_not_its_own_manifest_s_is_refused(night: Night) -> None:
+    night.make("a", 40.0)
+    path = night.root / "data/package/model/manifest.json"
+    path.unlink()
+    path.write_text(json.dumps({"files": {"model.bin": {"bytes": 1, "sha256": "0" * 64}}}))
+    with contextlib.chdir(night.root), Repo() as repo:
+        repo.commit(force=True)
+    night.git("add", "-A")
+    night.git("commit", "-qm", "one")
+    with pytest.raises(InputError, match="is not the file that the package's manifest names"):
+        versions.promote(night.root, "HEAD")
+    assert night.git("tag") == "" and not list((night.root / "data/registry").iterdir())
+
+
+def test_a_lost_or_edited_manifest_is_made_anew(night: Night) -> None:
+    versions.promote(night.root, night.commit("a"))
+    path = night.root / versions.MANIFEST
+    text = path.read_text()
+    for damage in (lambda: path.unlink(), lambda: path.write_text("{"), lambda: path.write_bytes(b"\xff")):
+        damage()
+        assert versions.current(night.root).version == "v0.0.1" and path.read_text() == text
+
+
+def test_order_is_by_counter_though_the_clock_went_back(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = [night.commit(letter) for letter in "ab"]
+    versions.promote(night.root, commits[0])
+    versions.promote(night.root, commits[1])
+    night.git("update-ref", "-d", "refs/tags/edgepress#prod#2")
+    monkeypatch.setenv("GIT_COMMITTER_DATE", "2001-01-01T00:00:00Z")
+    night.git("tag", "-a", "edgepress#prod#2", "-m", '{"action":"promote"}', commits[1])
+    assert versions.current(night.root).version == "v0.0.2"
+
+
+def test_canary_from_start_to_either_end(night: Night) -> None:
+    for letter in "ab":
+        night.git("tag", letter, night.commit(letter))
+    with pytest.raises(InputError, match="nothing is promoted that a canary could be compared with"):
+        versions.start_canary(night.root, "b", 0.05)
+    versions.promote(night.root, "a")
+    for share in (0.0, 1.0, float("nan")):
+        with pytest.raises(InputError, match="must be above 0 and below 1"):
+            versions.start_canary(night.root, "b", share)
+    with pytest.raises(InputError, match="it can't be its own canary"):
+        versions.start_canary(night.root, "a", 0.05)
+    begun = versions.start_canary(night.root, "b", 0.05, {"perplexity_test": 1.0}, VERDICT)
+    assert (begun.version, begun.share) == ("v0.0.2", 0.05)
+    assert json.loads((night.root / versions.MANIFEST).read_text())["canary"]["share"] == 0.05
+    assert versions.start_canary(night.root, "v0.0.2", 0.2).share == 0.2
+    assert {version.name for version in versions.kept(night.root, 2)} == {"v0.0.1", "v0.0.2"}
+    with pytest.raises(InputError, match="v0.0.2 is a canary already"):
+        versions.start_canary(night.root, night.commit("c"), 0.05)
+    versions.promote(night.root, "v0.0.2")
+    manifest = versions.current(night.root)
+    assert manifest.canary is None and manifest.version == "v0.0.2" and manifest.verdict == VERDICT
+    versions.start_canary(night.root, "HEAD", 0.5)
+    assert versions.stop_canary(night.root, "too slow", withdraw=True) == "v0.0.3"
+    with pytest.raises(InputError, match=r"v0.0.3 was rolled back \(too slow\)"):
+        versions.promote(night.root, "v0.0.3")
+    with pytest.raises(InputError, match="there is no canary"):
+        versions.stop_canary(night.root)
+
+
+def test_two_promotions_at_once_are_one_after_the_other(night: Night) -> None:
+    commits = [night.commit(letter) for letter in "ab"]
+    script = "import sys\nfrom pathlib import Path\nfrom tasks import registry\nregistry.promote(Path({!r}), {!r})"
+    running = [
+        subprocess.Popen([sys.executable, "-c", script.format(str(night.root), commit)], cwd=ROOT) for commit in commits
+    ]
+    assert [process.wait(120) for process in running] == [0, 0]
+    assert len(night.git("tag").split()) == 4 and night.content() in "ab"
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../b", "a//b", "./a", "", ".", "a\\b", "a\nb", "a\0"])
+def test_names_that_lead_out_of_a_folder(name: str) -> None:
+    with pytest.raises(InputError, match="is no name of a file in a package"):
+        contents.checked_name(name)
+
+
+def test_the_manifest_s_name_is_the_package_s() -> None:
+    assert contents.MANIFEST == package.MANIFEST
+
+
+def test_no_git_repository(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is in no git repository"):
+        versions.current(tmp_path)
+
+
+def test_the_command(night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    assert run(night, monkeypatch, capsys, "list")[1].startswith("There are no versions yet")
+    assert run(night, monkeypatch, capsys, "rollback")[2] == (
+        "error: nothing is promoted, so there is nothing to roll back\n"
+    )
+    night.commit("a", 41.0, keep=2)
+    assert run(night, monkeypatch, capsys, "promote", ".")[1].startswith("v0.0.1 is in use (edgepress#prod#1): ")
+    night.commit("b", 40.0, keep=1)
+    code, out, _ = run(night, monkeypatch, capsys, "promote", "HEAD", "--json")
+    assert (code, json.loads(out)["version"]) == (0, "v0.0.2")
+    assert run(night, monkeypatch, capsys, "promote", "v0.0.2")[1].startswith("v0.0.2 is in use already")
+    rows = json.loads(run(night, monkeypatch, capsys, "list", "--json")[1])
+    assert [(row["version"], row["stage"], row["data"]) for row in rows] == [
+        ("v0.0.2", "prod", "kept"),
+        ("v0.0.1", "before", "kept"),
+    ]
+    lines = run(night, monkeypatch, capsys, "list")[1].splitlines()
+    assert "40.000" in lines[1] and "by hand" in lines[1] and "41.000" in lines[2]
+    found = json.loads(run(night, monkeypatch, capsys, "diff", "v0.0.1", "HEAD", "--json")[1])
+    assert found["parameters"] == {"wanda.keep": [2, 1]} and set(found["files"]) == {"manifest.json", "model.bin"}
+    assert found["figures"] == {"perplexity_test": [41.0, 40.0]}
+    assert "-2.44%" in run(night, monkeypatch, capsys, "diff", "v0.0.1", "v0.0.2")[1]
+    assert "v0.0.1 is in use again" in run(night, monkeypatch, capsys, "rollback", "--reason", "slow")[1]
+    assert run(night, monkeypatch, capsys, "verify")[1].endswith("3 files are those of v0.0.1\n")
+    (night.root / "data/registry/v0.0.1/model.bin").write_text("x")
+    code, _, error = run(night, monkeypatch, capsys, "verify")
+    assert code == 1 and error.startswith("error: data/registry/v0.0.1/model.bin was altered")
+    assert run(night, monkeypatch, capsys, "promote", "nonsense")[2].startswith(
+        "error: 'nonsense' is no version, folder"
+    )
+
+
+def test_the_canary_s_command(night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    for letter in "abc":
+        night.git("tag", letter, night.commit(letter))
+    run(night, monkeypatch, capsys, "promote", "a")
+    assert run(night, monkeypatch, capsys, "canary", "route", "7")[1] == "v0.0.1 data/registry/v0.0.1\n"
+    assert "v0.0.2 is the canary with 5.000%" in run(night, monkeypatch, capsys, "canary", "start", "b")[1]
+    rows = [{"version": f"v0.0.{1 + (i % 2)}", "latency_ms": 5.0, "correct": True} for i in range(2000)]
+    telemetry = night.root.parent / "telemetry.jsonl"
+    telemetry.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = run(night, monkeypatch, capsys, "canary", "judge", str(telemetry), "--apply")
+    assert code == 0 and out.startswith("v0.0.2 against v0.0.1: promote (800 samples") and "v0.0.2 is in use" in out
+    run(night, monkeypatch, capsys, "canary", "start", "c", "--share", "0.5")
+    bad = [{"version": f"v0.0.{2 + (i % 2)}", "latency_ms": 5.0, "correct": i % 2 == 0} for i in range(1000)]
+    telemetry.write_text("".join(json.dumps(row) + "\n" for row in bad))
+    assert ": rollback (" in run(night, monkeypatch, capsys, "canary", "judge", str(telemetry))[1]
+    assert versions.current(night.root).canary.version == "v0.0.3"  # judged, not applied
+    routed = {run(night, monkeypatch, capsys, "canary", "route", str(i))[1].split()[0] for i in range(12)}
+    assert routed == {"v0.0.2", "v0.0.3"}
+    assert "v0.0.3 is withdrawn" in run(night, monkeypatch, capsys, "canary", "judge", str(telemetry), "--apply")[1]
+    assert run(night, monkeypatch, capsys, "canary", "judge", str(telemetry))[2].startswith("error: there is no canary")
+
+
+def test_the_command_needs_neither_prefect_nor_torch() -> None:
+    script = "import sys, tasks.cli.registry; sys.exit(bool({'prefect', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ).returncode == 0

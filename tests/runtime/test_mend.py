@@ -1,0 +1,168 @@
+"""What a kill in the middle of DVC's own writing, or a flipped bit, leaves behind: found, named, and put right."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tasks.algorithms.errors import InputError
+from tasks.runtime import locks, mend
+from tests.support.project import clean_environment
+
+STAGES = {
+    "first": {
+        "cmd": "mkdir -p d && echo first > d/a && echo b > d/b && cat value > t",
+        "deps": ["value"],
+        "outs": ["d", "t"],
+    },
+    "last": {"cmd": "cat d/a t > last", "deps": ["d", "t"], "outs": ["last"]},
+}
+
+
+def dvc(*arguments: str, check: bool = True) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        env=clean_environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert not check or done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory):
+    path = tmp_path_factory.mktemp("made") / "project"
+    path.mkdir()
+    (path / "value").write_text("1")
+    (path / "dvc.yaml").write_text(yaml.safe_dump({"stages": STAGES}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        dvc("init", "--no-scm", "-q")
+        dvc("config", "cache.type", "hardlink,copy")
+        dvc("repro", "-q")
+        mend.keep_lock()
+    return path
+
+
+@pytest.fixture
+def made(made_once, tmp_path, monkeypatch):
+    """The working folder: two stages that have run."""
+    path = shutil.copytree(made_once, tmp_path / "project")
+    monkeypatch.chdir(path)
+    dvc("checkout", "--relink", "-q")
+    return path
+
+
+def results() -> dict[str, str]:
+    return {name: Path(name).read_text() for name in ("d/a", "d/b", "t", "last")}
+
+
+def test_nothing_is_done_where_all_is_right(made):
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file() and "lock" not in path.name}
+    assert mend.mend() == [] and list(mend.mend_cache()) == []
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_dvc_lock_cut_off_anywhere_is_whole_again(made):
+    whole = Path("dvc.lock").read_bytes()
+    unreadable = 0
+    for length in range(0, len(whole) - 1, 7):
+        Path("dvc.lock").write_bytes(whole[:length])
+        unreadable += "could not be read" in " ".join(mend.mend())
+        assert yaml.safe_load(Path("dvc.lock").read_bytes()) == yaml.safe_load(whole), length
+    assert unreadable > 3
+    Path("dvc.lock").unlink()
+    mend.mend()
+    assert "up to date" in dvc("status") and "Running" not in dvc("repro")
+
+
+def test_without_a_copy_the_way_back_is_said(made):
+    mend.KEPT.unlink()
+    Path("dvc.lock").write_text("schema: '2.0'\nstages:\n  fi")
+    assert "validation failed" in dvc("repro", check=False)
+    assert "git checkout -- dvc.lock" in " ".join(mend.mend())
+    assert Path("dvc.lock.damaged").exists() and "Running" not in dvc("repro")  # from the run cache
+
+
+def test_a_newer_entry_is_not_put_back_to_the_older(made):
+    content = yaml.safe_load(Path("dvc.lock").read_text())
+    content["stages"]["last"]["outs"][0]["md5"] = "0" * 32
+    Path("dvc.lock").write_text(yaml.safe_dump(content))
+    assert mend.mend() == []
+    assert yaml.safe_load(Path("dvc.lock").read_text()) == content
+    mend.keep_lock()
+    assert mend._entries(mend.KEPT)["last"]["outs"][0]["md5"] == "0" * 32
+
+
+def test_a_list_of_users_that_is_cut_off_stops_dvc_until_it_is_mended(made):
+    locks.DVC_USERS.write_text("")
+    Path("t").unlink()
+    assert "corrupted" in dvc("repro", "-f", check=False)
+    assert [sentence.partition(" could")[0] for sentence in mend.mend()] == [".dvc/tmp/rwlock"]
+    dvc("repro", "-f")
+
+
+def test_dead_users_are_taken_from_the_list(made):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    mine = {"pid": os.getpid(), "cmd": "__main__.py"}
+    users = {"read": {"d": [mine, {"pid": child.pid, "cmd": "dvc repro"}]}, "write": {}}
+    locks.DVC_USERS.write_text(json.dumps(users))
+    assert len(mend.mend()) == 1
+    assert json.loads(locks.DVC_USERS.read_text()) == {"read": {"d": [mine]}, "write": {}}
+    assert mend.mend() == []
+
+
+def test_where_dvc_is_at_work_nothing_is_touched(made):
+    with locks.held(locks.DVC_LOCK, ""), pytest.raises(InputError, match="DVC is working in this folder: process"):
+        mend.mend()
+
+
+def flip(path: Path) -> None:
+    """One bit, as a failing disk does it: size and times stay."""
+    before = path.stat()
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+    path.chmod(before.st_mode)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", ["t", "d/a", "last"])
+def test_a_bit_that_flips_in_output_and_cache_is_found_and_the_stage_runs_again(made, name):
+    good = results()
+    flip(Path(name))
+    assert Path(name).stat().st_nlink == 2 and "up to date" in dvc("status")  # DVC doesn't see it
+    found = list(mend.mend_cache())
+    assert len(found) == 2 and not Path(name).exists()
+    dvc("repro")
+    assert results() == good and list(mend.mend_cache()) == [] and "up to date" in dvc("status")
+
+
+def test_a_damaged_copy_in_the_cache_alone_is_removed_and_a_missing_one_made_again(made):
+    good = results()
+    (damaged,) = Path(".dvc/cache/files/md5").glob("*/*.dir")
+    flip(damaged)
+    assert str(damaged) in " ".join(mend.mend_cache())
+    shutil.rmtree(".dvc/cache/files")
+    shutil.rmtree("d")
+    dvc("repro")
+    assert results() == good
+
+
+def test_the_command(made, capsys):
+    assert mend.main([]) == 0 and capsys.readouterr().out == "nothing to mend\n"
+    Path("dvc.lock").write_text("")
+    assert mend.main(["--cache"]) == 0
+    assert "`dvc repro` goes on from here" in capsys.readouterr().out

@@ -1,0 +1,142 @@
+"""measure: turns, medians and equal models with a stand-in for the process; the process itself on a small model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tasks import measure
+from tasks.algorithms.errors import InputError
+from tasks.evaluation import measuring_process
+from tasks.parameters.schema import Measure
+
+PARAMS = Measure(enabled=True, threads=1, prompt_tokens=4, new_tokens=10, generations=2, rounds=3)
+
+
+def figures(seconds: float, energy: float | None = None, peak: int = 100) -> dict:
+    return {
+        "import_seconds": 3.0,
+        "load_seconds": seconds,
+        "first_token_seconds": 0.1,
+        "generation_seconds": [seconds, 2 * seconds],
+        "together_seconds": 4 * seconds,
+        "cpu_seconds_per_token": 0.5,
+        "joules_per_token": energy,
+        "peak_bytes": 10 * peak,
+        "above_libraries_bytes": peak,
+    }
+
+
+@pytest.fixture
+def stage(tmp_path: Path, make_stage):
+    """Three models, the second one the files of the first."""
+    folders = {name: tmp_path / "data" / name / "model" for name in ("fetch", "vocabulary", "package")}
+    for name, folder in folders.items():
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"2" * 100 if name == "package" else b"1" * 100)
+    inputs = {f"{name}/model": folder for name, folder in folders.items()}
+    return make_stage({"measure": PARAMS}, inputs)
+
+
+def result(stage, name: str) -> dict:
+    return json.loads(stage.output(f"{name}/host.json").read_text(encoding="utf-8"))
+
+
+def test_models_take_turns_and_equal_ones_share_their_figures(stage, monkeypatch) -> None:
+    order = []
+
+    def process(folder, workload):
+        order.append(folder.parent.name)
+        return figures(len(order), energy=None if len(order) == 1 else 2.0, peak=len(order))
+
+    monkeypatch.setattr(measuring_process, "measure", process)
+    measure.run(stage)
+    assert order == ["fetch", "package"] * 3
+    fetch, same, package = (result(stage, name) for name in ("fetch", "vocabulary", "package"))
+    assert {**same, "model": "fetch"} == fetch  # measured in rounds 1, 3 and 5
+    assert fetch["seconds_per_token"] == {"median": pytest.approx(0.4), "least": 0.1, "largest": 1.0}
+    assert fetch["tokens_per_second"] == {"1": pytest.approx(2.5), "4": pytest.approx(4 * 10 / 12)}
+    assert (fetch["load_seconds"], fetch["above_libraries_bytes"], fetch["joules_per_token"]) == (3, 3, 2.0)
+    assert (package["load_seconds"], package["bytes"], package["measured"]) == (4, 100, True)
+    assert package["workload"] == {key: getattr(PARAMS, key) for key in type(PARAMS).model_fields if key != "enabled"}
+
+
+def test_energy_that_the_host_does_not_tell_is_null(stage) -> None:
+    assert measure.summary([figures(1.0), figures(2.0)], PARAMS)["joules_per_token"] is None
+
+
+def test_off_says_that_nothing_was_measured(stage) -> None:
+    measure.skip(stage)
+    assert result(stage, "package") == {"model": "package", "measured": False}
+
+
+def test_folders_are_the_same_by_their_bytes(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    (one / "deep").mkdir(parents=True)
+    (one / "deep/a").write_bytes(b"x")
+    shutil.copytree(one, other)
+    assert measure._same(one, other)
+    (other / "deep/a").write_bytes(b"y")
+    assert not measure._same(one, other)
+    (other / "deep/a").write_bytes(b"x")
+    (other / "b").write_bytes(b"")
+    assert not measure._same(one, other)
+
+
+def test_a_process_of_its_own_measures_a_model(model_folder: Path) -> None:
+    found = measuring_process.measure(
+        model_folder, measuring_process.Workload(1, prompt_tokens=5, new_tokens=4, generations=2)
+    )
+    energy = found.pop("joules_per_token")
+    assert energy is None or energy >= 0
+    assert len(found["generation_seconds"]) == 2 and min(found.pop("generation_seconds")) > 0
+    assert found.keys() == {
+        *("import_seconds", "load_seconds", "first_token_seconds", "cpu_seconds_per_token", "together_seconds"),
+        *("peak_bytes", "above_libraries_bytes"),
+    }
+    assert all(value > 0 for value in found.values())
+    assert 100 * 2**20 < found["peak_bytes"] - found["above_libraries_bytes"] < 2**30  # PyTorch and transformers
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "words"),
+    [
+        (
+            "import sys; print('noise\\nthe model is cut off', file=sys.stderr); sys.exit(2)",
+            InputError,
+            "^the model is c",
+        ),
+        ("import os; os.kill(os.getpid(), 9)", InputError, "ended by signal 9"),
+        ("raise ValueError('a mistake')", RuntimeError, "a mistake"),
+    ],
+)
+def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch, code: str, error: type, words: str) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/evaluation/measuring_process.py").write_text(code)
+    monkeypatch.setattr(measuring_process, "ROOT", tmp_path)
+    with pytest.raises(error, match=words):
+        measuring_process.measure(tmp_path, measuring_process.Workload(1, 1, 1, 1))
+
+
+def test_what_the_process_refuses_is_a_sentence(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(measuring_process.processes, "die_with_parent", lambda: None)
+
+    def refuse(folder, workload):
+        raise InputError("line one\nline two")
+
+    monkeypatch.setattr(measuring_process, "here", refuse)
+    workload = '{"threads": 1, "prompt_tokens": 1, "new_tokens": 1, "generations": 1}'
+    assert measuring_process.main(str(tmp_path), workload) == measuring_process.REFUSED
+    assert capsys.readouterr().err == "line one line two\n"
+
+
+def test_energy_is_the_sum_of_the_packages(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(measuring_process, "POWER", tmp_path)
+    assert measuring_process.joules() is None
+    for name, microjoules in (("intel-rapl:0", 1_500_000), ("intel-rapl:1", 500_000), ("intel-rapl:0:0", 700_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{microjoules}\n")
+    assert measuring_process.joules() == 2.0  # a part of a package isn't counted twice

@@ -1,0 +1,179 @@
+"""package: what went in comes out, every file is in the manifest as on disk, a weight that came back stops it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tasks import package
+from tasks.algorithms.errors import InputError
+from tasks.models import dense_folder
+from tasks.packed import reader
+from tasks.parameters import schema
+from tasks.runners import any_folder
+from tests.support.paths import ROOT
+
+PRUNED = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
+
+
+@pytest.fixture
+def pruned_folder(model_folder: Path) -> Path:
+    """The small model with every second input of two matrices at zero."""
+    path = model_folder / "model.safetensors"
+    tensors = load_file(path)
+    for name in PRUNED:
+        tensors[f"{name}.weight"][:, 1::2] = 0
+    save_file(tensors, path, metadata={"format": "pt"})
+    return model_folder
+
+
+def masks(folder: Path) -> dict[str, torch.Tensor]:
+    weights = load_file(folder / "model.safetensors")
+    even = {name: torch.arange(weights[f"{name}.weight"].shape[1]) % 2 == 0 for name in PRUNED}
+    return {name: kept.expand_as(weights[f"{name}.weight"]) for name, kept in even.items()}
+
+
+@pytest.fixture
+def make_package(tmp_path: Path, make_stage, pruned_folder: Path):
+    """make_package(out) -> the stage."""
+    sections = schema.load(ROOT / "params.yaml")
+    inputs = {"eora/model": pruned_folder}
+    for name, text in (("source.json", '{"model": "here"}'), ("removed.json", '{"removed": [3]}')):
+        inputs[name] = tmp_path / name
+        inputs[name].write_text(text)
+    inputs["masks.safetensors"] = tmp_path / "masks.safetensors"
+    dense_folder.save_masks(inputs["masks.safetensors"], masks(pruned_folder), "1:2")
+    for name in ("embedding.safetensors", "adapter.safetensors"):
+        inputs[name] = tmp_path / name
+        dense_folder.save_tensors(inputs[name], {}, {"bits": "16", "group_size": "-1"})
+    chosen = {name: getattr(sections, name) for name in ("package", "wanda", "lora", "gptq")}
+
+    def make(out="out", enforce=True):
+        chosen["wanda"] = sections.wanda.model_copy(update={"keep": 1, "of": 2, "enforce": enforce})
+        return make_stage(chosen, inputs, out=out)
+
+    return make
+
+
+def manifest(stage) -> dict:
+    return json.loads((stage.output("package/model") / "manifest.json").read_text())
+
+
+def test_what_went_in_comes_out_and_the_manifest_describes_every_file(make_package, pruned_folder: Path) -> None:
+    stage = make_package()
+    package.run(stage)
+    folder, found = stage.output("package/model"), manifest(stage)
+    on_disk = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
+    assert sorted(found["files"]) == on_disk
+    assert {"model.safetensors", "model.json", "tokenizer.json", "tokenizer_config.json"} <= set(on_disk)
+    for name, entry in found["files"].items():
+        content = (folder / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    shipped, given = any_folder.load_model(folder), dense_folder.load_dense(pruned_folder)
+    expected = dict(given.named_parameters())
+    assert all(torch.equal(weight, expected[name]) for name, weight in shipped.named_parameters())
+    assert (found["pattern"], found["asked"], found["pruned_matrices"]) == ("1:2", "1:2", 2)
+    lineage = found["lineage"]
+    assert lineage["source"] == {"model": "here"}
+    assert lineage["parameters"]["wanda"] == stage.params.wanda.model_dump()
+    assert lineage["inputs"]["removed.json"] == hashlib.sha256(b'{"removed": [3]}').hexdigest()
+
+
+def test_the_bound_is_the_information_of_what_is_stored(make_package, pruned_folder: Path) -> None:
+    stage = make_package()
+    package.run(stage)
+    tensors = load_file(pruned_folder / "model.safetensors")
+    pruned = sum(tensors[f"{name}.weight"].numel() for name in PRUNED)
+    linears = sum(tensor.numel() for name, tensor in tensors.items() if "proj" in name)
+    bound = manifest(stage)["bound"]
+    assert bound["positions"] == pytest.approx(pruned / 2 / 8)  # a group of two keeps the one or the other: 1 bit
+    assert bound["values"] == 4 * (linears - pruned / 2)
+    assert bound["embedding"] == 4 * tensors["model.embed_tokens.weight"].numel()
+
+
+def test_the_ledger_is_that_of_the_shipped_file(make_package) -> None:
+    stage = make_package()
+    package.run(stage)
+    found = pd.read_csv(stage.output("sparsity.csv")).set_index("linear")
+    assert len(found) == 4 * 7
+    for name, row in found.iterrows():
+        assert row["violations"] == row["revived"] == 0
+        assert row["groups"] == (row["weights"] // 2 if name in PRUNED else 0)
+        assert (row["zeros"] >= row["weights"] // 2) == (name in PRUNED)
+
+
+def test_the_same_inputs_give_the_same_bytes(make_package) -> None:
+    folders = []
+    for out in ("one", "other"):
+        stage = make_package(out)
+        package.run(stage)
+        folders.append(stage.output("package/model"))
+    for path in folders[0].iterdir():
+        assert path.read_bytes() == (folders[1] / path.name).read_bytes()
+
+
+def test_a_weight_that_came_back_stops_the_package(make_package, pruned_folder: Path) -> None:
+    path = pruned_folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{PRUNED[1]}.weight"][3, 1] = 1e-30
+    tensors[f"{PRUNED[1]}.weight"][0, 5] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"package broke .* {PRUNED[1]} \(2 of .* groups, 2 pruned weights not zero"):
+        package.run(make_package())
+
+
+def test_a_broken_pattern_that_is_allowed_is_packed_as_dense(make_package, pruned_folder: Path) -> None:
+    path = pruned_folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{PRUNED[1]}.weight"][3, 1] = 1e-30
+    save_file(tensors, path, metadata={"format": "pt"})
+    stage = make_package(enforce=False)
+    package.run(stage)
+    found = manifest(stage)
+    assert (found["pattern"], found["asked"], found["pruned_matrices"]) == ("dense", "1:2", 0)
+    assert found["bound"]["positions"] == 0
+    assert found["bound"]["values"] == 4 * sum(tensor.numel() for name, tensor in tensors.items() if "proj" in name)
+    ledger = pd.read_csv(stage.output("sparsity.csv")).set_index("linear")
+    assert ledger.loc[PRUNED[1], "revived"] == 1
+
+
+def test_off_passes_the_model_on(make_package, pruned_folder: Path) -> None:
+    stage = make_package()
+    package.skip(stage)
+    assert manifest(stage) == {"files": {}, "pattern": None, "pruned_matrices": 0, "lineage": {}}
+    for path in pruned_folder.iterdir():
+        if path.is_file():
+            assert (stage.output("package/model") / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_the_parameters_ask_for() -> None:
+    sections = schema.load(ROOT / "params.yaml")
+
+    def asked(gptq, **wanda):
+        changed = sections.wanda.model_copy(update={"enabled": True, "pattern": "n_m", "keep": 2, "of": 4, **wanda})
+        return package.asked(changed, sections.gptq.model_copy(update={"enabled": True, "joint": None, **gptq}))
+
+    joint = schema.Joint(keep=4, of=8)
+    assert asked({}) == "2:4"
+    assert asked({}, pattern="unstructured") == "unstructured"
+    assert asked({}, enabled=False) == asked({"enabled": False, "joint": joint}, enabled=False) == "dense"
+    assert asked({"joint": joint}, enabled=False) == "4:8"
+
+
+def test_a_file_that_differs_from_what_was_packed_is_a_bug(make_package, pruned_folder: Path) -> None:
+    stage = make_package()
+    package.run(stage)
+    blocks = reader.read(pruned_folder).blocks
+    folder = stage.output("package/model")
+    package.check_lossless(folder, blocks)
+    changed = [dict(linears) for linears in blocks]
+    name = next(iter(changed[2]))
+    changed[2][name].weight[0, 0] += 1
+    with pytest.raises(RuntimeError, match=f"{name} of block 2"):
+        package.check_lossless(folder, changed)
