@@ -1,8 +1,5 @@
 """Who made an artifact, from what, with which code, when: one record per stage, and the way back to the first inputs.
 
-    edgepress lineage show PATH      the tree from an artifact to the base weights and the corpus
-    edgepress lineage verify PATH    hash everything on that way again; name what was altered or is missing
-
 A record is an output of its stage that no stage depends on, so that times and machines never change what is downstream.
 Edges and hashes are DVC's own (dvc.yaml, dvc.lock): this module computes no hash of another kind and knows no path of a
 stage. It restores nothing: `dvc checkout` or `dvc repro` do that.
@@ -10,7 +7,6 @@ stage. It restores nothing: `dvc checkout` or `dvc repro` do that.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -25,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dvc.exceptions import DvcException, OutputNotFoundError
+from dvc.exceptions import OutputNotFoundError
 from dvc.repo import Repo
 from dvc_data.hashfile.build import build
 from dvc_data.hashfile.db import HashFileDB
@@ -170,6 +166,34 @@ def show(repo: Repo, path: str) -> list[str]:
         last = index == len(roots) - 1
         add(node, "└─ " if last else "├─ ", "   " if last else "│  ")
     return lines
+
+
+def described(repo: Repo, path: str) -> list[dict[str, Any]]:
+    """What `show` says, as plain data: every stage on the way back, first inputs first.
+
+    Raises:
+        InputError: no stage makes it.
+    """
+    nodes: dict[str, Node] = {}
+
+    def add(node: Node) -> None:
+        if node.stage.addressing not in nodes:
+            for parent in node.parents:
+                add(parent)
+            nodes[node.stage.addressing] = node
+
+    for root in trace(repo, path):
+        add(root)
+    return [
+        {
+            "stage": name,
+            "frozen": node.stage.frozen,
+            "parents": [parent.stage.addressing for parent in node.parents],
+            "outputs": {_name(out): out.hash_info.value for out in _results(node.stage)},
+            "record": _read_record(node.stage),
+        }
+        for name, node in nodes.items()
+    ]
 
 
 class Finding(NamedTuple):
@@ -403,32 +427,3 @@ def _short(value: Any) -> str:
         return "none"
     start, dot, kind = value.partition(".")
     return start[:SHORT] + dot + kind
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Exit status: 0 fine, 1 something was altered or is missing, 2 a wrong call."""
-    parser = argparse.ArgumentParser(prog="edgepress lineage", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("command", choices=("show", "verify"))
-    parser.add_argument("path", help="a file or folder that a stage makes")
-    given = parser.parse_args(arguments)
-    try:
-        with Repo() as repo:
-            if given.command == "show":
-                print("\n".join(show(repo, given.path)))
-                return 0
-            findings, hashed = verify(repo, given.path)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (DvcException, OSError) as error:
-        print(f"cannot read the lineage: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    for finding in findings:
-        print(f"{finding.stage}: {'' if finding.fault else 'note: '}{finding.sentence}")
-    faults = sum(finding.fault for finding in findings)
-    print(f"{given.path}: {hashed} files and folders hashed, {f'{faults} altered or missing' if faults else 'ok'}")
-    return 1 if faults else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

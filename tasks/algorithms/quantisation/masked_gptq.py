@@ -68,7 +68,8 @@ def _import_library() -> ModuleType:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     before = dict(os.environ)
     level = logging.getLogger().level
-    importlib.import_module("logbar").LogBar.shared().setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):  # its logger begins with an empty line, on stdout
+        importlib.import_module("logbar").LogBar.shared().setLevel(logging.ERROR)
     library = importlib.import_module("gptqmodel")
     logging.getLogger().setLevel(level)
     for key in set(os.environ) - set(before):
