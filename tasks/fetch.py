@@ -115,7 +115,7 @@ def check_folder(folder: Path, inside: Path | None = None) -> dict[str, Any]:
         _refuse_link(folder / name, inside or folder)
     dense_folder.check_sizes(folder)
     config = preflight.read_config(folder)
-    preflight.shape(config)
+    preflight.model_shape(config)
     for name in _present(folder, QUANTISED):
         raise InputError(f"the model is quantised already ({name} beside its weights); take its dense original")
     if "auto_map" in _json(folder / "tokenizer_config.json"):
