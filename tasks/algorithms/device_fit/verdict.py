@@ -198,7 +198,8 @@ def _smallest(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
 
 def _judge(device: Device, model: Model, workload: Workload) -> Fit:
     if model.shape.context is not None and workload.context > model.shape.context:
-        raise InputError(f"context = {workload.context} is above the model's context = {model.shape.context}; lower it")
+        limit = f"{model.shape.family.keys.context} = {model.shape.context}"
+        raise InputError(f"context = {workload.context} is above the model's {limit}; lower it")
     held = footprint.hold(model, device.unit)
     sizes = _sizes(held, model, workload)
     tiers, verdict = device.tiers, FITS
