@@ -37,6 +37,7 @@ class ModelShape:
         tied: whether the head is the embedding.
         stored: bytes per weight in the checkpoint, by the config's dtype.
         family: where the matrices are.
+        sides: what the family's names of a matrix's sides ("hidden", "mlp", "query", "key_value") stand for.
         linears: the matrices of one block in running order, name within the block -> (out, in).
     """
 
@@ -52,6 +53,7 @@ class ModelShape:
     tied: bool
     stored: int
     family: families.Family
+    sides: Mapping[str, int]
     linears: Mapping[str, tuple[int, int]]
 
     @cached_property
@@ -97,6 +99,7 @@ def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
         tied=bool(config.get(keys.tied)),
         stored=2 if "16" in str(config.get("dtype") or config.get("torch_dtype") or "float32") else 4,
         family=family,
+        sides=sides,
         linears={name: (sides[out], sides[inputs]) for name, (out, inputs) in family.sizes.items()},
     )
 

@@ -46,6 +46,7 @@ def test_every_size_by_hand() -> None:
         tied=False,
         stored=4,
         family=families.FAMILIES["LlamaForCausalLM"],
+        sides={"hidden": 8, "mlp": 12, "query": 8, "key_value": 4},
         linears=linears,
     )
     assert list(found.linears) == list(linears)  # in running order
