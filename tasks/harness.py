@@ -57,7 +57,7 @@ def run(stage: Stage) -> None:
 
     from tasks.evaluation import lm_eval_model
 
-    model, tokenizer = any_folder.load_model(folder), dense_folder.load_tokenizer(folder)
+    model, tokenizer = any_folder.load_model(folder).to(stage.params.device), dense_folder.load_tokenizer(folder)
     lm = lm_eval_model.Model(model, tokenizer, own.batch, stage.progress, stage.answers)
     results = evaluate(lm, {"tasks": {task_name: task}}, limit=own.limit, log_samples=True)
     samples = results["samples"][task_name]

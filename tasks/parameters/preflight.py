@@ -136,14 +136,14 @@ def check(
     if tokenizer_size is not None:
         check_tokenizer(tokenizer_size, model.vocabulary)
     problems = [sentence for name, rule in RULES.items() if _enabled(params, name) for sentence in rule(params, model)]
-    problems += _device_problems(params, devices or DEVICES)
+    problems += [*_device_problems(params, devices or DEVICES), *_accelerator_problems(params)]
     todo = [name for name in _from(stage) if _enabled(params, name)]
     problems += needs.problems(params, model, todo)
     _raise(problems)
 
 
 def check_workspace(params: Params, stage: str | None = None) -> None:
-    """`check` with the model that params.yaml names, if its config.json is here already; else the device alone.
+    """`check` with the model that params.yaml names, if its config.json is here already; else the devices alone.
 
     Raises:
         InputError: one line per problem.
@@ -154,7 +154,7 @@ def check_workspace(params: Params, stage: str | None = None) -> None:
     if (source.hub is None or fetched) and (folder / "config.json").exists():
         check(params, read_config(folder), stage=stage)
     else:
-        _raise(_device_problems(params, DEVICES))
+        _raise([*_device_problems(params, DEVICES), *_accelerator_problems(params)])
 
 
 def _calibrate(params: Params, model: ModelShape) -> Iterator[str]:
@@ -258,6 +258,17 @@ def _device_problems(params: Params, devices: Path) -> Iterator[str]:
     if params.hardware_fit.enabled and name not in profiles:
         known = ", ".join(profiles) or "none"
         yield f"hardware_fit.device = {name} has no profile {devices / name}.yaml; known are {known}"
+
+
+def _accelerator_problems(params: Params) -> Iterator[str]:
+    if params.device == "cuda":
+        import torch  # seconds, which a run on the CPU doesn't pay
+
+        if not torch.cuda.is_available():
+            yield (
+                f"device = cuda, but PyTorch {torch.__version__} sees no GPU that it can use; set device to cpu, or"
+                " install PyTorch's CUDA build of that version and check `nvidia-smi`"
+            )
 
 
 def _too_long(key: str, length: int, model: ModelShape) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The schema of params.yaml: one field per parameter, its unit and range beside it.
 
 No field has a default (a default in Python is a parameter DVC can't see) and unknown keys are refused.
-What can't change a result (device, threads, verbosity) is no parameter.
+What can't change a result (threads, verbosity) is no parameter; the device changes the last bits, so it is one.
 Constraints that need the model's config are in `tasks.parameters.preflight`.
 """
 
@@ -556,12 +556,17 @@ class Registry(Section):
     canary: Sla
 
 
+SHARED = ("device",)
+"""Keys of params.yaml that are no section: several stages share them."""
 OPERATIONS = ("nightly", "gate", "registry")
 """Sections that no stage reads: they say when a run starts and what becomes of its result, not what the result is."""
 
 
 class Params(Section):
-    """The whole of params.yaml: one section per stage, then those of OPERATIONS."""
+    """The whole of params.yaml: the device, one section per stage, then those of OPERATIONS."""
+
+    device: Literal["cpu", "cuda"]
+    """Where the stages that use a model compute; results of the two differ in their last bits and are cached apart."""
 
     corpus: Corpus
     base_model: BaseModelParams

@@ -52,7 +52,9 @@ GOOD = {
     "hardware_fit.device": "siracusa",
 }
 SWITCHES = tuple(
-    name for name, field in schema.Params.model_fields.items() if "enabled" in field.annotation.model_fields
+    name
+    for name, field in schema.Params.model_fields.items()
+    if "enabled" in getattr(field.annotation, "model_fields", ())
 )
 
 
@@ -366,3 +368,11 @@ def test_gptqmodel_packs_what_preflight_says() -> None:
     for rows, columns in ((unit, unit // 2), (unit // 2, unit)):
         with pytest.raises(ValueError, match="divisible by 32"):
             pack(rows, columns)
+
+
+def test_a_gpu_that_is_not_there_is_said_before_any_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (sentence,) = problems({"device": "cuda"})
+    assert sentence.startswith("device = cuda, but PyTorch ") and "set device to cpu" in sentence
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert problems({"device": "cuda"}) == []

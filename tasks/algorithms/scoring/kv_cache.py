@@ -27,6 +27,7 @@ from transformers import DynamicCache, QuantizedCache
 from transformers.cache_utils import QuantizedLayer
 
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model.device import beside
 from tasks.algorithms.model.shape import ModelShape, shape_of_model
 
 PARTS = ("codes", "scales", "float16")
@@ -94,7 +95,7 @@ class Cached:
     def __call__(self, input_ids: Tensor, use_cache: bool = True) -> Any:
         """Logits of one text [1, length], read from an empty cache; `self.cache` then holds it."""
         self.cache, logits = self.empty(), []
-        for piece in input_ids.split(self.residual, dim=1):
+        for piece in beside(self.model, input_ids).split(self.residual, dim=1):
             logits.append(self.model(input_ids=piece, past_key_values=self.cache, use_cache=True).logits)
         return SimpleNamespace(logits=torch.cat(logits, dim=1))
 
