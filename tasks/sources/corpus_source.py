@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.errors import InputError
-from tasks.sources import hub
+from tasks.sources import hub, json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,8 +61,7 @@ def check_length(corpus: Path, tokenizer: PreTrainedTokenizerBase, needed: int, 
     """
     rows, tokens = 64, 0
     while tokens < needed:
-        with open(corpus, encoding="utf-8") as file:
-            texts = [json.loads(line)["text"] for line in itertools.islice(file, rows)]
+        texts = list(itertools.islice(json_lines.documents(corpus), rows))
         tokens = len(tokenizer("\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"])
         if tokens < needed and len(texts) < rows:
             raise InputError(
@@ -92,24 +91,19 @@ def _local_rows(name: str, source: CorpusSource, path: Path) -> Iterator[tuple[s
 
 
 def _json_lines(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    for row, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, {row}: not valid JSON ({error}); a line is one object") from error
-        if not isinstance(value, dict):
-            raise InputError(f"{path}, {row}: holds {type(value).__name__}, expected an object with `{field}`")
-        if field not in value:
-            raise InputError(f"{path}, {row}: no column `{field}`, only {', '.join(value) or 'none'}; set `field`")
-        yield row, value[field]
+    for number, row in json_lines.rows(path):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: holds {type(row).__name__}, expected an object with `{field}`")
+        if field not in row:
+            columns = ", ".join(row) or "none"
+            raise InputError(f"{path}, line {number}: no column `{field}`, only {columns}; set `field`")
+        yield f"line {number}", row[field]
 
 
 def _plain_text(path: Path, field: str) -> Iterator[tuple[str, Any]]:
     """One row per line, as the `text` builder of `datasets` has it; the field is of no account."""
-    for row, line in _lines(path):
-        yield row, line.rstrip("\n")
+    for number, line in json_lines.lines(path):
+        yield f"line {number}", line.rstrip("\n")
 
 
 def _parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
@@ -131,16 +125,6 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 
 READERS = {".jsonl": _json_lines, ".parquet": _parquet, ".txt": _plain_text}
 """By suffix: (path, field) -> (where, value) of each row."""
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                yield f"line {number}", line
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not valid UTF-8 after line {number}; save it as UTF-8") from error
 
 
 def _hub_rows(source: CorpusSource) -> Iterator[tuple[str, Any]]:
