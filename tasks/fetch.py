@@ -23,7 +23,7 @@ from tasks.sources import corpus_source, hub, model_source, weight_check
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tasks.parameters.schema import ModelSource
+    from tasks.parameters.source_sections import ModelSource
     from tasks.runtime.stage import Stage
 
 CORPORA = ("train", "calibration", "test", "test_ood")

@@ -20,7 +20,7 @@ from tasks.models import dense_folder
 from tasks.sources import hub, json_lines
 
 if TYPE_CHECKING:
-    from tasks.parameters.schema import TaskSource
+    from tasks.parameters.source_sections import TaskSource
     from tasks.runtime.stage import Stage
 
 CORPUS = "corpus"

@@ -23,7 +23,7 @@ from tasks.algorithms.text import overlap
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
-    from tasks.parameters.schema import Overlap
+    from tasks.parameters.source_sections import Overlap
     from tasks.runtime.stage import Stage
 
 TRAIN = "train"

@@ -14,7 +14,7 @@ from typing import Any
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.statistics import canary
-from tasks.parameters.schema import Sla
+from tasks.parameters.operation_sections import Sla
 from tasks.sources import json_lines
 
 

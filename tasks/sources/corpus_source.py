@@ -18,7 +18,7 @@ from tasks.sources import hub, json_lines
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tasks.parameters.schema import CorpusSource
+    from tasks.parameters.source_sections import CorpusSource
 
 
 def write(name: str, source: CorpusSource, local: Path | None, target: Path) -> dict[str, int]:

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from tasks.algorithms.errors import InputError
 from tasks.parameters import preflight
-from tasks.parameters.schema import CorpusSource, ModelSource
+from tasks.parameters.source_sections import CorpusSource, ModelSource
 from tasks.sources import hub
 
 SINGLE = "model.safetensors"

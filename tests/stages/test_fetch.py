@@ -21,7 +21,7 @@ from tasks import fetch
 from tasks.algorithms.errors import InputError
 from tasks.models import dense_folder
 from tasks.parameters import schema
-from tasks.parameters.schema import Fetch
+from tasks.parameters.source_sections import Fetch
 from tasks.sources import corpus_source, model_source, weight_check
 from tests.support.paths import ROOT
 
