@@ -24,6 +24,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.quantisation import eora
 from tasks.models import dense_folder, gptq_folder, sparsity_ledger
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.parameters.schema import Eora
@@ -70,7 +71,7 @@ def run(stage: Stage) -> None:
     gptq_folder.save_adapter(target, {name: (branch.a, branch.b) for name, branch in branches.items()})
     save_codes(stage.output("adapter.safetensors"), branches, chosen.bits)
     rows = table(branches, chosen.bits)
-    rows.to_csv(stage.output("layers.csv"), index=False, lineterminator="\n", float_format="%.9g")
+    files.write_csv(stage.output("layers.csv"), rows, "%.9g")
     print(summary(rows, sum(weight.numel() for weight in teacher.values()), chosen))
 
 
@@ -78,7 +79,7 @@ def skip(stage: Stage) -> None:
     """Pass the quantised model on; the tables have no rows, adapter.safetensors no tensors."""
     stage.pass_on(stage.input("gptq/model"), stage.output("model"))
     save_codes(stage.output("adapter.safetensors"), {}, eora.HALF)
-    pd.DataFrame(columns=COLUMNS).to_csv(stage.output("layers.csv"), index=False, lineterminator="\n")
+    files.write_csv(stage.output("layers.csv"), pd.DataFrame(columns=COLUMNS))
     sparsity_ledger.write(pd.DataFrame(columns=sparsity_ledger.COLUMNS), stage.output("sparsity.csv"))
 
 

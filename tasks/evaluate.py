@@ -19,6 +19,7 @@ from tasks.algorithms.model import checkpoints, masks
 from tasks.algorithms.scoring import generation_failures, likelihood, protocols
 from tasks.models import dense_folder, tensor_headers
 from tasks.runners import any_folder
+from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def skip(stage: Stage) -> None:
 def _write_documents(stage: Stage, tables: list[pd.DataFrame]) -> None:
     columns = ["split", "document", "predictions", "bytes", "nll"]
     table = pd.concat(tables) if tables else pd.DataFrame(columns=columns)
-    table.to_csv(stage.output("documents.csv"), columns=columns, index=False, lineterminator="\n", float_format="%.9g")
+    files.write_csv(stage.output("documents.csv"), table, "%.9g", columns)
 
 
 def sizes(folder: Path) -> dict[str, int]:

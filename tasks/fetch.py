@@ -29,6 +29,7 @@ from tasks.algorithms.model import families
 from tasks.models import dense_folder
 from tasks.parameters import preflight
 from tasks.parameters.schema import CorpusSource, ModelSource
+from tasks.runtime import files
 from tasks.sources import hub
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def run(stage: Stage) -> None:
         },
         "corpora": corpora,
     }
-    stage.output("source.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    files.write_json(stage.output("source.json"), record)
 
 
 def check_folder(folder: Path, inside: Path | None = None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from tasks.algorithms.quantisation import masked_gptq
 from tasks.compression import block_quantisation
 from tasks.models import dense_folder, gptq_folder, sparsity_ledger
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,7 +67,7 @@ def skip(stage: Stage) -> None:
     stage.pass_on(dense, stage.output("model"))
     stage.pass_on(stage.input("masks.safetensors"), stage.output("masks.safetensors"))
     dense_folder.save_tensors(stage.output("embedding.safetensors"), {}, {"bits": "16", "group_size": "-1"})
-    pd.DataFrame(columns=COLUMNS).to_csv(stage.output("layers.csv"), index=False, lineterminator="\n")
+    files.write_csv(stage.output("layers.csv"), pd.DataFrame(columns=COLUMNS))
     keep, pattern = dense_folder.load_masks(stage.input("masks.safetensors"))
     table = sparsity_ledger.ledger(gptq_folder.block_weights(dense_folder.load_dense(dense)), keep, pattern)
     sparsity_ledger.check(table, "gptq", stage.params.wanda.enforce)
@@ -112,6 +113,4 @@ def _write(
         print(f"gptq.masked = false broke the pattern {pattern}: the model is a dense one from here on")
         dense_folder.save_masks(stage.output("masks.safetensors"), {}, "dense")
     sparsity_ledger.write(ledger, stage.output("sparsity.csv"))
-    table(weights, bits, ledger, results).to_csv(
-        stage.output("layers.csv"), index=False, lineterminator="\n", float_format="%.9g"
-    )
+    files.write_csv(stage.output("layers.csv"), table(weights, bits, ledger, results), "%.9g")

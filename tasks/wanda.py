@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tasks.algorithms.model import families
 from tasks.algorithms.pruning import wanda
 from tasks.models import dense_folder, sparsity_ledger
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.parameters.schema import Wanda
@@ -94,4 +95,4 @@ def _print(table: pd.DataFrame, pattern: str, method: str, tokens: int) -> None:
 
 
 def _write(stage: Stage, table: pd.DataFrame) -> None:
-    table.to_csv(stage.output("layers.csv"), index=False, lineterminator="\n", float_format="%.9g")
+    files.write_csv(stage.output("layers.csv"), table, "%.9g")
