@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.quantisation import eora
-from tasks.models import dense_folder, gptq_folder, sparsity_ledger
+from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def write_ledger(stage: Stage, model: nn.Module) -> None:
     Raises:
         InputError: they break the pattern, and wanda.enforce says that they must not.
     """
-    keep, pattern = dense_folder.load_masks(stage.input("masks.safetensors"))
+    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
     weights = {name: linear.weight.detach() for name, linear in families.block_linears(model).items()}
     found = sparsity_ledger.ledger(weights, keep, pattern)
     sparsity_ledger.write(found, stage.output("sparsity.csv"))
@@ -168,7 +168,7 @@ def save_codes(path: Path, branches: Mapping[str, eora.Branch], bits: int) -> No
     for name, branch in branches.items():
         for side, coded in zip("ab", branch.coded or (), strict=False):
             tensors |= {f"{name}.{side}.codes": coded.codes, f"{name}.{side}.scales": coded.scales}
-    dense_folder.save_tensors(path, tensors, {"bits": str(bits), "group_size": str(eora.GROUP_SIZE)})
+    tensor_files.save_tensors(path, tensors, {"bits": str(bits), "group_size": str(eora.GROUP_SIZE)})
 
 
 def table(branches: Mapping[str, eora.Branch], bits: int) -> pd.DataFrame:

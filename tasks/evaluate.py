@@ -67,15 +67,15 @@ def run(stage: Stage) -> None:
     written = completions(model, tokenizer, p, stage.journal)
     metrics["failures"] = generation_failures.count(written)
     _write_documents(stage, tables)
-    dense_folder.write_json(stage.output("metrics.json"), metrics)
-    dense_folder.write_json(stage.output("completions.json"), written)
+    files.write_json(stage.output("metrics.json"), metrics)
+    files.write_json(stage.output("completions.json"), written)
 
 
 def skip(stage: Stage) -> None:
     """Say that nothing was measured."""
     _write_documents(stage, [])
-    dense_folder.write_json(stage.output("metrics.json"), {"model": stage.item, "evaluated": False})
-    dense_folder.write_json(stage.output("completions.json"), [])
+    files.write_json(stage.output("metrics.json"), {"model": stage.item, "evaluated": False})
+    files.write_json(stage.output("completions.json"), [])
 
 
 def _write_documents(stage: Stage, tables: list[pd.DataFrame]) -> None:

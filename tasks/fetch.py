@@ -91,9 +91,7 @@ def run(stage: Stage) -> None:
     tensors = check_weights(target, stage)
     record = {
         "model": _origin(source) | {"architecture": families.family(config).architecture, "tensors": tensors},
-        "files": {
-            file.name: {"bytes": file.stat().st_size, "sha256": dense_folder.sha256(file)} for file in target.iterdir()
-        },
+        "files": {file.name: {"bytes": file.stat().st_size, "sha256": files.sha256(file)} for file in target.iterdir()},
         "corpora": corpora,
     }
     files.write_json(stage.output("source.json"), record)
@@ -298,7 +296,7 @@ def _corpus(stage: Stage, name: str, target: Path) -> dict[str, Any]:
         "rows": rows,
         "empty_rows_dropped": empty,
         "bytes": target.stat().st_size,
-        "sha256": dense_folder.sha256(target),
+        "sha256": files.sha256(target),
     }
 
 

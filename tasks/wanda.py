@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tasks.algorithms.model import families
 from tasks.algorithms.pruning import wanda
-from tasks.models import dense_folder, sparsity_ledger
+from tasks.models import dense_folder, mask_files, sparsity_ledger
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def run(stage: Stage) -> None:
     dense_folder.save_dense(model, tokenizer, stage.output("wanda/model"))
     pattern = _pattern(chosen)
     keep = {name: each.keep for name, each in selections.items()}
-    dense_folder.save_masks(stage.output("masks.safetensors"), keep, pattern)
+    mask_files.save_masks(stage.output("masks.safetensors"), keep, pattern)
     _ledger(stage, model, keep, pattern)
     table = _table(model, selections)
     _write(stage, table)
@@ -52,7 +52,7 @@ def skip(stage: Stage) -> None:
     """The depth-pruned model as it is, no masks."""
     stage.pass_on(stage.input("depth_prune/model"), stage.output("wanda/model"))
     _ledger(stage, dense_folder.load_dense(stage.input("depth_prune/model")), {}, "dense")
-    dense_folder.save_masks(stage.output("masks.safetensors"), {}, "dense")
+    mask_files.save_masks(stage.output("masks.safetensors"), {}, "dense")
     _write(stage, pd.DataFrame(columns=COLUMNS))
 
 
