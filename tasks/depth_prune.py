@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tasks.algorithms.model import families
 from tasks.algorithms.pruning import depth_prune, importance
 from tasks.models import dense_folder
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
@@ -79,4 +80,4 @@ def _record(stage: Stage, layers: int, removed: list[int]) -> None:
         "method": stage.params.importance.method,
         "schedule": stage.params.depth_prune.schedule,
     }
-    dense_folder.write_json(stage.output("removed.json"), record)
+    files.write_json(stage.output("removed.json"), record)

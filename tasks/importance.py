@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from tasks.algorithms.pruning import importance
 from tasks.models import dense_folder
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
@@ -42,4 +43,4 @@ def skip(stage: Stage) -> None:
 
 
 def _write(stage: Stage, table: pd.DataFrame) -> None:
-    table.to_csv(stage.output("scores.csv"), index=False, lineterminator="\n", float_format="%.9g")
+    files.write_csv(stage.output("scores.csv"), table, "%.9g")

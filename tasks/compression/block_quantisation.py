@@ -19,7 +19,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, layers, masks
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import allocation, embedding, masked_gptq, rounding, sensitivity
-from tasks.models import dense_folder
+from tasks.models import dense_folder, tensor_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,7 +139,7 @@ def save_embedding(path: Path, coded: Mapping[str, rounding.Coded], chosen: Gptq
     for name, each in coded.items():
         tensors |= {f"{name}.codes": each.codes, f"{name}.scales": each.scales}
     described = {"bits": str(chosen.embedding.bits), "group_size": str(chosen.embedding.group_size)}
-    dense_folder.save_tensors(path, tensors, described)
+    tensor_files.save_tensors(path, tensors, described)
 
 
 SIDES = ("codes", "scales")
