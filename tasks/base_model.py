@@ -22,10 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.scoring import perplexity
 from tasks.models import dense_folder
+from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
-    from tasks.parameters.schema import BaseModelParams
+    from tasks.parameters.source_sections import BaseModelParams
     from tasks.runtime.stage import Stage
 
 END = "<|endoftext|>"
@@ -49,7 +50,7 @@ def run(stage: Stage) -> None:
     print(f"{sum(w.numel() for w in model.parameters()):,} parameters, {len(tokens):,} distinct training tokens")
     curve = train(model, tokens, held_out, p, stage)
     dense_folder.save_dense(model, tokenizer, stage.output("model"))
-    curve.to_csv(stage.output("training.csv"), index=False, lineterminator="\n", float_format="%.6g")
+    files.write_csv(stage.output("training.csv"), curve, "%.6g")
 
 
 def train_tokenizer(texts: list[str], vocabulary: int, context: int) -> PreTrainedTokenizerFast:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tasks.algorithms.model import families
 from tasks.algorithms.pruning import depth_prune, importance
 from tasks.models import dense_folder
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
@@ -29,7 +30,7 @@ def run(stage: Stage) -> None:
     if not params.remove:
         print("remove = 0: the model is passed on")
         return skip(stage)
-    model = dense_folder.load_dense(stage.input("vocabulary/model"))
+    model = dense_folder.load_dense(stage.input("vocabulary/model")).to(stage.params.device)
     scores = torch.tensor(pd.read_csv(stage.input("scores.csv"))[stage.params.importance.method].to_numpy(dtype=float))
     removed = SCHEDULES[params.schedule](stage, model, scores)
     smaller = depth_prune.without(model, removed)
@@ -79,4 +80,4 @@ def _record(stage: Stage, layers: int, removed: list[int]) -> None:
         "method": stage.params.importance.method,
         "schedule": stage.params.depth_prune.schedule,
     }
-    dense_folder.write_json(stage.output("removed.json"), record)
+    files.write_json(stage.output("removed.json"), record)

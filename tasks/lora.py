@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tasks.algorithms.model import families
 from tasks.compression import recovery_training
-from tasks.models import dense_folder, sparsity_ledger
+from tasks.models import dense_folder, mask_files, sparsity_ledger
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +26,7 @@ def run(stage: Stage) -> None:
         InputError: inputs or parameters don't fit each other, the training diverges, or the pattern is broken.
     """
     source = stage.input("wanda/model")
-    keep, _ = dense_folder.load_masks(stage.input("masks.safetensors"))
+    keep, _ = mask_files.load_masks(stage.input("masks.safetensors"))
     kept = json.loads(stage.input("removed.json").read_text(encoding="utf-8"))["kept"]
     recovered = recovery_training.recover(stage, source, keep, kept)
     _ledger(stage, recovered.model)
@@ -41,7 +41,7 @@ def skip(stage: Stage) -> None:
 
 
 def _ledger(stage: Stage, model: nn.Module) -> None:
-    keep, pattern = dense_folder.load_masks(stage.input("masks.safetensors"))
+    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
     weights = {name: linear.weight.detach() for name, linear in families.block_linears(model).items()}
     table = sparsity_ledger.ledger(weights, keep, pattern)
     sparsity_ledger.check(table, "lora", stage.params.wanda.enforce)

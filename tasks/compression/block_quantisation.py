@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from tasks.algorithms import packing
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, layers, masks
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import allocation, embedding, masked_gptq, rounding, sensitivity
-from tasks.models import dense_folder
+from tasks.models import dense_folder, tensor_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +58,7 @@ def check_shapes(described: Mapping[str, Any], bits: int | None, group_size: int
     Raises:
         InputError: as `masked_gptq.check_shapes`; or a linear that packs at no width.
     """
-    shapes = families.linear_shapes(described)
+    shapes = shape_of_config(described).linears
     for name, shape in shapes.items():
         packable = masked_gptq.packable(shape)
         if not packable and bits is None:
@@ -138,7 +139,7 @@ def save_embedding(path: Path, coded: Mapping[str, rounding.Coded], chosen: Gptq
     for name, each in coded.items():
         tensors |= {f"{name}.codes": each.codes, f"{name}.scales": each.scales}
     described = {"bits": str(chosen.embedding.bits), "group_size": str(chosen.embedding.group_size)}
-    dense_folder.save_tensors(path, tensors, described)
+    tensor_files.save_tensors(path, tensors, described)
 
 
 SIDES = ("codes", "scales")

@@ -37,6 +37,7 @@ import yaml
 from tasks.algorithms.model import checkpoints
 from tasks.models import tensor_headers
 from tasks.parameters import schema
+from tasks.runtime import files
 from tasks.runtime.stage import Stage
 from tests.support.paths import ROOT
 
@@ -279,8 +280,7 @@ def declared(path: Path, values: Mapping[str, Any]) -> dict[str, Declared]:
 def digest(path: Path) -> str:
     """sha256 of a file, or of the names and contents of a folder's files."""
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return files.sha256(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is declared in dvc.yaml, and there is no such file or folder")
     return _hash({str(f.relative_to(path)): digest(f) for f in sorted(path.rglob("*")) if f.is_file()})
@@ -296,7 +296,7 @@ def _publishing(folder: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
     try:
         yield unfinished
         record = {**identity, "seconds": round(time.monotonic() - started, 3)}
-        (unfinished / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        files.write_json(unfinished / RECORD, record)
         with contextlib.suppress(OSError):  # another process was first
             os.rename(unfinished, folder)
     finally:

@@ -105,8 +105,9 @@ def write_random(folder: Path, bits: int = 4, group: int = 128) -> Path:
     import torch
     from transformers import LlamaConfig
 
-    from tasks.models import dense_folder
+    from tasks.models import tensor_files
     from tasks.packed import file_format
+    from tasks.runtime import files
 
     generator = torch.Generator().manual_seed(0)
     config = LlamaConfig(**SHAPE, num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=True)
@@ -126,9 +127,9 @@ def write_random(folder: Path, bits: int = 4, group: int = 128) -> Path:
     quantisation = {"bits": bits, "group_size": group, "desc_act": False, "sym": True, "lm_head": False}
     quantisation |= {"quant_method": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32"}
     folder.mkdir()
-    dense_folder.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    dense_folder.write_json(folder / "quantize_config.json", quantisation)
-    dense_folder.write_json(folder / "config.json", described | {"quantization_config": quantisation})
+    tensor_files.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    files.write_json(folder / "quantize_config.json", quantisation)
+    files.write_json(folder / "config.json", described | {"quantization_config": quantisation})
     for name in ("tokenizer.json", "tokenizer_config.json"):  # gptqmodel loads no model without one
         shutil.copyfile(ROOT / "data/base_model/model" / name, folder / name)
     return folder

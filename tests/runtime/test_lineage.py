@@ -19,7 +19,7 @@ import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from dvc.repo import Repo
-from tasks import lineage
+from tasks.runtime import lineage
 started, (name, out, text) = time.time(), sys.argv[1:]
 path = Path(out)
 if path.suffix:

@@ -56,11 +56,11 @@ import yaml
 sys.path.insert(0, {str(ROOT)!r})
 import tasks
 tasks.__path__.append("toy_tasks")
-from tasks import stage
 from tasks.algorithms.errors import InputError
+from tasks.runtime import stage
 text = open("params.yaml").read()
 sections = {{name: SimpleNamespace(**values) for name, values in yaml.safe_load(text).items()}}
-stage.params.load = lambda: SimpleNamespace(**sections)
+stage.schema.load = lambda: SimpleNamespace(**sections)
 stage.preflight.check_workspace = lambda *_: None
 try:
     stage.execute(sys.argv[1])
@@ -180,7 +180,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch):
         raw = yaml.safe_load(Path("params.yaml").read_text())
         return SimpleNamespace(**{name: SimpleNamespace(**values) for name, values in raw.items()})
 
-    monkeypatch.setattr(stages.params, "load", load)
+    monkeypatch.setattr(stages.schema, "load", load)
     monkeypatch.setattr(stages.preflight, "check_workspace", lambda *_: None)
     monkeypatch.setattr(stages, "_die_with_parent", lambda _: None)
 

@@ -1,7 +1,7 @@
 """Keep masks of pruned matrices as packed bits, and the check of an N:M pattern.
 
 A mask is a bool matrix [rows, cols] = [out_features, in_features], True where the weight is kept.
-Files are `tasks.models.dense_folder`'s; which weights to keep is `tasks.algorithms.pruning.wanda`'s.
+Files are `tasks.models.mask_files`'s; which weights to keep is `tasks.algorithms.pruning.wanda`'s.
 """
 
 from __future__ import annotations
