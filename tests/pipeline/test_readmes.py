@@ -269,7 +269,7 @@ def parse(parser: argparse.ArgumentParser, command: Command, caplog) -> argparse
     leaf = parser
     for word in command.words[1:]:
         choices = next((a.choices for a in leaf._actions if isinstance(a, argparse._SubParsersAction)), None)
-        if not choices:
+        if not choices or word.startswith("-"):
             break
         assert word in choices, f"{command}: `{word}` is none of {', '.join(choices)}"
         leaf = choices[word]
