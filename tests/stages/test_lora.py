@@ -433,7 +433,7 @@ class FakeStage:
     def __init__(self, folder: Path, params: Lora, run: str = "run", name: str = "lora") -> None:
         self.folder, self.out, self.name = folder, folder / run, name
         self.journal = checkpoints.NOTHING
-        self.params = SimpleNamespace(lora=params, wanda=SimpleNamespace(enforce=True))
+        self.params = SimpleNamespace(device="cpu", lora=params, wanda=SimpleNamespace(enforce=True))
         self.updates: list[tuple[int, float]] = []
         self.total = 0
 
