@@ -304,8 +304,8 @@ def test_python_has_the_module_and_the_options_and_pytest_the_tests(command: Com
         keyword = words[words.index("-k") + 1] if "-k" in words else ""
         assert any(re.search(rf"def test\w*{keyword}", file.read_text(encoding="utf-8")) for file in files)
         return
-    if words[0] == "tasks":
-        return  # the dispatcher, the same as `edgepress`
+    if words[0] in ("tasks", "flows.stage"):
+        return  # the dispatcher, the same as `edgepress`; the command of dvc.yaml's stages
     assert words[0].startswith("tests.benchmarks.")
     options = defined_options(ROOT / f"{words[0].replace('.', '/')}.py")
     assert options and {word for word in words if word.startswith("-")} <= options
