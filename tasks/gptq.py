@@ -16,13 +16,14 @@ import pandas as pd
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tasks.algorithms.quantisation import masked_gptq
+from tasks.algorithms.quantisation import unpacking
 from tasks.compression import block_quantisation
 from tasks.models import dense_folder, gptq_folder, sparsity_ledger
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tasks.algorithms.quantisation import masked_gptq
     from tasks.runtime.stage import Stage
 
 COLUMNS = ["linear", "bits", "error", "zeros", "violations"]
@@ -104,7 +105,7 @@ def _write(
     """Masks and tables, measured on the saved model."""
     model = gptq_folder.load_quantised(target)
     weights = gptq_folder.block_weights(model)
-    bits = {name: linear.bits for name, linear in masked_gptq.quantised_linears(model).items()}
+    bits = {name: linear.bits for name, linear in unpacking.quantised_linears(model).items()}
     ledger = sparsity_ledger.ledger(weights, keep, pattern)
     if sparsity_ledger.check(ledger, "gptq", stage.params.wanda.enforce or stage.params.gptq.masked):
         dense_folder.save_masks(stage.output("masks.safetensors"), dict(keep), pattern)

@@ -10,9 +10,9 @@ Each linear's calibration inputs have gone through the quantised linears that ru
 block in the order (q k v), (o), (gate up), (down), runs the block again after each, and hands the quantised block's
 outputs to the next one.
 
-gptqmodel knows no masks. This module holds every work-around for it, written against version 7.6.0, each inside a
-context manager that puts the library back; `LIBRARY_VERSION` is compared at import. It writes no file
-(`tasks.models.dense_folder` does) and quantises neither embedding nor head (`tasks.algorithms.quantisation.embedding`
+gptqmodel knows no masks: they come in by patches of its GPTQ (those of the rest are
+`tasks.algorithms.quantisation.gptqmodel_library`'s), inside a context manager that puts it back. It writes no file
+(`tasks.models.gptq_folder` does) and quantises neither embedding nor head (`tasks.algorithms.quantisation.embedding`
 does).
 """
 
@@ -20,32 +20,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
-import importlib.metadata
-import io
-import logging
-import os
-import random
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, masks
-from tasks.algorithms.quantisation import descent, rounding, sparsegpt
-
-LIBRARY_VERSION = "7.6.0"
-"""The work-arounds reach into gptqmodel's internals: another version needs them read again, and the tests run."""
+from tasks.algorithms.quantisation import descent, output_error, rounding, sparsegpt
+from tasks.algorithms.quantisation import gptqmodel_library as library
 
 WIDTHS = (2, 3, 4, 8)
 """Bits per code that gptqmodel packs into 32-bit words."""
@@ -55,37 +45,6 @@ ANSWER = ("quantised", "scales", "zeros", "index")
 
 Done = Callable[[str, float], None]
 """Called after each linear with its name and error."""
-
-
-def _import_library() -> ModuleType:
-    """Import gptqmodel without its banner and without the environment variables it sets.
-
-    Its pool wants 2 loader workers and takes (cores + 1) // 2: a ValueError on two cores without GPTQMODEL_CPU_WORKERS.
-    """
-    installed = importlib.metadata.version("gptqmodel")
-    if installed != LIBRARY_VERSION:
-        raise InputError(f"gptqmodel {installed} is installed, {LIBRARY_VERSION} is needed: install constraints.txt")
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    before = dict(os.environ)
-    level = logging.getLogger().level
-    importlib.import_module("logbar").LogBar.shared().setLevel(logging.ERROR)
-    library = importlib.import_module("gptqmodel")
-    logging.getLogger().setLevel(level)
-    for key in set(os.environ) - set(before):
-        del os.environ[key]
-    os.environ.update(before)
-    return library
-
-
-gptqmodel = _import_library()
-_gptq = importlib.import_module("gptqmodel.quantization.gptq")
-_gar = importlib.import_module("gptqmodel.quantization.gar")
-_logger = importlib.import_module("gptqmodel.utils.logger")
-_looper = importlib.import_module("gptqmodel.looper.loop_processor")
-_threads = importlib.import_module("gptqmodel.utils.threadx")
-_torch_linear = importlib.import_module("gptqmodel.nn_modules.qlinear.torch")
-Lora = importlib.import_module("gptqmodel.adapter.adapter").Lora
-eora_compute_lora = importlib.import_module("gptqmodel.eora").eora_compute_lora
 
 
 @dataclass(frozen=True)
@@ -134,7 +93,7 @@ def config(
     if widths:
         bits = _most_common(widths.values())
         dynamic = {f"+:^{re.escape(name)}$": {"bits": width} for name, width in widths.items() if width != bits}
-    return gptqmodel.QuantizeConfig(
+    return library.gptqmodel.QuantizeConfig(
         bits=bits,
         dynamic=dynamic or None,
         group_size=group_size,
@@ -178,52 +137,6 @@ def packable(shape: tuple[int, int], widths: Iterable[int] = WIDTHS) -> list[int
 
 
 @contextlib.contextmanager
-def contained() -> Iterator[None]:
-    """Run gptqmodel without its live progress, prints and log files, and put random generators and threads back.
-
-    An error in one of its threads is raised to the caller; it would end the whole process, with no word for the user.
-
-    It draws a random name for a log file in ./logs from Python's global generator, and prints what it saves.
-    """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.get_num_threads()
-    talkers = importlib.import_module("logbar").LogBar.shared(), logging.getLogger("accelerate.utils.modeling")
-    levels = [logger.level for logger in talkers]
-    with (
-        _patched(_logger, "_suppress_live_renderables", lambda: True),
-        _patched(_threads._DeviceWorker, "_abort_process", lambda *_: None),
-        _patched(_looper.LoopProcessor, "_build_log_file_path", staticmethod(lambda *_: Path(os.devnull))),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        for logger in talkers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(talkers, levels, strict=True):
-                logger.setLevel(level)
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
-            torch.set_num_threads(states[3])
-
-
-@contextlib.contextmanager
-def loading_in_float32() -> Iterator[None]:
-    """Let gptqmodel load a checkpoint in float32 and without torch.compile.
-
-    Its torch kernel declares half precision only, though its arithmetic follows the input's dtype; and it compiles the
-    dequantisation with inductor, which needs a C++ compiler at run time.
-    """
-    kernel = _torch_linear.TorchLinear
-    with (
-        contained(),
-        _patched(kernel, "SUPPORTS_DTYPES", [*kernel.SUPPORTS_DTYPES, torch.float32]),
-        _patched(_torch_linear, "torch_compile", lambda function, **_: function),
-    ):
-        yield
-
-
-@contextlib.contextmanager
 def keeping_masks(
     keep: Mapping[str, Tensor],
     done: Done | None = None,
@@ -249,7 +162,7 @@ def keeping_masks(
             inverted.
     """
     results: dict[str, LayerResult] = {}
-    solve, add, invert = _gptq.GPTQ.quantize, _gptq.GPTQ.add_batch, _gptq.GPTQ.hessian_inverse
+    solve, add, invert = library.gptq.GPTQ.quantize, library.gptq.GPTQ.add_batch, library.gptq.GPTQ.hessian_inverse
     finished = _Finished(memory, blocks)
 
     def create_quantizer(self: Any, name: str) -> _MaskedQuantizer:
@@ -279,7 +192,9 @@ def keeping_masks(
             held = chosen if joint else keep.get(name)
             quantised = _descend(weight, answer, hessian, damp, self.qcfg.bits, descent_cycles, held)
             answer = (quantised, *answer[1:])
-        return answer, LayerResult(relative_error(weight - quantised, weight, hessian), float(damp), chosen)
+        return answer, LayerResult(
+            output_error.relative_error(weight - quantised, weight, hessian), float(damp), chosen
+        )
 
     def quantize(self: Any, blocksize: int = 128) -> tuple[Any, ...]:
         name = self._named_module.full_name
@@ -293,10 +208,10 @@ def keeping_masks(
         return answer
 
     with (
-        _patched(_gptq.GPTQ, "create_quantizer", create_quantizer),
-        _patched(_gptq.GPTQ, "add_batch", add_batch),
-        _patched(_gptq.GPTQ, "hessian_inverse", hessian_inverse),
-        _patched(_gptq.GPTQ, "quantize", quantize),
+        library.patched(library.gptq.GPTQ, "create_quantizer", create_quantizer),
+        library.patched(library.gptq.GPTQ, "add_batch", add_batch),
+        library.patched(library.gptq.GPTQ, "hessian_inverse", hessian_inverse),
+        library.patched(library.gptq.GPTQ, "quantize", quantize),
     ):
         yield results
 
@@ -336,7 +251,7 @@ def quantise(
         )
     rows = [{"input_ids": ids.tolist(), "attention_mask": [1] * length} for ids in input_ids]
     blocks = families.linears_by_block(model.model)
-    with contained(), keeping_masks(keep, done, scale_steps, joint, descent_cycles, memory, blocks) as results:
+    with library.contained(), keeping_masks(keep, done, scale_steps, joint, descent_cycles, memory, blocks) as results:
         model.quantize(rows, batch_size=1, calibration_sort=None)
     unknown = sorted(set(keep) - set(results))
     if unknown:
@@ -375,61 +290,7 @@ def nearest(
     return torch.cat(parts, dim=1)
 
 
-def quantised_linears(model: nn.Module) -> dict[str, Any]:
-    """Full module name -> gptqmodel's quantised linear, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _torch_linear.TorchLinear)}
-
-
-def dequantised(linear: Any) -> Tensor:
-    """float32 [out_features, in_features] of a quantised linear, without its adapter."""
-    scales = linear.scales
-    linear.scales = scales.float()  # in half precision code x scale would be rounded
-    try:
-        # The class's function: the instance's own may be a compiled one.
-        return type(linear).dequantize_weight(linear).T.float().contiguous()
-    finally:
-        linear.scales = scales
-
-
-def unpack_once(model: nn.Module) -> None:
-    """Make quantised linears keep their float32 weights instead of unpacking them at every call.
-
-    gptqmodel's own cache of unpacked weights leaves the adapter out of the forward pass.
-    """
-    for linear in quantised_linears(model).values():
-        weight = dequantised(linear).T
-        linear.dequantize_weight = lambda num_itr=1, weight=weight: weight
-
-
-def densify(model: nn.Module) -> None:
-    """Replace every quantised linear by an ordinary float32 one with its dequantised weight; adapters are dropped."""
-    for name, linear in quantised_linears(model).items():
-        dense = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        dense.weight = nn.Parameter(dequantised(linear), requires_grad=False)
-        if linear.bias is not None:
-            dense.bias = nn.Parameter(linear.bias.detach().float(), requires_grad=False)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, dense)
-
-
-def relative_error(delta: Tensor, weight: Tensor, hessian: Tensor) -> float:
-    """||X delta^T||_F / ||X weight^T||_F for a Hessian that is any multiple of X^T X; 0 where both are 0.
-
-    Args:
-        delta, weight: [out_features, in_features].
-        hessian: [in_features, in_features].
-    """
-    hessian = hessian.double()
-
-    def energy(matrix: Tensor) -> float:
-        matrix = matrix.double()
-        return float(((matrix @ hessian) * matrix).sum().clamp_min(0))  # trace(M H M^T)
-
-    lost, whole = energy(delta), energy(weight)
-    return 0.0 if lost == 0 else float("inf") if whole == 0 else (lost / whole) ** 0.5
-
-
-class _MaskedQuantizer(_gptq.Quantizer):
+class _MaskedQuantizer(library.gptq.Quantizer):
     """gptqmodel's quantiser, blind to pruned weights, with scales as they are stored.
 
     GPTQ calls it with the columns from left to right (after their permutation, if there is one): `find_params` at the
@@ -575,10 +436,10 @@ def _order(hessian: Tensor, qcfg: Any) -> Tensor:
         return torch.argsort(diagonal, descending=True)
     if not qcfg.act_group_aware:
         return torch.arange(len(hessian))
-    within, largest = _gar.compute_local_perms(diagonal, qcfg.group_size, return_values=True)
-    between = _gar.compute_global_perm(diagonal, qcfg.group_size, precomputed_values=largest)
-    order = _gar.compose_final_perm(within, between, qcfg.group_size)
-    return _gar.extend_perm_with_tail(order, len(hessian))
+    within, largest = library.gar.compute_local_perms(diagonal, qcfg.group_size, return_values=True)
+    between = library.gar.compute_global_perm(diagonal, qcfg.group_size, precomputed_values=largest)
+    order = library.gar.compose_final_perm(within, between, qcfg.group_size)
+    return library.gar.extend_perm_with_tail(order, len(hessian))
 
 
 def _checked(name: str, mask: Tensor, weight: Tensor) -> Tensor:
@@ -590,13 +451,3 @@ def _checked(name: str, mask: Tensor, weight: Tensor) -> Tensor:
     if alive:
         raise InputError(f"{alive} pruned weights of {name} are not zero before quantisation: run the stage lora again")
     return mask
-
-
-@contextlib.contextmanager
-def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = vars(owner)[name]
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
