@@ -64,10 +64,10 @@ def run(stage: Stage) -> None:
         ranks = chosen.rank
         if chosen.budget_bytes is not None:
             sizes = {name: eora_branches.rank_bytes(weight.shape, chosen.bits) for name, weight in teacher.items()}
-            ranks = eora_ranks.allocate(
-                eora_ranks.gains(model, windows, teacher, done, stage.journal), sizes, chosen.budget_bytes
-            )
-        branches = eora_branches.compensate(model, windows, teacher, ranks, chosen.bits, done, stage.journal)
+            worth = eora_ranks.gains(model, windows, teacher, done, stage.journal)
+            ranks = eora_ranks.allocate(worth, sizes, chosen.budget_bytes)
+        size = eora_branches.Size(ranks, chosen.bits)
+        branches = eora_branches.compensate(model, windows, teacher, size, done, stage.journal)
     stage.pass_on(source, target)
     gptq_folder.save_adapter(target, {name: (branch.a, branch.b) for name, branch in branches.items()})
     save_codes(stage.output("adapter.safetensors"), branches, chosen.bits)

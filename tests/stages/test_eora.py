@@ -94,7 +94,7 @@ def test_each_branch_is_computed_on_inputs_of_compensated_linears(make_model, ma
     for linear in families.block_linears(student).values():
         linear.weight.data = (linear.weight * 4).round() / 4
     wanted = {name: linear.weight.detach().clone() for name, linear in families.block_linears(teacher).items()}
-    branches = eora_branches.compensate(student, windows, wanted, 16)
+    branches = eora_branches.compensate(student, windows, wanted, eora_branches.Size(16))
     assert list(branches) == list(wanted)
     # At full rank of the smaller sides everything is restored, so that later inputs are the teacher's.
     small = [name for name in wanted if min(wanted[name].shape) == 16]
@@ -241,7 +241,9 @@ def test_b_is_fitted_to_the_rounded_a_before_it_is_rounded(make_model, make_wind
         student(input_ids=windows)
     handle.remove()
     x = torch.cat(seen).double()
-    branches = eora_branches.compensate(student, windows, wanted, {n: 6 if n == name else 0 for n in wanted}, bits)
+    branches = eora_branches.compensate(
+        student, windows, wanted, eora_branches.Size({n: 6 if n == name else 0 for n in wanted}, bits)
+    )
     a, b, coded, _, after = branches[name]
     assert torch.equal(a.float(), rounding.values(coded[0])) and torch.equal(b.float(), rounding.values(coded[1]).T)
     rounded_a = rounding.quantise(eora.factors(delta, x.T @ x, 6)[0], bits, 32)

@@ -19,7 +19,7 @@ from tasks import gptq as stage_module
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, masks
 from tasks.algorithms.quantisation import gptqmodel_library as library
-from tasks.algorithms.quantisation import masked_gptq, output_error, rounding, unpacking
+from tasks.algorithms.quantisation import masked_gptq, masked_grid, output_error, rounding, unpacking
 from tasks.compression import block_quantisation
 from tasks.models import dense_folder, gptq_folder, sparsity_ledger
 from tasks.parameters import schema
@@ -56,11 +56,10 @@ def library_gptq(weight, x, keep=None, blocksize=128, scale_steps=None, joint=No
     """(quantised weight, scales, zeros, result) of gptqmodel's GPTQ on one matrix, led by this project."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight.clone()
+    settings = masked_gptq.Settings(scale_steps=scale_steps, joint=joint)
     with (
         library.contained(),
-        masked_gptq.keeping_masks(
-            {} if keep is None else {NAME: keep}, scale_steps=scale_steps, joint=joint
-        ) as results,
+        masked_gptq.MaskedGptq({} if keep is None else {NAME: keep}, settings).in_place() as results,
     ):
         gptq = library.gptq.GPTQ(
             NamedModule(linear, "mlp.up_proj", NAME, 0), masked_gptq.config(**(SETTINGS | changed))
@@ -211,7 +210,7 @@ def test_nearest_is_the_same_grid_without_a_hessian(bits, symmetric, mse, steps)
     keep = two_of_four(weight)
     weight = weight * keep
     settings = masked_gptq.config(**SETTINGS | {"symmetric": symmetric, "mse": mse, "bits": 8})
-    found = masked_gptq.nearest(weight, keep, settings, bits, steps)
+    found = masked_grid.nearest(weight, keep, settings, bits, steps)
     assert torch.allclose(found.double(), rounded_to_nearest(weight, bits, symmetric, mse, steps), atol=1e-6)
     assert settings.bits == 8
 
@@ -304,7 +303,7 @@ def test_the_library_is_put_back():
     with (
         pytest.raises(KeyError),
         library.loading_in_float32(),
-        masked_gptq.keeping_masks({}),
+        masked_gptq.MaskedGptq({}).in_place(),
     ):
         assert gptq.quantize is not before[0]
         random.random(), np.random.rand(), torch.rand(1), torch.set_num_threads(2)
@@ -323,7 +322,7 @@ def test_the_number_of_threads_does_not_change_the_inverse_factor(columns):
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            with masked_gptq.keeping_masks({}):
+            with masked_gptq.MaskedGptq({}).in_place():
                 factors.append(library.gptq.GPTQ.hessian_inverse(gptq, x.T @ x)[0])
     finally:
         torch.set_num_threads(before)
@@ -364,7 +363,7 @@ def test_shapes_that_do_not_pack_are_refused(shape, bits, group_size, message):
 def test_widths_of_single_linears_are_asked_for_by_their_whole_names(act_order):
     names = [f"model.layers.{i}.mlp.up_proj" for i in (1, 10, 11)]
     widths = dict(zip(names, (4, 2, 4), strict=True))
-    config = masked_gptq.config(**SETTINGS | {"bits": 8, "act_order": act_order}, widths=widths)
+    config = masked_gptq.config(**SETTINGS | {"bits": widths, "act_order": act_order})
     assert config.bits == 4
     assert [config.dynamic_get(name, "bits", config.bits) for name in names] == [4, 2, 4]
     assert config.dynamic_get("model.layers.10.mlp.up_project", "bits", 0) == 0
@@ -373,8 +372,8 @@ def test_widths_of_single_linears_are_asked_for_by_their_whole_names(act_order):
 
 
 def test_equal_widths_need_no_overrides():
-    assert masked_gptq.config(**SETTINGS | {"bits": 8}, widths={NAME: 3}).bits == 3
-    assert not masked_gptq.config(**SETTINGS, widths={NAME: 3}).dynamic
+    config = masked_gptq.config(**SETTINGS | {"bits": {NAME: 3}})
+    assert config.bits == 3 and not config.dynamic
 
 
 def test_group_aware_without_groups_is_refused():

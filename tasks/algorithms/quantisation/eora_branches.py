@@ -26,6 +26,18 @@ HALF = 16
 """Bits of factors that are not quantised."""
 
 
+class Size(NamedTuple):
+    """How large branches are to be.
+
+    Attributes:
+        rank: of every branch, or full module name -> rank (`tasks.algorithms.quantisation.eora_ranks`).
+        bits: of the stored factors: 16 (float16) or 4 and 8 (groups of `group_size` along the rows of A and of B^T).
+    """
+
+    rank: int | Mapping[str, int]
+    bits: int = HALF
+
+
 class Branch(NamedTuple):
     """The branch of one linear, x -> x A^T B^T, and what it is good for.
 
@@ -48,8 +60,7 @@ def compensate(
     model: nn.Module,
     input_ids: Tensor,
     teacher: Mapping[str, Tensor],
-    rank: int | Mapping[str, int],
-    bits: int = HALF,
+    size: Size,
     done: Done | None = None,
     memory: checkpoints.Memory = checkpoints.NOTHING,
 ) -> dict[str, Branch]:
@@ -59,8 +70,6 @@ def compensate(
         model: the compressed model with ordinary float32 linears. Changed: the branches are added to its weights.
         input_ids: [windows, length]; every token counts.
         teacher: full module name (of `model`) -> weight [out_features, in_features] to come close to.
-        rank: of every branch, or full module name -> rank (`allocate`).
-        bits: of the stored factors: 16 (float16) or 4 and 8 (groups of `group_size` along the rows of A and of B^T).
         memory: what it holds of an interrupted run isn't computed again.
 
     Raises:
@@ -75,8 +84,8 @@ def compensate(
                 branches[name] = _recalled(before)
             else:
                 moments = output_error.second_moments({name: linear}, block, inputs)[name]
-                wanted = rank if isinstance(rank, int) else rank[name]
-                branches[name] = _branch(name, linear.weight, teacher[name], moments, wanted, bits)
+                rank = size.rank if isinstance(size.rank, int) else size.rank[name]
+                branches[name] = _branch(name, linear.weight, teacher[name], moments, rank, size.bits)
                 memory.save(name, *_noted(branches[name]))
             linear.weight.data += branches[name].b.float() @ branches[name].a.float()
             if done:
