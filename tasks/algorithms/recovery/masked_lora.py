@@ -37,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, layers, masks
-from tasks.algorithms.quantisation import eora
+from tasks.algorithms.quantisation import eora, output_error
 from tasks.algorithms.recovery import distillation
 
 COLUMNS = ("step", "loss", "causal_lm", "distillation", "hidden", "learning_rate")
@@ -224,25 +224,14 @@ def start_from_eora(adapted: LoraModel, teacher: Mapping[str, Tensor], input_ids
                 continue
             lost = teacher[name].to(layer.weight.device, torch.float32) - layer.weight.detach()  # [out, in]
             if lost.any():
+                moments = output_error.second_moments({name: layer}, block, inputs)[name]
                 # A [rank, in] and B [out, rank]; the layer scales B A by alpha / rank, so each takes 1 / sqrt of it
-                a, b = eora.factors(lost, _second_moments(layer, block, inputs), layer.r["default"])
+                a, b = eora.factors(lost, moments, layer.r["default"])
                 share = layer.scaling["default"] ** -0.5
                 layer.lora_A["default"].weight.data.copy_(a * share)
                 layer.lora_B["default"].weight.data.copy_(b * share)
 
     layers.walk(model, input_ids, visit, batch)
-
-
-def _second_moments(linear: nn.Module, block: nn.Module, inputs: layers.BlockInputs) -> Tensor:
-    """Return X^T X of the linear's inputs X, float64 [in, in]."""
-    moments = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=inputs.hidden.device)
-
-    def see(_: str, x: Tensor) -> None:
-        x = x.double()  # [batch * length, in]
-        moments.addmm_(x.T, x)
-
-    layers.observe({"": linear}, block, inputs, see)
-    return moments
 
 
 def apply_masks(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
