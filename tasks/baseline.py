@@ -51,7 +51,7 @@ def run(stage: Stage) -> None:
     chosen = stage.params.gptq
     if not chosen.enabled:
         return skip(stage)
-    dense, target = stage.input("baseline_lora/model"), stage.output("model")
+    dense, target = stage.model_in, stage.output("model")
     limit = shipped_bytes(stage.input("package/model"))
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
     block_quantisation.check_shapes(dense_folder.config(dense), None, chosen.group_size)
@@ -70,7 +70,7 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """Pass the dense model on; bits.csv has no rows."""
-    stage.pass_on(stage.input("baseline_lora/model"), stage.output("model"))
+    stage.pass_on(stage.model_in, stage.output("model"))
     files.write_csv(stage.output("bits.csv"), pd.DataFrame(columns=COLUMNS))
 
 
@@ -132,7 +132,7 @@ def planned_around(stage: Stage, widths: Mapping[str, int]) -> int:
     """Bytes of a packed model with these widths that aren't its linears': embedding, norms, header and description."""
     chosen = stage.params.gptq
     components, _ = reader.planned(
-        dense_folder.config(stage.input("baseline_lora/model")),
+        dense_folder.config(stage.model_in),
         widths,
         group_size=chosen.group_size,
         embedding_bits=chosen.embedding.bits,
@@ -150,7 +150,7 @@ def quantise(
     memory: checkpoints.Memory = checkpoints.NOTHING,
 ) -> int:
     """Quantise the dense model with these widths and pack it into baseline/model; bytes of what holds the model."""
-    dense, target = stage.input("baseline_lora/model"), stage.output("model")
+    dense, target = stage.model_in, stage.output("model")
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         model = gptq_folder.load_for_quantisation(dense, block_quantisation.settings(stage.params.gptq, widths))

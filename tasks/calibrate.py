@@ -19,7 +19,8 @@ from tasks.models import dense_folder, tensor_files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
-    from tasks.runtime.stage import Progress, Stage
+    from tasks.runtime.progress import Progress
+    from tasks.runtime.stage import Stage
 
 BATCH = 4
 """Windows per forward pass: no effect on the result beyond rounding, and no parameter."""
@@ -32,8 +33,8 @@ def run(stage: Stage) -> None:
         InputError: the calibration text has fewer windows than asked.
     """
     params = stage.params.calibrate
-    model = dense_folder.load_dense(stage.input("vocabulary/model")).to(stage.params.device)
-    tokenizer = dense_folder.load_tokenizer(stage.input("vocabulary/model"))
+    model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
+    tokenizer = dense_folder.load_tokenizer(stage.model_in)
     tokens = perplexity.tokenise(tokenizer, json_lines.read(stage.input("fetch/corpora") / "calibration.jsonl"))
     input_ids = choose(tokens, params.windows, params.length, params.seed)
     available = len(tokens) // params.length

@@ -45,7 +45,7 @@ def run(stage: Stage) -> None:
             weights break the pattern of the masks and it is enforced.
     """
     chosen = stage.params.eora
-    source, target = stage.input("gptq/model"), stage.output("model")
+    source, target = stage.model_in, stage.output("model")
     described = dense_folder.config(source)
     shapes = shape_of_config(described).linears
     if chosen.budget_bytes is None:
@@ -80,7 +80,7 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """Pass the quantised model on; the tables have no rows, adapter.safetensors no tensors."""
-    stage.pass_on(stage.input("gptq/model"), stage.output("model"))
+    stage.pass_on(stage.model_in, stage.output("model"))
     save_codes(stage.output("adapter.safetensors"), {}, eora_branches.HALF)
     files.write_csv(stage.output("layers.csv"), pd.DataFrame(columns=COLUMNS))
     sparsity_ledger.write(pd.DataFrame(columns=sparsity_ledger.COLUMNS), stage.output("sparsity.csv"))

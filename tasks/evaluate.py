@@ -35,7 +35,7 @@ GROUPS = (4, 8, 16, 32)
 
 def run(stage: Stage) -> None:
     """Write metrics.json, documents.csv and completions.json."""
-    folder, p = stage.input("model"), stage.params.evaluate
+    folder, p = stage.model_in, stage.params.evaluate
     model, tokenizer = any_folder.load_model(folder).to(stage.params.device), dense_folder.load_tokenizer(folder)
     protocol = protocols.protocol(p.protocol, p.length, p.stride)
     protocols.check_context(protocol, getattr(model.config, "max_position_embeddings", None))

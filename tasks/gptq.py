@@ -39,7 +39,7 @@ def run(stage: Stage) -> None:
         InputError: a matrix doesn't pack or doesn't suit the pattern; the budget is too small; masks don't fit.
     """
     chosen = stage.params.gptq
-    dense, target = stage.input("lora/model"), stage.output("model")
+    dense, target = stage.model_in, stage.output("model")
     keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
     if chosen.joint:
         keep, pattern = {}, f"{chosen.joint.keep}:{chosen.joint.of}"
@@ -64,7 +64,7 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """Pass the dense model and its masks on; layers.csv has no rows, embedding.safetensors no tensors."""
-    dense = stage.input("lora/model")
+    dense = stage.model_in
     stage.pass_on(dense, stage.output("model"))
     stage.pass_on(stage.input("masks.safetensors"), stage.output("masks.safetensors"))
     tensor_files.save_tensors(stage.output("embedding.safetensors"), {}, {"bits": "16", "group_size": "-1"})

@@ -33,7 +33,7 @@ def run(stage: Stage) -> None:
     known = profiles.load_all(stage.input("devices"))
     chosen = profiles.pick(known, params.device)
     workload = footprint.Workload(params.context, params.batch, params.kv_bits, params.activation_bits)
-    model = contents.read(stage.input("package/model"))
+    model = contents.read(stage.model_in)
     found = {name: judge(profile.device(), model, workload) for name, profile in known.items()}
     fetched: dict[str, Fit] = {}
     if stage.has_input("fetch/model"):

@@ -52,7 +52,7 @@ def run(stage: Stage) -> None:
         InputError: the task has no documents, or the model can't be asked.
     """
     model_name, _, task_name = stage.item.partition("-")
-    own, folder = stage.params.harness, stage.input("model")
+    own, folder = stage.params.harness, stage.model_in
     documents = _documents(stage.input(f"{task_name}.jsonl"))
     task = load_task(stage.input(f"{task_name}.yaml"), documents)
     from lm_eval import evaluate

@@ -25,7 +25,7 @@ def run(stage: Stage) -> None:
     Raises:
         InputError: inputs or parameters don't fit each other, the training diverges, or the pattern is broken.
     """
-    source = stage.input("wanda/model")
+    source = stage.model_in
     keep, _ = mask_files.load_masks(stage.input("masks.safetensors"))
     kept = json.loads(stage.input("removed.json").read_text(encoding="utf-8"))["kept"]
     recovered = recovery_training.recover(stage, source, keep, kept)
@@ -35,8 +35,8 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """Pass the pruned model on; a history without rows."""
-    _ledger(stage, dense_folder.load_dense(stage.input("wanda/model")))
-    stage.pass_on(stage.input("wanda/model"), stage.output("lora/model"))
+    _ledger(stage, dense_folder.load_dense(stage.model_in))
+    stage.pass_on(stage.model_in, stage.output("lora/model"))
     recovery_training.write_history([], stage.output("history.csv"))
 
 

@@ -40,7 +40,7 @@ def run(stage: Stage) -> None:
         InputError: a pruned weight is no longer zero, and wanda.enforce is true; the codes of embedding or adapter
             aren't those of the model.
     """
-    source, folder = stage.input("eora/model"), stage.output("package/model")
+    source, folder = stage.model_in, stage.output("package/model")
     keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
     codes = stage.input("embedding.safetensors"), stage.input("adapter.safetensors")
     holds = sparsity_ledger.check(
@@ -65,7 +65,7 @@ def run(stage: Stage) -> None:
 def skip(stage: Stage) -> None:
     """Pass the model on, with a manifest that names no file."""
     folder = stage.output("package/model")
-    stage.pass_on(stage.input("eora/model"), folder)
+    stage.pass_on(stage.model_in, folder)
     write_manifest(folder, {"files": {}, "pattern": None, "pruned_matrices": 0, "lineage": {}})
     sparsity_ledger.write(pd.DataFrame(columns=sparsity_ledger.COLUMNS), stage.output("sparsity.csv"))
 

@@ -57,7 +57,7 @@ def run(stage: Stage) -> None:
     Raises:
         InputError: the tokenizer is no BPE of the tokenizers library, or trimming would change what it may not.
     """
-    source, target, p = stage.input("fetch/model"), stage.output("model"), stage.params.vocabulary
+    source, target, p = stage.model_in, stage.output("model"), stage.params.vocabulary
     tokenizer = dense_folder.load_tokenizer(source)
     content = _content(tokenizer)
     texts = json_lines.read(stage.input("fetch/corpora") / f"{p.corpus}.jsonl")
@@ -87,7 +87,7 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """The fetched model as it is."""
-    source = stage.input("fetch/model")
+    source = stage.model_in
     stage.pass_on(source, stage.output("model"))
     files.write_json(stage.output("tokens.json"), {"enabled": False, **_sizes(source, source, 0)})
 

@@ -32,12 +32,12 @@ def run(stage: Stage) -> None:
         InputError: a linear's inputs aren't divisible by `of`, or a metric isn't finite.
     """
     chosen = stage.params.wanda
-    model = dense_folder.load_dense(stage.input("depth_prune/model"))
+    model = dense_folder.load_dense(stage.model_in)
     input_ids = load_file(stage.input("windows.safetensors"))["input_ids"].long()
     select = SELECTS[chosen.method, chosen.pattern](chosen)
     with stage.progress("wanda", len(families.blocks(model))) as progress:
         selections = wanda.prune(model, input_ids, select, BATCH, progress.update)
-    tokenizer = dense_folder.load_tokenizer(stage.input("depth_prune/model"))
+    tokenizer = dense_folder.load_tokenizer(stage.model_in)
     dense_folder.save_dense(model, tokenizer, stage.output("wanda/model"))
     pattern = _pattern(chosen)
     keep = {name: each.keep for name, each in selections.items()}
@@ -50,8 +50,8 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """The depth-pruned model as it is, no masks."""
-    stage.pass_on(stage.input("depth_prune/model"), stage.output("wanda/model"))
-    _ledger(stage, dense_folder.load_dense(stage.input("depth_prune/model")), {}, "dense")
+    stage.pass_on(stage.model_in, stage.output("wanda/model"))
+    _ledger(stage, dense_folder.load_dense(stage.model_in), {}, "dense")
     mask_files.save_masks(stage.output("masks.safetensors"), {}, "dense")
     _write(stage, pd.DataFrame(columns=COLUMNS))
 

@@ -38,7 +38,7 @@ from tasks.algorithms.model import checkpoints
 from tasks.models import tensor_headers
 from tasks.parameters import schema
 from tasks.runtime import files
-from tasks.runtime.stage import Stage
+from tasks.runtime.stage import Inputs, Stage
 from tests.support.paths import ROOT
 
 CACHE = ROOT / "data/.scratch/benchmarks"
@@ -223,26 +223,15 @@ class CachedStage(Stage):
     def __init__(
         self, declared: Declared, everything: schema.Params, places: Mapping[str, Path], scratch: Path
     ) -> None:
-        self.address = declared.address
+        Inputs.__init__(self, declared.address, {Path(dep): place for dep, place in places.items()})
         self.name, _, item = declared.address.partition("@")
         self.item = item or None
         self.everything = everything
         sections = sorted({key.split(".")[0] for key in declared.params})
         self.params = SimpleNamespace(**{key: getattr(everything, key) for key in sections})
-        self.places = {Path(dep): place for dep, place in places.items()}
-        self._inputs = list(self.places)
         self.outs = [Path(out) for out in declared.outs]
         self.scratch = scratch
-        self.published = []
         self.journal = self.answers = checkpoints.NOTHING
-
-    def input(self, name: str) -> Path:
-        """As Stage's; the place of that dependency."""
-        return self.places[super().input(name)]
-
-    def inputs_below(self, folder: str) -> list[Path]:
-        """As Stage's; the places of those dependencies."""
-        return [self.places[path] for path in super().inputs_below(folder)]
 
 
 def changed(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

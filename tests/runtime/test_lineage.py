@@ -14,7 +14,7 @@ from tasks.runtime import lineage
 from tests.support.paths import ROOT
 
 MAKE = '''
-"""make.py NAME OUT TEXT: writes OUT, then the stage's record as tasks.runtime.stage does."""
+"""make.py NAME OUT TEXT: writes OUT, then the stage's record as tasks.runtime.execution does."""
 import sys, time
 from pathlib import Path
 from types import SimpleNamespace

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from tasks.compression import recovery_training
 from tasks.models import dense_folder, mask_files
 from tasks.parameters.compression_sections import Distillation, Lora
 from tasks.runtime.files import write_json
+from tasks.runtime.stage import Inputs
+from tests.support.paths import ROOT
 
 VOCABULARY = 256
 RECIPE = masked_lora.Recipe(
@@ -427,19 +430,18 @@ def test_what_a_user_can_get_wrong(pruned):
         masked_lora.train(attach(model, keep), text_tokens(), RECIPE)
 
 
-class FakeStage:
-    """What a stage module sees of tasks.runtime.stage.Stage, over folders of a test."""
+class FakeStage(Inputs):
+    """What a stage module sees of tasks.runtime.stage.Stage, over folders of a test; dvc.yaml says which."""
 
     def __init__(self, folder: Path, params: Lora, run: str = "run", name: str = "lora") -> None:
+        deps = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"][name]["deps"]
+        data = [Path(dep) for dep in deps if dep.startswith("data/")]
+        super().__init__(name, {path: folder / path.relative_to("data") for path in data})
         self.folder, self.out, self.name = folder, folder / run, name
         self.journal = checkpoints.NOTHING
         self.params = SimpleNamespace(device="cpu", lora=params, wanda=SimpleNamespace(enforce=True))
         self.updates: list[tuple[int, float]] = []
         self.total = 0
-
-    def input(self, name: str) -> Path:
-        below = {"masks.safetensors": "wanda/masks.safetensors", "removed.json": "depth_prune/removed.json"}
-        return self.folder / below.get(name, name)
 
     def output(self, name: str) -> Path:
         path = self.out / (name if "/" in name else f"{self.name}/{name}")
