@@ -25,7 +25,7 @@ from tasks.models import dense_folder
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
-    from tasks.parameters.schema import BaseModelParams
+    from tasks.parameters.source_sections import BaseModelParams
     from tasks.runtime.stage import Stage
 
 END = "<|endoftext|>"

@@ -32,7 +32,7 @@ def run(stage: Stage) -> None:
         InputError: the calibration text has fewer windows than asked.
     """
     params = stage.params.calibrate
-    model = dense_folder.load_dense(stage.input("vocabulary/model"))
+    model = dense_folder.load_dense(stage.input("vocabulary/model")).to(stage.params.device)
     tokenizer = dense_folder.load_tokenizer(stage.input("vocabulary/model"))
     tokens = perplexity.tokenise(tokenizer, json_lines.read(stage.input("fetch/corpora") / "calibration.jsonl"))
     input_ids = choose(tokens, params.windows, params.length, params.seed)
@@ -43,7 +43,7 @@ def run(stage: Stage) -> None:
     dense_folder.save_tensors(stage.output("windows.safetensors"), {"input_ids": input_ids.to(torch.int32)}, {})
     dense_folder.save_tensors(
         stage.output("norms.safetensors"),
-        {f"{name}.sum_of_squares": each.sum_of_squares.float() for name, each in statistics.items()},
+        {f"{name}.sum_of_squares": each.sum_of_squares.float().cpu() for name, each in statistics.items()},
         {"tokens": str(input_ids.numel())},
     )
     for name in list(statistics)[:: max(1, len(statistics) - 1)]:

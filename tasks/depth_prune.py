@@ -29,7 +29,7 @@ def run(stage: Stage) -> None:
     if not params.remove:
         print("remove = 0: the model is passed on")
         return skip(stage)
-    model = dense_folder.load_dense(stage.input("vocabulary/model"))
+    model = dense_folder.load_dense(stage.input("vocabulary/model")).to(stage.params.device)
     scores = torch.tensor(pd.read_csv(stage.input("scores.csv"))[stage.params.importance.method].to_numpy(dtype=float))
     removed = SCHEDULES[params.schedule](stage, model, scores)
     smaller = depth_prune.without(model, removed)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import eora
 from tasks.models import dense_folder, gptq_folder, sparsity_ledger
 
@@ -45,7 +46,7 @@ def run(stage: Stage) -> None:
     chosen = stage.params.eora
     source, target = stage.input("gptq/model"), stage.output("model")
     described = dense_folder.config(source)
-    shapes = families.linear_shapes(described)
+    shapes = shape_of_config(described).linears
     if chosen.budget_bytes is None:
         check_rank(shapes, chosen.rank)
     else:

@@ -33,6 +33,8 @@ def make_stage(tmp_path):
     """make_stage({section: params}, {suffix: path}, out="out") -> what run(stage) gets; it writes to tmp_path / out."""
 
     def make(params, inputs, out="out", item=None, journal=None, answers=None):
+        params = {"device": "cpu"} | params
+
         def output(name):
             path = tmp_path / out / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tasks.algorithms import packing
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, layers, masks
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import allocation, embedding, masked_gptq, rounding, sensitivity
 from tasks.models import dense_folder
 
@@ -57,7 +58,7 @@ def check_shapes(described: Mapping[str, Any], bits: int | None, group_size: int
     Raises:
         InputError: as `masked_gptq.check_shapes`; or a linear that packs at no width.
     """
-    shapes = families.linear_shapes(described)
+    shapes = shape_of_config(described).linears
     for name, shape in shapes.items():
         packable = masked_gptq.packable(shape)
         if not packable and bits is None:

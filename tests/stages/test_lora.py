@@ -26,7 +26,7 @@ from tasks.algorithms.pruning import depth_prune
 from tasks.algorithms.recovery import distillation, masked_lora
 from tasks.compression import recovery_training
 from tasks.models import dense_folder
-from tasks.parameters.schema import Distillation, Lora
+from tasks.parameters.compression_sections import Distillation, Lora
 
 VOCABULARY = 256
 RECIPE = masked_lora.Recipe(

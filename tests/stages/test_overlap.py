@@ -10,7 +10,7 @@ import pytest
 
 from tasks import overlap
 from tasks.algorithms.text import overlap as algorithm
-from tasks.parameters.schema import Overlap
+from tasks.parameters.source_sections import Overlap
 from tasks.sources import json_lines
 from tests.support.paths import DATA, ROOT, SHARED, STORIES_TEXT
 

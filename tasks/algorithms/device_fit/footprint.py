@@ -19,9 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
 
-from tasks.algorithms.errors import InputError
+from tasks.algorithms.model.shape import ModelShape
 
 COMPONENTS = ("values", "positions", "scales", "zeros", "embedding", "norms", "adapter", "metadata")
 """What bytes in memory are for. `scales` includes the group of each input (act order), `embedding` an untied head."""
@@ -30,20 +29,6 @@ SCALE_BITS, ORDER_BITS = 16, 32
 NEW_GROUP = 64
 """Inputs that share a scale where a model that isn't quantised is imagined with few bits."""
 FLOATS = {"fp32": 32, "fp16": 16, "bf16": 16}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The dimensions of a Llama-like decoder; `context_limit` is the number of positions it was made for."""
-
-    layers: int
-    hidden: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    context_limit: int
 
 
 @dataclass(frozen=True)
@@ -109,7 +94,7 @@ class Model:
         stored_components: of the files, component -> bytes.
     """
 
-    shape: Shape
+    shape: ModelShape
     parts: tuple[Part, ...]
     metadata: int
     stored: int
@@ -146,41 +131,13 @@ class Held:
     read: bool = True
 
 
-def shape(config: Mapping[str, Any]) -> Shape:
-    """The dimensions from a config.json.
-
-    Raises:
-        InputError: a key is missing, or no positive number.
-    """
-    try:
-        heads = config["num_attention_heads"]
-        found = Shape(
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            mlp=config["intermediate_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            vocabulary=config["vocab_size"],
-            context_limit=config["max_position_embeddings"],
-        )
-    except KeyError as error:
-        raise InputError(f"config.json has no {error}; hardware_fit needs a Llama-like decoder's dimensions") from error
-    except (TypeError, ZeroDivisionError) as error:
-        raise InputError(f"config.json has a dimension that is no positive number: {error}") from error
-    wrong = next((name for name, value in vars(found).items() if type(value) is not int or value < 1), None)
-    if wrong:
-        raise InputError(f"config.json gives {wrong} = {getattr(found, wrong)!r}, expected a positive whole number")
-    return found
-
-
-def kv_cache_bytes(shape: Shape, workload: Workload) -> int:
+def kv_cache_bytes(shape: ModelShape, workload: Workload) -> int:
     """Keys and values: 2 x layers x kv_heads x head_dim x context x batch elements of `kv_bits`."""
     elements = 2 * shape.layers * shape.kv_heads * shape.head_dim * workload.context * workload.batch
     return _bytes(elements, workload.kv_bits)
 
 
-def activation_bytes(shape: Shape, workload: Workload) -> int:
+def activation_bytes(shape: ModelShape, workload: Workload) -> int:
     """The residual row and the widest step beside it, for one token of each sequence.
 
     Steps, in elements, with nothing reused in place but what says so:
@@ -196,7 +153,7 @@ def activation_bytes(shape: Shape, workload: Workload) -> int:
     return _bytes(workload.batch * (shape.hidden + max(attention, mlp, head)), workload.activation_bits)
 
 
-def scratch_bytes(shape: Shape, workload: Workload) -> int:
+def scratch_bytes(shape: ModelShape, workload: Workload) -> int:
     """Two unpacked rows of the block linear with the most inputs, and 32-bit sums for the one with the most outputs."""
     queries = shape.heads * shape.head_dim
     widest = max(shape.hidden, shape.mlp, queries)

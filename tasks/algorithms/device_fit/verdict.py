@@ -197,11 +197,9 @@ def _smallest(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
 
 
 def _judge(device: Device, model: Model, workload: Workload) -> Fit:
-    if workload.context > model.shape.context_limit:
-        raise InputError(
-            f"context = {workload.context} is above the model's max_position_embeddings = "
-            f"{model.shape.context_limit}; lower it"
-        )
+    if model.shape.context is not None and workload.context > model.shape.context:
+        limit = f"{model.shape.family.keys.context} = {model.shape.context}"
+        raise InputError(f"context = {workload.context} is above the model's {limit}; lower it")
     held = footprint.hold(model, device.unit)
     sizes = _sizes(held, model, workload)
     tiers, verdict = device.tiers, FITS

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.model import families
+from tasks.algorithms.model.device import beside
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a block after its hidden states: masks, position embeddings, …"""
@@ -144,7 +145,7 @@ def _enter(model: nn.Module, input_ids: Tensor, batch: int) -> tuple[Tensor, lis
         for index, block in enumerate(blocks):
             block.forward = stand_in(index)
         with torch.no_grad():
-            for ids in input_ids.split(batch):
+            for ids in beside(model, input_ids).split(batch):
                 model.base_model(input_ids=ids, use_cache=False)
     finally:
         for block, forward in zip(blocks, own, strict=True):

@@ -19,14 +19,16 @@ It isn't fast: the reference implementation saves memory, no time. Keys get no s
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, QuantizedCache
+from transformers import DynamicCache, QuantizedCache
 from transformers.cache_utils import QuantizedLayer
 
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model.device import beside
+from tasks.algorithms.model.shape import ModelShape, shape_of_model
 
 PARTS = ("codes", "scales", "float16")
 """What a cache's bytes are for: codes; scales and zero points; what isn't quantised."""
@@ -48,22 +50,6 @@ class _Quantised(_InHalf, QuantizedCache):
     pass
 
 
-class Sizes(NamedTuple):
-    """Sizes of a model's cache, per token: `heads` of keys (and as many of values) in each of `layers`."""
-
-    layers: int
-    heads: int
-    head: int
-    """Values of one head."""
-
-
-def sizes(config: PretrainedConfig) -> Sizes:
-    """Those that a model's config gives."""
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Sizes(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size)
-
-
 class Cached:
     """A model that reads a text through a cache; a call returns `.logits` [1, length, vocabulary].
 
@@ -79,7 +65,7 @@ class Cached:
 
     def __init__(self, model: nn.Module, bits: int, group_size: int | None, residual: int) -> None:
         self.model, self.bits, self.residual = model, bits, residual
-        head = sizes(model.config).head
+        head = shape_of_model(model).head_dim
         self.group_size = group_size or head
         if head % self.group_size:
             raise InputError(
@@ -109,7 +95,7 @@ class Cached:
     def __call__(self, input_ids: Tensor, use_cache: bool = True) -> Any:
         """Logits of one text [1, length], read from an empty cache; `self.cache` then holds it."""
         self.cache, logits = self.empty(), []
-        for piece in input_ids.split(self.residual, dim=1):
+        for piece in beside(self.model, input_ids).split(self.residual, dim=1):
             logits.append(self.model(input_ids=piece, past_key_values=self.cache, use_cache=True).logits)
         return SimpleNamespace(logits=torch.cat(logits, dim=1))
 
@@ -130,10 +116,10 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes()
 
 
-def planned_bytes(shape: Sizes, tokens: int, bits: int, group_size: int | None, residual: int) -> dict[str, int]:
+def planned_bytes(shape: ModelShape, tokens: int, bits: int, group_size: int | None, residual: int) -> dict[str, int]:
     """The same by arithmetic, after `tokens` tokens: `tokens` modulo `residual` are not quantised yet."""
     rest = tokens if bits == 16 else tokens % residual
-    per_token = 2 * shape.layers * shape.heads * shape.head  # keys and values
+    per_token = 2 * shape.layers * shape.kv_heads * shape.head_dim  # keys and values
     quantised = (tokens - rest) * per_token
-    groups = quantised // (group_size or shape.head)
+    groups = quantised // (group_size or shape.head_dim)
     return {"codes": quantised * bits // 8, "scales": 2 * 2 * groups, "float16": 2 * rest * per_token}

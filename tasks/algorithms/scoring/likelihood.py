@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints
+from tasks.algorithms.model.device import beside
 from tasks.algorithms.scoring import perplexity, protocols, token_bytes
 from tasks.algorithms.scoring.protocols import Protocol, Window
 
@@ -148,6 +149,7 @@ def _nll(model: nn.Module, prepared: Prepared, some: Sequence[Window]) -> list[T
     ids = torch.zeros(len(some), width, dtype=torch.int64)  # [batch, width], padded by 0 at the end
     for row, window in zip(ids, some, strict=True):
         row[: _width(window)] = prepared.ids[window.text][window.start : window.stop]
+    ids = beside(model, ids)
     inputs = ids[:, : prepared.length]  # the last token of a window with a prefix is no input
     logits = model(input_ids=inputs, use_cache=False).logits[:, : width - 1]  # [batch, width - 1, vocabulary]
     chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)

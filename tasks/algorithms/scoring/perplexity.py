@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model.device import beside
 
 JOIN = "\n"
 
@@ -60,7 +61,7 @@ def token_nll(model: nn.Module, input_ids: Tensor, batch: int = 1) -> Tensor:
     """
     losses = []
     with torch.no_grad():
-        for ids in input_ids.split(batch):
+        for ids in beside(model, input_ids).split(batch):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [batch, length - 1, vocabulary]
             chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 1:].long().unsqueeze(-1))
             losses.append(-chosen.squeeze(-1).double().cpu())

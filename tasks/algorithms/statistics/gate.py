@@ -99,7 +99,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Limits:
-    """Section `gate` of params.yaml (`tasks.parameters.schema.Gate` has the units).
+    """Section `gate` of params.yaml (`tasks.parameters.operation_sections.Gate` has the units).
 
     Attributes:
         perplexity_ratio: split -> most that the candidate's perplexity may be of the promoted model's.
