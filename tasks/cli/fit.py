@@ -63,7 +63,7 @@ def main(given: argparse.Namespace) -> int:
     from tasks.device_profiles import tables
 
     model = _model(given)
-    context = min(CONTEXT, model.shape.context_limit) if given.context is None else given.context
+    context = min(CONTEXT, model.shape.context or CONTEXT) if given.context is None else given.context
     workload = Workload(context, given.batch, given.kv_bits, given.activation_bits)
     fits = {name: verdict.judge(profile.device(), model, workload) for name, profile in _chosen(given).items()}
     if given.json:
