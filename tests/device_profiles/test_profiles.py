@@ -129,7 +129,7 @@ def test_an_unknown_device_lists_those_known() -> None:
 
 def test_the_measured_profile_is_read_only_when_asked_for(tmp_path: Path) -> None:
     (tmp_path / "siracusa.yaml").write_text((PROFILES / "siracusa.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-    with pytest.raises(InputError, match="tasks.device_profiles.this_machine measures"):
+    with pytest.raises(InputError, match="edgepress profile measures"):
         profiles.load_host(tmp_path)
     (tmp_path / "host.yaml").write_text(yaml.safe_dump(raw("siracusa") | {"name": "host"}), encoding="utf-8")
     assert list(profiles.load_all(tmp_path)) == ["siracusa"]
