@@ -34,10 +34,12 @@ def main(given: argparse.Namespace) -> None:
     if not configured and (sentence := problem()):  # no server that should hear of it: don't start one for that
         raise InputError(sentence)
     message = _run(given.targets or None, given.force, configured)
-    if makes_report(given.targets):
-        from tasks.cli import console, report
+    if not makes_report(given.targets):
+        print(message)
+        return
+    from tasks.cli import console, report
 
-        console.show("", *report.shown(), "", f"{message}; report: {REPORT.resolve()}")
+    console.show("", *report.shown(), "", f"{message}; report: {REPORT.resolve()}")
 
 
 def _run(targets: list[str] | None, force: bool, configured: str | None) -> str:

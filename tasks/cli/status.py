@@ -21,7 +21,8 @@ from tasks.runtime import locks
 if TYPE_CHECKING:
     from dvc.stage import Stage
 
-UP_TO_DATE, CHANGED, MISSING, NEVER_RUN, RUNNING = "up to date", "changed", "missing", "never run", "running"
+STATES = ("up to date", "changed", "missing", "never run", "running")
+UP_TO_DATE, CHANGED, MISSING, NEVER_RUN, RUNNING = STATES
 """States of a stage. `MISSING`: only files that aren't there make it differ; `dvc checkout` or a run brings them."""
 GONE = ("deleted", "not in cache")
 """What DVC says of such files."""
@@ -43,7 +44,7 @@ def main(given: argparse.Namespace) -> None:
         console.show_json({"stages": rows, "running": running})
         return
     cells = [[row["stage"], row["state"], _why(row["why"])] for row in rows]
-    counts = {state: sum(row["state"] == state for row in rows) for state in (UP_TO_DATE, CHANGED, MISSING, NEVER_RUN)}
+    counts = {state: sum(row["state"] == state for row in rows) for state in STATES}
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     console.show(console.table(["stage", "state", "why"], cells, left=["state", "why"]), told)
     console.show(*([_sentence(run) for run in running] or ["nothing runs"]))
