@@ -32,7 +32,7 @@ ENGINE = "PyTorch, float32"
 
 
 def run(stage: Stage) -> None:
-    """Write MODEL/host.json for every model."""
+    """Write measure/MODEL/host.json for every model."""
     p = stage.params.measure
     folders = {folder.parent.name: folder for folder in stage.inputs_named("model")}
     of = _originals(folders)
@@ -111,4 +111,6 @@ def _line(name: str, found: dict[str, Any]) -> str:
 
 def _write(stage: Stage, name: str, found: dict[str, Any]) -> None:
     text = json.dumps(found, indent=1, sort_keys=True) + "\n"
-    stage.output(f"{name}/host.json").write_text(text, encoding="utf-8")
+    folder = stage.output("measure") / name
+    folder.mkdir(parents=True)
+    (folder / "host.json").write_text(text, encoding="utf-8")
