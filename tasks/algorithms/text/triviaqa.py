@@ -50,7 +50,7 @@ def process_results(document: Mapping[str, Any], results: Sequence[str]) -> dict
     """Score an answer as lm_eval's `process_results`: 1 for the tier that it has and for `correct`, else 0.
 
     Args:
-        document: with `answer` and `aliases`.
+        document: the question's, with `answer` and `aliases`.
         results: the one answer.
     """
     reached = tier(results[0], [document["answer"], *document["aliases"]])
