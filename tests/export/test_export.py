@@ -17,7 +17,12 @@ from tasks.algorithms.model import families
 from tasks.algorithms.quantisation import rounding
 from tasks.export import export, source_model
 from tasks.models import dense_folder
-from tasks.packed import file_format, reader
+from tasks.models.tokenizer_files import copy_tokenizer
+from tasks.packed import packed_folder, reader
+from tasks.packed.model_config import clean
+from tasks.packed.sizes import component_bytes
+from tasks.packed.stored_model import Linear, Model
+from tasks.packed.writer import save
 from tasks.runners import engines
 from tests.benchmarks import engines as benchmark
 from tests.support.paths import ROOT
@@ -101,8 +106,8 @@ def _random_package(folder, tokenizer, architecture="LlamaForCausalLM", tied=Tru
     taken = {f"{name}.{part}" for block in blocks for name in block for part in ("weight", "bias")}
     taken |= {f"{described.embedding}.weight", f"{described.head}.weight"}
     rest = {name: tensor.detach().half() for name, tensor in model.named_parameters() if name not in taken}
-    reader.save(reader.Model(file_format.clean(content), blocks, coded[0], None if tied else coded[1], rest), folder)
-    reader.copy_tokenizer(tokenizer, folder)
+    save(Model(clean(content), blocks, coded[0], None if tied else coded[1], rest), folder)
+    copy_tokenizer(tokenizer, folder)
     return folder
 
 
@@ -117,7 +122,7 @@ def _linear(linear, bits=4, group=32, pattern="dense", zeros=False, order=False,
         keep = weight.abs() > 0.1
     coded = rounding.quantise(weight if keep is None else weight * keep, bits, group)
     codes = (coded.codes.short() + 2 ** (bits - 1)).to(torch.uint8)
-    made = reader.Linear(codes=codes, scales=coded.scales, bits=bits, group_size=group, keep=keep, pattern=pattern)
+    made = Linear(codes=codes, scales=coded.scales, bits=bits, group_size=group, keep=keep, pattern=pattern)
     if zeros:
         made.zeros = torch.randint(0, 2**bits, made.scales.shape, dtype=torch.uint8)
         made.codes[~keep] = made.zeros.repeat_interleave(group, dim=1)[~keep]
@@ -148,7 +153,7 @@ def exported(pack, tmp_path_factory):
 
 
 def windows_of(folder, count=3):
-    size = reader.config(folder)["vocab_size"]
+    size = packed_folder.config(folder)["vocab_size"]
     return list(np.random.default_rng(0).integers(0, size, (count, LENGTH)))
 
 
@@ -239,7 +244,7 @@ def test_the_gguf_file_holds_the_package_s_codes(exported, case):
     from tasks.export import gguf_format
 
     folder, out = exported(case, "gguf")
-    found, config = gguf_format.steps(out), reader.config(folder)
+    found, config = gguf_format.steps(out), packed_folder.config(folder)
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     places = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
     places |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.down_proj": "ffn_down"}
@@ -312,7 +317,7 @@ def test_what_was_densified_or_merged_is_said_with_its_bytes(exported, kind):
     packages(kind)
     folder, out = exported("adapter", kind)
     report = json.loads((out / "export.json").read_text(encoding="utf-8"))
-    found, stored = report["changes"], reader.component_bytes(folder)
+    found, stored = report["changes"], component_bytes(folder)
     assert EXACT[kind].items() <= {what: change["exact"] for what, change in found.items()}.items()
     ours = report["components"]["export"]
     assert found["zeros at 2:4"]["bytes"] == ours["values"] - stored["values"] - stored["positions"] > 0
@@ -461,9 +466,9 @@ def test_a_dense_folder_can_be_exported(tokenizer, tmp_path):
 
 def test_blocks_are_the_largest_power_of_two_that_divides_a_group():
     def size(group, order=None, least=16, most=256):
-        linear = reader.Linear(codes=torch.zeros(1, 1), group_size=group, group_index=order)
+        linear = Linear(codes=torch.zeros(1, 1), group_size=group, group_index=order)
         return source_model.block_size(linear, least, most)
 
     assert [size(group) for group in (32, 48, 96, 128, 1024, 8, 20)] == [32, 16, 32, 128, 256, None, None]
     assert size(32, order=torch.zeros(1)) is None and size(64, least=32, most=32) == 32
-    assert source_model.block_size(reader.Linear(weight=torch.zeros(1, 1)), 16, 256) is None
+    assert source_model.block_size(Linear(weight=torch.zeros(1, 1)), 16, 256) is None
