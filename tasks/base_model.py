@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 from tasks.algorithms.scoring import perplexity
 from tasks.built_in_model import tokenizer, training
 from tasks.models import dense_folder
+from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
@@ -37,4 +38,4 @@ def run(stage: Stage) -> None:
     print(f"{sum(w.numel() for w in model.parameters()):,} parameters, {len(tokens):,} distinct training tokens")
     curve = training.train(model, tokens, held_out, p, stage)
     dense_folder.save_dense(model, bpe, stage.output("model"))
-    curve.to_csv(stage.output("training.csv"), index=False, lineterminator="\n", float_format="%.6g")
+    files.write_csv(stage.output("training.csv"), curve, "%.6g")

@@ -51,6 +51,7 @@ from tasks.reporting.sections import (
     task_scores,
 )
 from tasks.reporting.verdict import verdict
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.reporting.evidence import Evidence
@@ -162,9 +163,9 @@ def _drawn(plots: dict[str, Plot]) -> dict[str, Plot]:
 def _write(stage: Stage, metrics: dict[str, dict[str, Any]], found: dict[str, Any], sentences: list[str]) -> None:
     rows, components = stage_rows(metrics), byte_rows(metrics)
     stage.output("verdict.txt").write_bytes("".join(f"{line}\n" for line in sentences).encode("utf-8", "replace"))
-    rows.to_csv(stage.output("stages.csv"), index=False, lineterminator="\n", float_format="%.9g")
-    components.to_csv(stage.output("bytes.csv"), index=False, lineterminator="\n")
-    stage.output("metrics.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    files.write_csv(stage.output("stages.csv"), rows, "%.9g")
+    files.write_csv(stage.output("bytes.csv"), components)
+    files.write_json(stage.output("metrics.json"), found)
 
 
 def _write_plots(folder: Path, plots: dict[str, Plot]) -> None:
@@ -182,7 +183,7 @@ def _write_tables(folder: Path, found: list[dict[str, pd.DataFrame]]) -> None:
     folder.mkdir()
     for name, table in {name: table for tables in found for name, table in tables.items()}.items():
         if len(table):
-            table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n", float_format="%.9g")
+            files.write_csv(folder / f"{name}.csv", table, "%.9g")
 
 
 def _integrity(script: str) -> str:

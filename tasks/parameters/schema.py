@@ -1,14 +1,15 @@
 """The schema of params.yaml: which sections there are, and what may not be combined.
 
 A field per parameter, its unit and range beside it, is in the `*_sections` modules of this room. No field has a default
-(a default in Python is a parameter DVC can't see) and unknown keys are refused. What can't change a result (verbosity)
-is no parameter. Constraints that need the model's config are in `tasks.parameters.preflight`.
+(a default in Python is a parameter DVC can't see) and unknown keys are refused. What can't change a result (threads,
+verbosity) is no parameter; the device changes the last bits, so it is one. Constraints that need the model's config are
+in `tasks.parameters.preflight`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError, model_validator
@@ -32,12 +33,17 @@ from tasks.parameters.operation_sections import Gate, Nightly, Registry
 from tasks.parameters.section import Section
 from tasks.parameters.source_sections import BaseModelParams, Corpus, Fetch, HarnessData, Overlap
 
+SHARED = ("device",)
+"""Keys of params.yaml that are no section: several stages share them."""
 OPERATIONS = ("nightly", "gate", "registry")
 """Sections that no stage reads: they say when a run starts and what becomes of its result, not what the result is."""
 
 
 class Params(Section):
-    """The whole of params.yaml: one section per stage, then those of OPERATIONS."""
+    """The whole of params.yaml: the device, one section per stage, then those of OPERATIONS."""
+
+    device: Literal["cpu", "cuda"]
+    """Where the stages that use a model compute; results of the two differ in their last bits and are cached apart."""
 
     corpus: Corpus
     base_model: BaseModelParams

@@ -80,7 +80,7 @@ def check_config(folder: Path) -> dict[str, Any]:
         InputError: no config, code of its own, quantised already, unsupported architecture.
     """
     config = preflight.read_config(folder)
-    preflight.shape(config)
+    preflight.model_shape(config)
     for name in present(folder, QUANTISED):
         raise InputError(f"the model is quantised already ({name} beside its weights); take its dense original")
     if "auto_map" in _json(folder / "tokenizer_config.json"):

@@ -50,7 +50,7 @@ def fields(model: type[schema.Section], prefix: str = "") -> typing.Iterator[tup
 
 
 FIELDS = dict(fields(schema.Params))
-SECTIONS = tuple(schema.Params.model_fields)
+SECTIONS = tuple(name for name in schema.Params.model_fields if name not in schema.SHARED)
 
 
 def test_fields_are_found() -> None:
@@ -249,6 +249,6 @@ def test_each_section_is_a_stage_and_a_module() -> None:
         pytest.skip("there is no dvc.yaml yet")
     stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
     assert stages and [*stages, *schema.OPERATIONS] == list(SECTIONS)  # in the same order: preflight goes by it
-    assert list(RAW) == list(SECTIONS)
+    assert list(RAW) == [*schema.SHARED, *SECTIONS]
     for name, stage in stages.items():
         assert any(entry.partition(".")[0] == name for entry in stage["params"]), name
