@@ -15,9 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms import packing
-from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, layers, masks
-from tasks.algorithms.quantisation import allocation, embedding, masked_gptq, masked_grid, rounding, sensitivity
+from tasks.algorithms.quantisation import (
+    allocation,
+    embedding,
+    masked_gptq,
+    masked_grid,
+    packable,
+    rounding,
+    sensitivity,
+)
 from tasks.models import dense_folder
 
 if TYPE_CHECKING:
@@ -43,22 +50,16 @@ def settings(chosen: Gptq, widths: int | Mapping[str, int]) -> Any:
     return masked_gptq.config(widths, chosen.group_size, chosen.symmetric, chosen.damp, chosen.act_order, chosen.mse)
 
 
-def check_shapes(described: Mapping[str, Any], bits: int | None, group_size: int) -> None:
+def check_shapes(described: Mapping[str, Any], group_size: int) -> None:
     """Refuse a model whose linears don't pack.
 
     Args:
         described: the model's config.json.
-        bits: of all linears; None if they are yet to be chosen.
 
     Raises:
-        InputError: as `masked_gptq.check_shapes`; or a linear that packs at no width.
+        InputError: as `packable.check`.
     """
-    shapes = families.linear_shapes(described)
-    for name, shape in shapes.items():
-        packable = masked_gptq.packable(shape)
-        if not packable and bits is None:
-            raise InputError(f"{name} is {shape[0]} x {shape[1]}, which packs at none of {masked_gptq.WIDTHS} bits")
-        masked_gptq.check_shapes({name: shape}, bits or packable[-1], group_size)
+    packable.check(families.linear_shapes(described), group_size)
 
 
 def compress_embedding(
@@ -142,7 +143,7 @@ SIDES = ("codes", "scales")
 
 
 class Choices(NamedTuple):
-    """What each width of each linear costs: full module name -> bits -> cost, of the widths that pack.
+    """What each width of each linear costs: full module name -> bits -> cost.
 
     Attributes:
         harm: divergence of the model's predictions, in nats per token, with this linear alone rounded to the nearest.
@@ -175,22 +176,18 @@ def choices(stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, 
     chosen = stage.params.gptq
     config = settings(chosen, chosen.bits)
     weights = {name: linear.weight for name, linear in families.block_linears(model).items()}
-    packable = {name: masked_gptq.packable(tuple(weight.shape)) for name, weight in weights.items()}
-    widths = sorted({bits for each in packable.values() for bits in each})
 
     def quantise(name: str, weight: Tensor, bits: int) -> Tensor:
         return masked_grid.nearest(weight, keep.get(name), config, bits, chosen.scale_steps)
 
     with stage.progress("sensitivity", len(weights)) as progress:
         memory = stage.journal.part("sensitivity")
-        harm = sensitivity.measure(model, windows[:MEASURED], quantise, widths, progress.update, BATCH, memory)
-    return Choices(
-        {name: {bits: harm[name][bits] for bits in each} for name, each in packable.items()},
-        {
-            name: {bits: linear_bytes(weights[name], keep.get(name), pattern, bits, chosen) for bits in each}
-            for name, each in packable.items()
-        },
-    )
+        harm = sensitivity.measure(model, windows[:MEASURED], quantise, packable.WIDTHS, progress.update, BATCH, memory)
+    sizes = {
+        name: {bits: linear_bytes(weight, keep.get(name), pattern, bits, chosen) for bits in packable.WIDTHS}
+        for name, weight in weights.items()
+    }
+    return Choices(harm, sizes)
 
 
 def linear_bytes(weight: Tensor, keep: Tensor | None, pattern: str, bits: int, chosen: Gptq) -> int:

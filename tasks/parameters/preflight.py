@@ -21,6 +21,7 @@ from typing import Any
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
+from tasks.algorithms.quantisation import packable
 from tasks.algorithms.scoring import protocols
 from tasks.parameters.schema import Params
 
@@ -30,8 +31,6 @@ FETCHED = Path("data/fetch/model")
 """Where fetch puts a hub model; a local one is looked at where it is."""
 LARGEST_CONFIG = 2**20
 """Bytes of a config.json that are read; the folder is untrusted."""
-PACKED = 32
-"""gptqmodel 7.6 packs codes in 32 x 32 tiles, whatever the bits, and refuses other sizes only when it is done."""
 LIBRARIES = 700 * 2**20
 """Bytes that a process holds after importing torch, transformers and gptqmodel."""
 ACTIVATIONS = (16, 4)
@@ -281,14 +280,8 @@ def _lora(params: Params, model: Shape) -> Iterator[str]:
 def _gptq(params: Params, model: Shape) -> Iterator[str]:
     if params.gptq.group_size != -1:
         yield from _indivisible("gptq.group_size", params.gptq.group_size, model)
-    odd = [name for name, sizes in model.linears.items() if any(size % PACKED for size in sizes)]
-    if odd:
-        rows, columns = model.linears[odd[0]]
-        yield (
-            f"gptq packs {PACKED} rows and columns at a time, but {odd[0]} is {rows} x {columns};"
-            " switch gptq and eora off, or take another model"
-        )
-
+    if sentence := packable.refusal(model.linears):
+        yield sentence
     if params.gptq.joint:
         yield from _indivisible("gptq.joint.of", params.gptq.joint.of, model)
     table = params.gptq.embedding

@@ -36,9 +36,6 @@ from tasks.algorithms.model import checkpoints, families, masks
 from tasks.algorithms.quantisation import descent, masked_grid, output_error, sparsegpt
 from tasks.algorithms.quantisation import gptqmodel_library as library
 
-WIDTHS = (2, 3, 4, 8)
-"""Bits per code that gptqmodel packs into 32-bit words."""
-
 Done = Callable[[str, float], None]
 """Called after each linear with its name and error."""
 
@@ -138,33 +135,6 @@ def config(
         fallback=None,  # the default answers NaN or few samples with round-to-nearest, silently
         pack_impl="original",  # the default compiles a C++ extension into ~/.cache at first use
     )
-
-
-def check_shapes(shapes: Mapping[str, tuple[int, int]], bits: int, group_size: int) -> None:
-    """Refuse matrices that don't pack.
-
-    Args:
-        shapes: name -> (out_features, in_features).
-
-    Raises:
-        InputError: inputs that don't divide by the group size, or a side that doesn't fill 32-bit words.
-    """
-    for name, (rows, cols) in shapes.items():
-        if group_size > 0 and cols % group_size:
-            raise InputError(
-                f"{name} has {cols} inputs, not divisible by gptq.group_size = {group_size}: choose a divisor or -1"
-            )
-        word = _per_word(bits)
-        for side, size in (("outputs", rows), ("inputs", cols)):
-            if size % word:
-                raise InputError(
-                    f"{name} has {size} {side}, not divisible by {word}: gptq.bits = {bits} can't be packed"
-                )
-
-
-def packable(shape: tuple[int, int], widths: Iterable[int] = WIDTHS) -> list[int]:
-    """Those of the widths whose codes of a matrix (out_features, in_features) fill 32-bit words."""
-    return [bits for bits in widths if not any(size % _per_word(bits) for size in shape)]
 
 
 def quantise(
@@ -394,11 +364,6 @@ def _descended(weight: Tensor, answer: Answer, hessian: Tensor, bits: int, cycle
     grid = descent.Grid(answer.scales, answer.zeros, answer.index, bits)
     quantised = descent.descend(weight, answer.quantised, damped, grid, cycles, keep)
     return answer._replace(quantised=quantised.to(answer.quantised.dtype))
-
-
-def _per_word(bits: int) -> int:
-    """Codes per packed 32-bit word, or per three words of 3 bit."""
-    return 32 if bits == 3 else 32 // bits
 
 
 def _most_common(widths: Iterable[int]) -> int:
