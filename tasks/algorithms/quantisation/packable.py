@@ -20,7 +20,7 @@ rule for all widths gives up."""
 
 
 def refusal(shapes: Mapping[str, tuple[int, int]]) -> str | None:
-    """What is wrong with the first matrix that can't be stored, and the way out; None where all can.
+    """Say what is wrong with the first matrix that can't be stored, and the way out; None where all can.
 
     Args:
         shapes: name -> (out_features, in_features).
