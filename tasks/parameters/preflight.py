@@ -22,6 +22,7 @@ from typing import Any
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.scoring import protocols
+from tasks.parameters import machine
 from tasks.parameters.schema import Params
 
 DEVICES = Path("data/devices")
@@ -40,7 +41,6 @@ PROBE = 128
 """Tokens on which stage vocabulary compares the logits of both models."""
 UNLIMITED = 2048
 """Tokens that lm_eval takes for the context of a model without one."""
-CONTROL_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 FOLLOWS = {"baseline_lora": "lora", "baseline": "gptq"}
 """Stages that pass their input on where another one is switched off."""
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -446,15 +446,8 @@ def available_memory() -> int:
     """Bytes that this process may still get: the machine's, or its control group's limit if that is lower."""
     import psutil
 
-    available = psutil.virtual_memory().available
-    for path in CONTROL_GROUPS:
-        try:
-            limit = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit():  # otherwise "max"
-            available = min(available, int(limit))
-    return available
+    available, limit = psutil.virtual_memory().available, machine.memory_limit()
+    return available if limit is None else min(available, limit)
 
 
 def _device_problems(params: Params, devices: Path) -> Iterator[str]:
