@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from safetensors.torch import load_file
 
-from tasks.algorithms.model import checkpoints, families
+from tasks.algorithms.model import checkpoints
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.compression import block_quantisation
 from tasks.models import dense_folder, gptq_folder
 from tasks.packed import reader
@@ -164,7 +165,7 @@ def quantise(
 
 def table(described: Mapping, choices: block_quantisation.Choices, widths: Mapping[str, int]) -> pd.DataFrame:
     """One row per linear, in running order, with `COLUMNS`; `described` is the model's config.json."""
-    shapes = families.linear_shapes(described)
+    shapes = shape_of_config(described).linears
     rows = []
     for name, bits in widths.items():
         rows_, columns = next(shape for short, shape in shapes.items() if name.endswith(f".{short}"))

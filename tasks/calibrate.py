@@ -33,7 +33,7 @@ def run(stage: Stage) -> None:
         InputError: the calibration text has fewer windows than asked.
     """
     params = stage.params.calibrate
-    model = dense_folder.load_dense(stage.model_in)
+    model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
     tokenizer = dense_folder.load_tokenizer(stage.model_in)
     tokens = perplexity.tokenise(tokenizer, json_lines.read(stage.input("fetch/corpora") / "calibration.jsonl"))
     input_ids = choose(tokens, params.windows, params.length, params.seed)
@@ -44,7 +44,7 @@ def run(stage: Stage) -> None:
     tensor_files.save_tensors(stage.output("windows.safetensors"), {"input_ids": input_ids.to(torch.int32)}, {})
     tensor_files.save_tensors(
         stage.output("norms.safetensors"),
-        {f"{name}.sum_of_squares": each.sum_of_squares.float() for name, each in statistics.items()},
+        {f"{name}.sum_of_squares": each.sum_of_squares.float().cpu() for name, each in statistics.items()},
         {"tokens": str(input_ids.numel())},
     )
     for name in list(statistics)[:: max(1, len(statistics) - 1)]:

@@ -30,7 +30,7 @@ def run(stage: Stage) -> None:
     if not params.remove:
         print("remove = 0: the model is passed on")
         return skip(stage)
-    model = dense_folder.load_dense(stage.model_in)
+    model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
     scores = torch.tensor(pd.read_csv(stage.input("scores.csv"))[stage.params.importance.method].to_numpy(dtype=float))
     removed = SCHEDULES[params.schedule](stage, model, scores)
     smaller = depth_prune.without(model, removed)

@@ -36,7 +36,7 @@ GROUPS = (4, 8, 16, 32)
 def run(stage: Stage) -> None:
     """Write metrics.json, documents.csv and completions.json."""
     folder, p = stage.model_in, stage.params.evaluate
-    model, tokenizer = any_folder.load_model(folder), dense_folder.load_tokenizer(folder)
+    model, tokenizer = any_folder.load_model(folder).to(stage.params.device), dense_folder.load_tokenizer(folder)
     protocol = protocols.protocol(p.protocol, p.length, p.stride)
     protocols.check_context(protocol, getattr(model.config, "max_position_embeddings", None))
     metrics = {
@@ -113,7 +113,7 @@ def completions(
     end = model.generation_config.eos_token_id
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
     for prompt in p.prompts[len(rows) :]:
-        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
         with torch.no_grad():
             full = model.generate(
                 input_ids=ids,

@@ -16,7 +16,7 @@ import pandas as pd
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tasks.algorithms.quantisation import masked_gptq
+from tasks.algorithms.quantisation import unpacking
 from tasks.compression import block_quantisation
 from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
 from tasks.runtime import files
@@ -24,6 +24,7 @@ from tasks.runtime import files
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tasks.algorithms.quantisation import masked_gptq
     from tasks.runtime.stage import Stage
 
 COLUMNS = ["linear", "bits", "error", "zeros", "violations"]
@@ -105,7 +106,7 @@ def _write(
     """Masks and tables, measured on the saved model."""
     model = gptq_folder.load_quantised(target)
     weights = gptq_folder.block_weights(model)
-    bits = {name: linear.bits for name, linear in masked_gptq.quantised_linears(model).items()}
+    bits = {name: linear.bits for name, linear in unpacking.quantised_linears(model).items()}
     ledger = sparsity_ledger.ledger(weights, keep, pattern)
     if sparsity_ledger.check(ledger, "gptq", stage.params.wanda.enforce or stage.params.gptq.masked):
         mask_files.save_masks(stage.output("masks.safetensors"), dict(keep), pattern)

@@ -36,6 +36,7 @@ from tasks.algorithms.text import triviaqa
 from tasks.models import dense_folder
 from tasks.runners import any_folder
 from tasks.runtime import files
+from tasks.sources import json_lines
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -58,7 +59,7 @@ def run(stage: Stage) -> None:
 
     from tasks.evaluation import lm_eval_model
 
-    model, tokenizer = any_folder.load_model(folder), dense_folder.load_tokenizer(folder)
+    model, tokenizer = any_folder.load_model(folder).to(stage.params.device), dense_folder.load_tokenizer(folder)
     lm = lm_eval_model.Model(model, tokenizer, own.batch, stage.progress, stage.answers)
     results = evaluate(lm, {"tasks": {task_name: task}}, limit=own.limit, log_samples=True)
     samples = results["samples"][task_name]
@@ -103,11 +104,10 @@ def load_task(path: Path, documents: Sequence[dict[str, Any]]) -> Task:
 
 
 def _documents(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as rows:
-        found = [json.loads(row) for row in rows]
-    if not found:
+    documents = [row for _, row in json_lines.rows(path)]
+    if not documents:
         raise InputError(f"task {path.stem} has no documents; switch harness_data on")
-    return found
+    return documents
 
 
 def _metrics(results: dict[str, Any], higher_is_better: dict[str, bool]) -> dict[str, dict[str, Any]]:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.text import task_documents
 from tasks.runtime import files
-from tasks.sources import hub
+from tasks.sources import hub, json_lines
 
 if TYPE_CHECKING:
-    from tasks.parameters.schema import TaskSource
+    from tasks.parameters.source_sections import TaskSource
     from tasks.runtime.stage import Stage
 
 CORPUS = "corpus"
@@ -72,15 +72,13 @@ def _local(stage: Stage, task: str, source: TaskSource | None) -> tuple[dict[str
 
 
 def _rows(path: Path, task: str) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"line {number} of {path.name} (task {task}) is not valid JSON: {error}") from error
+    try:
+        for number, row in json_lines.rows(path):
             if not isinstance(row, dict):
                 raise InputError(f"line {number} of {path.name} (task {task}) is no JSON object")
             yield row
+    except json_lines.BadLine as bad:
+        raise InputError(f"line {bad.number} of {path.name} (task {task}) is not valid JSON: {bad.reason}") from bad
 
 
 def _hub(source: TaskSource) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:

@@ -20,7 +20,7 @@ COLUMNS = [*importance.SCORES, importance.COMPOUND]
 def run(stage: Stage) -> None:
     """Write scores.csv: layer and one column per score, higher = more important."""
     params = stage.params.importance
-    model = dense_folder.load_dense(stage.model_in)
+    model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
     input_ids = load_file(stage.input("windows.safetensors"))["input_ids"][: params.windows].long()
     scores = {}
     with stage.progress("importance", len(importance.SCORES)) as progress:

@@ -55,7 +55,7 @@ COLUMNS = (
 def run(stage: Stage) -> None:
     """Write kv_cache.csv."""
     folder, p = stage.model_in, stage.params.kv_cache
-    model, tokenizer = any_folder.load_model(folder), dense_folder.load_tokenizer(folder)
+    model, tokenizer = any_folder.load_model(folder).to(stage.params.device), dense_folder.load_tokenizer(folder)
     documents = json_lines.read(stage.input("corpora") / "test.jsonl")
     rows, bits = [], [FULL, *p.bits]
     with stage.progress("kv_cache", len(p.contexts) * len(bits)) as progress:

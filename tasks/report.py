@@ -26,7 +26,7 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
-from tasks.reporting import charts
+from tasks.reporting import chart_style
 from tasks.reporting.evidence import read as read_evidence
 from tasks.reporting.figures import figures
 from tasks.reporting.format import FILTERS
@@ -125,7 +125,7 @@ def render(evidence: Evidence, sentences: list[str], drawn: dict[str, dict[str, 
     Raises:
         RuntimeError: Vega's script can't stand inside a page.
     """
-    bundle = vl_convert.javascript_bundle(vl_version=charts.VEGA_LITE)
+    bundle = vl_convert.javascript_bundle(vl_version=chart_style.VEGA_LITE)
     if "</script" in bundle.lower() or "<!--" in bundle:
         raise RuntimeError("Vega's script would end the page's script element; use the pinned vl-convert-python")
     environment = jinja2.Environment(
@@ -172,7 +172,7 @@ def _write_plots(folder: Path, plots: dict[str, Plot]) -> None:
     """One SVG per plot, and captions.json with what stands below them."""
     folder.mkdir()
     for name, plot in plots.items():
-        svg = vl_convert.vegalite_to_svg(charts.still(plot.spec), vl_version=charts.VEGA_LITE)
+        svg = vl_convert.vegalite_to_svg(chart_style.still(plot.spec), vl_version=chart_style.VEGA_LITE)
         (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
     captions = {name: plot.caption for name, plot in plots.items()}
     (folder / "captions.json").write_text(json.dumps(captions, indent=1) + "\n", encoding="utf-8")

@@ -42,7 +42,7 @@ class FakeStage(Inputs):
         sections = {
             name: SimpleNamespace(**values) if isinstance(values, dict) else values for name, values in params.items()
         }
-        self.params, self.item, self.out = SimpleNamespace(**sections), item, out
+        self.params, self.item, self.out = SimpleNamespace(**{"device": "cpu"} | sections), item, out
         self.journal = checkpoints.NOTHING if journal is None else journal
         self.answers = checkpoints.NOTHING if answers is None else answers
 

@@ -1,9 +1,8 @@
 """The recovery training that the stages lora and baseline_lora share: between their folders and the algorithms.
 
 The corpus is tokenised as for perplexity (documents joined by newlines, no special tokens); the teacher is the fetched
-model. It trains in fp32, on a GPU where there is one, and gives the weights in the data type of the source. CPU and GPU
-round differently: the bytes repeat on each of them, not across them. It does not choose what to prune, and does not
-quantise.
+model. It trains in fp32, on the device of the parameters, and gives the weights in the data type of the source. It does
+not choose what to prune, and does not quantise.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
     _check(params, config)
     tokenizer = dense_folder.load_tokenizer(source)
     tokens = perplexity.tokenise(tokenizer, json_lines.read(stage.input("fetch/corpora") / "train.jsonl"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = stage.params.device
     model, teacher = dense_folder.load_dense(source).to(device), None
     if _needs_teacher(params):
         teacher = dense_folder.load_dense(stage.input("vocabulary/model")).to(device)

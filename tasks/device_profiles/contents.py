@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks.algorithms.device_fit import footprint
 from tasks.algorithms.device_fit.footprint import Matrix, Model, Part
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, masks
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.models import tensor_headers
 from tasks.models.tensor_headers import Entry
 from tasks.packed import file_format, reader
@@ -45,7 +45,7 @@ def read(folder: Path) -> Model:
         parts, components = _tensor_parts(folder, config), tensor_headers.component_bytes(folder)
     stored = tensor_headers.stored_bytes(folder)
     weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    return Model(footprint.shape(config), parts, stored - weights, stored, components)
+    return Model(shape_of_config(config), parts, stored - weights, stored, components)
 
 
 def planned(
@@ -72,7 +72,7 @@ def planned(
     """
     if not (bits is None or 2 <= bits <= 8) or embedding_bits not in TABLE_BITS:
         raise InputError(f"bits = {bits} must be 2 to 8 and the embedding's {embedding_bits} one of 4, 8, 16")
-    shape = footprint.shape(config)
+    shape = shape_of_config(config)
     row = shape.hidden if embedding_group == -1 else embedding_group
     if embedding_bits < 16 and (row < 1 or shape.hidden % row):
         raise InputError(f"embedding_group = {embedding_group} doesn't divide rows of {shape.hidden}")
@@ -201,7 +201,7 @@ def _gptq_matrix(name: str, entries: Mapping[str, Entry], config: Mapping[str, A
         raise InputError(
             f"{name} has packed GPTQ codes, but no scales beside them or no `quantization_config.bits` in config.json"
         )
-    linears = families.linear_shapes(config)
+    linears = shape_of_config(config).linears
     cols = next((cols for linear, (_, cols) in linears.items() if name.endswith(linear)), None)
     words, rows = entries[f"{name}.qweight"].shape
     groups = entries[f"{name}.scales"].shape[0]

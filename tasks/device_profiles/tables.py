@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     given = _parser().parse_args(arguments)
     try:
         model = _model(given)
-        context = min(_CONTEXT, model.shape.context_limit) if given.context is None else given.context
+        context = min(_CONTEXT, model.shape.context or _CONTEXT) if given.context is None else given.context
         workload = Workload(context, given.batch, given.kv_bits, given.activation_bits)
         chosen = _chosen(given)
         found = {name: verdict.judge(profile.device(), model, workload) for name, profile in chosen.items()}

@@ -129,13 +129,13 @@ def machine() -> dict[str, Any]:
 
 def _import_engine(folder: Path) -> None:
     """Import what the engine of a folder needs, so that the memory of its code can be told from that of the model."""
-    from tasks.runners import engines
+    from tasks.runners import engines, llama_bindings
 
     with contextlib.suppress(ModuleNotFoundError):  # engines.load says so
         if (folder / engines.GENAI).exists():
             import onnxruntime_genai  # noqa: F401
         elif (folder / engines.GGUF).exists():
-            import llama_cpp  # noqa: F401
+            llama_bindings.import_library()
         else:
             from tasks.runners import any_folder  # noqa: F401
 

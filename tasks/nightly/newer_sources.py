@@ -20,7 +20,8 @@ from dvc.utils.serialize import modify_yaml
 
 from tasks.algorithms.errors import InputError
 from tasks.parameters import schema
-from tasks.parameters.schema import ModelSource, Params
+from tasks.parameters.schema import Params
+from tasks.parameters.source_sections import ModelSource
 from tasks.runtime import git, lineage
 
 

@@ -1,8 +1,8 @@
 """How long a packed folder takes to load, and how much memory, beside the folder that it was packed from.
 
-    .venv/bin/python -m tests.benchmarks.packed_loading                       data/eora/model, and it packed
-    .venv/bin/python -m tests.benchmarks.packed_loading UNPACKED PACKED       two folders
-    .venv/bin/python -m tests.benchmarks.packed_loading --random              a random Llama of 150 million parameters
+    python -m tests.benchmarks.packed_loading                       data/eora/model, and it packed
+    python -m tests.benchmarks.packed_loading UNPACKED PACKED       two folders
+    python -m tests.benchmarks.packed_loading --random              a random Llama of 150 million parameters
 
 Each load is a process of its own, one kind after the other in turn, because the first in a process pays for imports and
 the peak of memory never falls. Seconds are those of the loading itself, once with the imports and once without; the

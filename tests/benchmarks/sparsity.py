@@ -1,6 +1,6 @@
 """Does the sparsity pattern outlive every stage? Violations and revived weights, mask-aware chain and stock chain.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.sparsity --threads 1 [--model stories260k] [--only 2:4]
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.sparsity --threads 1 [--model stories260k] [--only 2:4]
 
 Per pattern the same pruned model goes through
 - `mask-aware`: the pipeline (wanda, lora, gptq, eora, package);

@@ -27,7 +27,7 @@ from tasks.algorithms.pruning import depth_prune
 from tasks.algorithms.recovery import distillation, masked_lora
 from tasks.compression import recovery_training
 from tasks.models import dense_folder, mask_files
-from tasks.parameters.schema import Distillation, Lora
+from tasks.parameters.compression_sections import Distillation, Lora
 from tasks.runtime.files import write_json
 from tasks.runtime.stage import Inputs
 from tests.support.paths import ROOT
@@ -439,7 +439,7 @@ class FakeStage(Inputs):
         super().__init__(name, {path: folder / path.relative_to("data") for path in data})
         self.folder, self.out, self.name = folder, folder / run, name
         self.journal = checkpoints.NOTHING
-        self.params = SimpleNamespace(lora=params, wanda=SimpleNamespace(enforce=True))
+        self.params = SimpleNamespace(device="cpu", lora=params, wanda=SimpleNamespace(enforce=True))
         self.updates: list[tuple[int, float]] = []
         self.total = 0
 

@@ -16,6 +16,7 @@ from tasks.algorithms.errors import InputError
 from tasks.models import dense_folder, mask_files, tensor_files
 from tasks.packed import reader
 from tasks.parameters import schema
+from tasks.parameters.compression_sections import Joint
 from tasks.runners import any_folder
 from tests.support.paths import ROOT
 
@@ -159,7 +160,7 @@ def test_what_the_parameters_ask_for() -> None:
         changed = sections.wanda.model_copy(update={"enabled": True, "pattern": "n_m", "keep": 2, "of": 4, **wanda})
         return package.asked(changed, sections.gptq.model_copy(update={"enabled": True, "joint": None, **gptq}))
 
-    joint = schema.Joint(keep=4, of=8)
+    joint = Joint(keep=4, of=8)
     assert asked({}) == "2:4"
     assert asked({}, pattern="unstructured") == "unstructured"
     assert asked({}, enabled=False) == asked({"enabled": False, "joint": joint}, enabled=False) == "dense"
