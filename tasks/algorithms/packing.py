@@ -8,7 +8,7 @@
 - Unstructured positions: a range coder (Martin 1979; the library `constriction`) with one probability per matrix.
 
 Everything is checked on the way back: bytes that no packing gives are refused. No tensors of a model, no files:
-`tasks.packed.file_format` lays out those.
+`tasks.packed.layout` lays out those.
 """
 
 from __future__ import annotations
