@@ -264,7 +264,7 @@ def test_only_what_is_still_to_run_needs_memory(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needs, "CONTROL_GROUPS", (str(tmp_path / "gone"), str(tmp_path / "limit")))
+    monkeypatch.setattr(needs.machine, "CONTROL_GROUPS", (tmp_path / "gone", tmp_path / "limit"))
     assert 0 < AVAILABLE_MEMORY() <= psutil.virtual_memory().total
     (tmp_path / "limit").write_text("max\n")
     assert AVAILABLE_MEMORY() > 12345
