@@ -58,7 +58,7 @@ def run(stage: Stage) -> None:
     dense, target = stage.model_in, stage.output("model")
     limit = shipped_bytes(stage.input("package/model"))
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
-    block_quantisation.check_shapes(dense_folder.config(dense), None, chosen.group_size)
+    block_quantisation.check_shapes(dense_folder.config(dense), chosen.group_size)
     coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.journal)
     if start is None:
         start = dense_folder.load_dense(dense)

@@ -110,7 +110,7 @@ def quantise(folder, windows, keep, settings, embedding=16, steps=None):
             weight = model.model.get_submodule(place).weight
             coded[name] = rounding.quantise(weight, embedding, 32, steps)
             weight.data = rounding.values(coded[name])
-    masked_gptq.quantise(model, windows, keep, scale_steps=steps)
+    masked_gptq.quantise(model, windows, keep, masked_gptq.Settings(scale_steps=steps))
     gptq_folder.save_quantised(model, folder / "dense", folder / "model")
     save_coded(folder / "embedding.safetensors", coded, embedding)
 
