@@ -22,10 +22,11 @@ from dvc_data.hashfile.gc import gc
 
 from flows.server import settings
 from tasks.algorithms.errors import InputError
-from tasks.nightly import worktree
+from tasks.nightly import records, worktree
 from tasks.parameters import schema
 from tasks.parameters.schema import Params
-from tasks.registry import tags, versions
+from tasks.registry import overview, tags, versions
+from tasks.runtime import git
 
 PAGE = 200
 REGISTRY = tuple(f"refs/tags/{tags.ARTIFACT}{mark}" for mark in "@#")
@@ -53,10 +54,10 @@ class Item(NamedTuple):
 def plan(top: Path, own: Params) -> list[Item]:
     """Everything that would go, in the order in which it has to."""
     kept = own.nightly.retention
-    gone = worktree.listing(top)[: -kept.nights]
+    gone = records.listing(top)[: -kept.nights]
     old = datetime.now(UTC) - timedelta(days=kept.days)
     items = [
-        Item("night", night.name, 0, lambda ref=night.ref: worktree.git(top, "update-ref", "-d", ref)) for night in gone
+        Item("night", night.name, 0, lambda ref=night.ref: git.run(top, "update-ref", "-d", ref)) for night in gone
     ]
     items += _versions(top, own)
     items += _cache(top, _named_commits(top, {night.ref for night in gone}, own))
@@ -98,10 +99,10 @@ def main(arguments: list[str]) -> int:
 def _named_commits(top: Path, gone: set[str], own: Params) -> list[str]:
     """Commits whose data stays: of every ref but those of nights and versions that go."""
     staying = {version.revision for version in versions.kept(top, own.registry.keep)}
-    registered = {entry["revision"] for entry in versions.versions(top)}
+    registered = {entry["revision"] for entry in overview.versions(top)}
     form = "%(refname) %(if)%(*objectname)%(then)%(*objectname) %(*objecttype)%(else)%(objectname) %(objecttype)%(end)"
-    commits = {worktree.git(top, "rev-parse", "HEAD"), *staying}
-    for line in worktree.git(top, "for-each-ref", f"--format={form}", "refs").splitlines():
+    commits = {git.run(top, "rev-parse", "HEAD"), *staying}
+    for line in git.run(top, "for-each-ref", f"--format={form}", "refs").splitlines():
         ref, commit, kind = line.split()
         dropped = ref.startswith(REGISTRY) and commit in registered - staying
         if kind == "commit" and ref not in gone and not dropped and not ref.startswith(INTERNAL):
@@ -140,9 +141,9 @@ def _logs(top: Path, old: datetime) -> list[Item]:
 
 def _worktrees(top: Path) -> list[Item]:
     """Worktrees whose folder is gone."""
-    blocks = worktree.git(top, "worktree", "list", "--porcelain").split("\n\n")
+    blocks = git.run(top, "worktree", "list", "--porcelain").split("\n\n")
     stale = [block.splitlines()[0].removeprefix("worktree ") for block in blocks if "\nprunable" in block]
-    return [Item("worktree", path, 0, lambda: worktree.git(top, "worktree", "prune")) for path in stale]
+    return [Item("worktree", path, 0, lambda: git.run(top, "worktree", "prune")) for path in stale]
 
 
 def _runs(old: datetime) -> list[Item]:

@@ -20,10 +20,16 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from safetensors.torch import load_file
 
-from tasks.algorithms.model import checkpoints, families
+from tasks.algorithms.model import checkpoints
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.compression import block_quantisation
 from tasks.models import dense_folder, gptq_folder
-from tasks.packed import reader
+from tasks.models.tokenizer_files import copy_tokenizer
+from tasks.packed import source_folder, writer
+from tasks.packed.description import DESCRIPTION, FILE
+from tasks.packed.packed_folder import is_packed
+from tasks.packed.plan import Plan, planned
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.algorithms.quantisation import rounding
@@ -49,7 +55,7 @@ def run(stage: Stage) -> None:
     chosen = stage.params.gptq
     if not chosen.enabled:
         return skip(stage)
-    dense, target = stage.input("baseline_lora/model"), stage.output("model")
+    dense, target = stage.model_in, stage.output("model")
     limit = shipped_bytes(stage.input("package/model"))
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
     block_quantisation.check_shapes(dense_folder.config(dense), chosen.group_size)
@@ -59,10 +65,8 @@ def run(stage: Stage) -> None:
     choices = block_quantisation.choices(stage, start, windows, {}, "dense")
     del start
     widths = fit(stage, choices, coded, limit)
-    reader.copy_tokenizer(dense, target)
-    table(dense_folder.config(dense), choices, widths).to_csv(
-        stage.output("bits.csv"), index=False, lineterminator="\n", float_format="%.9g"
-    )
+    copy_tokenizer(dense, target)
+    files.write_csv(stage.output("bits.csv"), table(dense_folder.config(dense), choices, widths), "%.9g")
     found = shipped_bytes(target)
     mean = sum(widths.values()) / len(widths)
     print(f"{found} bytes ({limit} in the package), {mean:.2f} bits per linear on average")
@@ -70,8 +74,8 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """Pass the dense model on; bits.csv has no rows."""
-    stage.pass_on(stage.input("baseline_lora/model"), stage.output("model"))
-    pd.DataFrame(columns=COLUMNS).to_csv(stage.output("bits.csv"), index=False, lineterminator="\n")
+    stage.pass_on(stage.model_in, stage.output("model"))
+    files.write_csv(stage.output("bits.csv"), pd.DataFrame(columns=COLUMNS))
 
 
 def shipped_bytes(folder: Path) -> int:
@@ -80,7 +84,7 @@ def shipped_bytes(folder: Path) -> int:
     Raises:
         InputError: the folder holds neither.
     """
-    names = (reader.FILE, reader.DESCRIPTION) if reader.is_packed(folder) else sorted(folder.rglob("*.safetensors"))
+    names = (FILE, DESCRIPTION) if is_packed(folder) else sorted(folder.rglob("*.safetensors"))
     return sum((folder / name).stat().st_size for name in names)
 
 
@@ -131,15 +135,15 @@ def _round(
 def planned_around(stage: Stage, widths: Mapping[str, int]) -> int:
     """Bytes of a packed model with these widths that aren't its linears': embedding, norms, header and description."""
     chosen = stage.params.gptq
-    components, _ = reader.planned(
-        dense_folder.config(stage.input("baseline_lora/model")),
-        widths,
+    plan = Plan(
+        bits=widths,
         group_size=chosen.group_size,
         embedding_bits=chosen.embedding.bits,
         embedding_group=chosen.embedding.group_size,
         zeros=not chosen.symmetric,
         order=chosen.act_order == "descending",
     )
+    components = planned(dense_folder.config(stage.input("baseline_lora/model")), plan).sizes
     return sum(components[name] for name in ("embedding", "norms", "metadata"))
 
 
@@ -150,7 +154,7 @@ def quantise(
     memory: checkpoints.Memory = checkpoints.NOTHING,
 ) -> int:
     """Quantise the dense model with these widths and pack it into baseline/model; bytes of what holds the model."""
-    dense, target = stage.input("baseline_lora/model"), stage.output("model")
+    dense, target = stage.model_in, stage.output("model")
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         model = gptq_folder.load_for_quantisation(dense, block_quantisation.settings(stage.params.gptq, widths))
@@ -159,13 +163,13 @@ def quantise(
         folder, codes = Path(scratch) / "model", Path(scratch) / "embedding.safetensors"
         gptq_folder.save_quantised(model, dense, folder)
         block_quantisation.save_embedding(codes, coded, stage.params.gptq)
-        reader.save(reader.read(folder, embedding=codes), target)
+        writer.save(source_folder.read(folder, embedding=codes), target)
     return shipped_bytes(target)
 
 
 def table(described: Mapping, choices: block_quantisation.Choices, widths: Mapping[str, int]) -> pd.DataFrame:
     """One row per linear, in running order, with `COLUMNS`; `described` is the model's config.json."""
-    shapes = families.linear_shapes(described)
+    shapes = shape_of_config(described).linears
     rows = []
     for name, bits in widths.items():
         rows_, columns = next(shape for short, shape in shapes.items() if name.endswith(f".{short}"))

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import eora_branches, eora_ranks
-from tasks.models import dense_folder, gptq_folder, sparsity_ledger
+from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.parameters.schema import Eora
@@ -43,9 +45,9 @@ def run(stage: Stage) -> None:
             weights break the pattern of the masks and it is enforced.
     """
     chosen = stage.params.eora
-    source, target = stage.input("gptq/model"), stage.output("model")
+    source, target = stage.model_in, stage.output("model")
     described = dense_folder.config(source)
-    shapes = families.linear_shapes(described)
+    shapes = shape_of_config(described).linears
     if chosen.budget_bytes is None:
         check_rank(shapes, chosen.rank)
     else:
@@ -72,15 +74,15 @@ def run(stage: Stage) -> None:
     gptq_folder.save_adapter(target, {name: (branch.a, branch.b) for name, branch in branches.items()})
     save_codes(stage.output("adapter.safetensors"), branches, chosen.bits)
     rows = table(branches, chosen.bits)
-    rows.to_csv(stage.output("layers.csv"), index=False, lineterminator="\n", float_format="%.9g")
+    files.write_csv(stage.output("layers.csv"), rows, "%.9g")
     print(summary(rows, sum(weight.numel() for weight in teacher.values()), chosen))
 
 
 def skip(stage: Stage) -> None:
     """Pass the quantised model on; the tables have no rows, adapter.safetensors no tensors."""
-    stage.pass_on(stage.input("gptq/model"), stage.output("model"))
+    stage.pass_on(stage.model_in, stage.output("model"))
     save_codes(stage.output("adapter.safetensors"), {}, eora_branches.HALF)
-    pd.DataFrame(columns=COLUMNS).to_csv(stage.output("layers.csv"), index=False, lineterminator="\n")
+    files.write_csv(stage.output("layers.csv"), pd.DataFrame(columns=COLUMNS))
     sparsity_ledger.write(pd.DataFrame(columns=sparsity_ledger.COLUMNS), stage.output("sparsity.csv"))
 
 
@@ -151,7 +153,7 @@ def write_ledger(stage: Stage, model: nn.Module) -> None:
     Raises:
         InputError: they break the pattern, and wanda.enforce says that they must not.
     """
-    keep, pattern = dense_folder.load_masks(stage.input("masks.safetensors"))
+    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
     weights = {name: linear.weight.detach() for name, linear in families.block_linears(model).items()}
     found = sparsity_ledger.ledger(weights, keep, pattern)
     sparsity_ledger.write(found, stage.output("sparsity.csv"))
@@ -169,7 +171,7 @@ def save_codes(path: Path, branches: Mapping[str, eora_branches.Branch], bits: i
     for name, branch in branches.items():
         for side, coded in zip("ab", branch.coded or (), strict=False):
             tensors |= {f"{name}.{side}.codes": coded.codes, f"{name}.{side}.scales": coded.scales}
-    dense_folder.save_tensors(path, tensors, {"bits": str(bits), "group_size": str(eora_branches.GROUP_SIZE)})
+    tensor_files.save_tensors(path, tensors, {"bits": str(bits), "group_size": str(eora_branches.GROUP_SIZE)})
 
 
 def table(branches: Mapping[str, eora_branches.Branch], bits: int) -> pd.DataFrame:

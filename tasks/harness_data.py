@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.text import task_documents
-from tasks.models import dense_folder
-from tasks.sources import hub
+from tasks.runtime import files
+from tasks.sources import hub, json_lines
 
 if TYPE_CHECKING:
-    from tasks.parameters.schema import TaskSource
+    from tasks.parameters.source_sections import TaskSource
     from tasks.runtime.stage import Stage
 
 CORPUS = "corpus"
@@ -40,7 +40,7 @@ def run(stage: Stage) -> None:
         origin, rows = _hub(source) if source and source.path is None else _local(stage, task, source)
         sources[task] = {**origin, **_write(task, rows, folder / f"{task}.jsonl")}
         print(f"{task}: {sources[task]['documents']} documents, {sources[task]['rows_without_document']} rows without")
-    dense_folder.write_json(stage.output("sources.json"), sources)
+    files.write_json(stage.output("sources.json"), sources)
 
 
 def skip(stage: Stage) -> None:
@@ -48,7 +48,7 @@ def skip(stage: Stage) -> None:
     stage.output("documents").mkdir()
     for task in stage.params.harness.tasks:
         (stage.output("documents") / f"{task}.jsonl").touch()
-    dense_folder.write_json(stage.output("sources.json"), {})
+    files.write_json(stage.output("sources.json"), {})
 
 
 def _source(stage: Stage, task: str) -> TaskSource | None:
@@ -72,15 +72,13 @@ def _local(stage: Stage, task: str, source: TaskSource | None) -> tuple[dict[str
 
 
 def _rows(path: Path, task: str) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"line {number} of {path.name} (task {task}) is not valid JSON: {error}") from error
+    try:
+        for number, row in json_lines.rows(path):
             if not isinstance(row, dict):
                 raise InputError(f"line {number} of {path.name} (task {task}) is no JSON object")
             yield row
+    except json_lines.BadLine as bad:
+        raise InputError(f"line {bad.number} of {path.name} (task {task}) is not valid JSON: {bad.reason}") from bad
 
 
 def _hub(source: TaskSource) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:

@@ -14,7 +14,6 @@ makes of it is `tests.benchmarks.engines`'.
 from __future__ import annotations
 
 import filecmp
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.evaluation import measuring_process
 from tasks.models import tensor_headers
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.parameters.schema import Measure
@@ -32,7 +32,7 @@ ENGINE = "PyTorch, float32"
 
 
 def run(stage: Stage) -> None:
-    """Write MODEL/host.json for every model."""
+    """Write measure/MODEL/host.json for every model."""
     p = stage.params.measure
     folders = {folder.parent.name: folder for folder in stage.inputs_named("model")}
     of = _originals(folders)
@@ -110,5 +110,6 @@ def _line(name: str, found: dict[str, Any]) -> str:
 
 
 def _write(stage: Stage, name: str, found: dict[str, Any]) -> None:
-    text = json.dumps(found, indent=1, sort_keys=True) + "\n"
-    stage.output(f"{name}/host.json").write_text(text, encoding="utf-8")
+    folder = stage.output("measure") / name
+    folder.mkdir(parents=True)
+    files.write_json(folder / "host.json", found)

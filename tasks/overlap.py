@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.text import overlap
+from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
-    from tasks.parameters.schema import Overlap
+    from tasks.parameters.source_sections import Overlap
     from tasks.runtime.stage import Stage
 
 TRAIN = "train"
@@ -53,14 +54,14 @@ def measure(train: Path, splits: Mapping[str, list[str]], sources: Mapping[str, 
         splits: documents by split.
         sources: of each corpus, train too, as source.json has them.
     """
-    rows = sum(1 for _ in stream(train))
+    rows = sum(1 for _ in json_lines.documents(train))
     chosen = {index * rows // p.sample for index in range(p.sample)}
-    sample = [text for index, text in enumerate(stream(train)) if index in chosen]
+    sample = [text for index, text in enumerate(json_lines.documents(train)) if index in chosen]
     asked = [text for texts in splits.values() for text in texts]
     copies, domain = overlap.Search(asked, p.words), overlap.Search([*asked, *sample], p.domain_words)
     wanted = {_content(text) for text in asked}
     copied = set()
-    for text in stream(train):
+    for text in json_lines.documents(train):
         copies.add(text)
         domain.add(text)
         copied |= {_content(text)} & wanted
@@ -72,13 +73,6 @@ def measure(train: Path, splits: Mapping[str, list[str]], sources: Mapping[str, 
     return {"measured": True, **p.model_dump(exclude={"enabled"}), "train": {"documents": rows, "own_share": own}} | {
         "splits": found
     }
-
-
-def stream(path: Path) -> Iterator[str]:
-    """The documents of a corpus one by one."""
-    with path.open(encoding="utf-8") as rows:
-        for row in rows:
-            yield json.loads(row)["text"]
 
 
 def same(source: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
@@ -126,4 +120,4 @@ def _content(text: str) -> bytes:
 
 
 def _write(stage: Stage, found: dict[str, Any]) -> None:
-    stage.output("overlap.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    files.write_json(stage.output("overlap.json"), found)

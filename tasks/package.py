@@ -20,12 +20,15 @@ import pandas as pd
 import torch
 
 from tasks.algorithms.errors import InputError
-from tasks.models import dense_folder, sparsity_ledger
-from tasks.packed import reader
+from tasks.models import mask_files, sparsity_ledger
+from tasks.models.tokenizer_files import copy_tokenizer
+from tasks.packed import reader, sizes, source_folder, writer
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tasks.packed.stored_model import Linear
     from tasks.parameters.schema import Gptq, Wanda
     from tasks.runtime.stage import Stage
 
@@ -39,15 +42,15 @@ def run(stage: Stage) -> None:
         InputError: a pruned weight is no longer zero, and wanda.enforce is true; the codes of embedding or adapter
             aren't those of the model.
     """
-    source, folder = stage.input("eora/model"), stage.output("package/model")
-    keep, pattern = dense_folder.load_masks(stage.input("masks.safetensors"))
+    source, folder = stage.model_in, stage.output("package/model")
+    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
     codes = stage.input("embedding.safetensors"), stage.input("adapter.safetensors")
     holds = sparsity_ledger.check(
-        _ledger(reader.read(source).blocks, keep, pattern), "package", stage.params.wanda.enforce
+        _ledger(source_folder.read(source).blocks, keep, pattern), "package", stage.params.wanda.enforce
     )
-    model = reader.read(source, stage.input("masks.safetensors") if holds else None, *codes)
-    reader.save(model, folder)
-    reader.copy_tokenizer(source, folder)
+    model = source_folder.read(source, stage.input("masks.safetensors") if holds else None, *codes)
+    writer.save(model, folder)
+    copy_tokenizer(source, folder)
     check_lossless(folder, model.blocks)
     shipped = (linears for _, linears in reader.stream(folder))
     table = _ledger(shipped, keep, pattern)
@@ -64,12 +67,12 @@ def run(stage: Stage) -> None:
 def skip(stage: Stage) -> None:
     """Pass the model on, with a manifest that names no file."""
     folder = stage.output("package/model")
-    stage.pass_on(stage.input("eora/model"), folder)
+    stage.pass_on(stage.model_in, folder)
     write_manifest(folder, {"files": {}, "pattern": None, "pruned_matrices": 0, "lineage": {}})
     sparsity_ledger.write(pd.DataFrame(columns=sparsity_ledger.COLUMNS), stage.output("sparsity.csv"))
 
 
-def check_lossless(folder: Path, blocks: Iterable[Mapping[str, reader.Linear]]) -> None:
+def check_lossless(folder: Path, blocks: Iterable[Mapping[str, Linear]]) -> None:
     """Compare a packed folder's linears with what was packed, bit by bit, one block in memory.
 
     Raises:
@@ -89,7 +92,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def describe(path: Path) -> dict[str, Any]:
     """Size and sha256 of a file."""
-    return {"bytes": path.stat().st_size, "sha256": dense_folder.sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
 
 
 def asked(wanda: Wanda, gptq: Gptq) -> str:
@@ -101,7 +104,7 @@ def asked(wanda: Wanda, gptq: Gptq) -> str:
     return f"{wanda.keep}:{wanda.of}" if wanda.pattern == "n_m" else wanda.pattern
 
 
-def _ledger(blocks: Iterable[Mapping[str, reader.Linear]], keep: Mapping[str, Tensor], pattern: str) -> pd.DataFrame:
+def _ledger(blocks: Iterable[Mapping[str, Linear]], keep: Mapping[str, Tensor], pattern: str) -> pd.DataFrame:
     """`sparsity.ledger` with one block in memory."""
     tables, known = [], set()
     for linears in blocks:
@@ -115,11 +118,11 @@ def _ledger(blocks: Iterable[Mapping[str, reader.Linear]], keep: Mapping[str, Te
 
 
 def _manifest(stage: Stage, folder: Path, pattern: str, pruned: int) -> dict[str, Any]:
-    """bound: bytes that each component must hold, by what is known of its content (`packed.bound`)."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """bound: bytes that each component must hold, by what is known of its content (`packed.sizes.bound`)."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        "files": {str(path.relative_to(folder)): describe(path) for path in files},
-        "bound": {name: bits / 8 for name, bits in reader.bound(folder).items()},
+        "files": {str(path.relative_to(folder)): describe(path) for path in paths},
+        "bound": {name: bits / 8 for name, bits in sizes.bound(folder).items()},
         "pattern": pattern,
         "asked": asked(stage.params.wanda, stage.params.gptq),
         "pruned_matrices": pruned,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tasks.algorithms import packing
 from tasks.algorithms.model import checkpoints, families, layers, masks
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import (
     allocation,
     embedding,
@@ -25,7 +26,7 @@ from tasks.algorithms.quantisation import (
     rounding,
     sensitivity,
 )
-from tasks.models import dense_folder
+from tasks.models import dense_folder, tensor_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,7 +60,7 @@ def check_shapes(described: Mapping[str, Any], group_size: int) -> None:
     Raises:
         InputError: as `packable.check`.
     """
-    packable.check(families.linear_shapes(described), group_size)
+    packable.check(shape_of_config(described).linears, group_size)
 
 
 def compress_embedding(
@@ -135,7 +136,7 @@ def save_embedding(path: Path, coded: Mapping[str, rounding.Coded], chosen: Gptq
     for name, each in coded.items():
         tensors |= {f"{name}.codes": each.codes, f"{name}.scales": each.scales}
     described = {"bits": str(chosen.embedding.bits), "group_size": str(chosen.embedding.group_size)}
-    dense_folder.save_tensors(path, tensors, described)
+    tensor_files.save_tensors(path, tensors, described)
 
 
 SIDES = ("codes", "scales")

@@ -1,9 +1,8 @@
 """The recovery training that the stages lora and baseline_lora share: between their folders and the algorithms.
 
 The corpus is tokenised as for perplexity (documents joined by newlines, no special tokens); the teacher is the fetched
-model. It trains in fp32, on a GPU where there is one, and gives the weights in the data type of the source. CPU and GPU
-round differently: the bytes repeat on each of them, not across them. It does not choose what to prune, and does not
-quantise.
+model. It trains in fp32, on the device of the parameters, and gives the weights in the data type of the source. It does
+not choose what to prune, and does not quantise.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from tasks.algorithms.model import families
 from tasks.algorithms.recovery import masked_lora, reconstruction
 from tasks.algorithms.scoring import perplexity
 from tasks.models import dense_folder
+from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
     _check(params, config)
     tokenizer = dense_folder.load_tokenizer(source)
     tokens = perplexity.tokenise(tokenizer, json_lines.read(stage.input("fetch/corpora") / "train.jsonl"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = stage.params.device
     model, teacher = dense_folder.load_dense(source).to(device), None
     if _needs_teacher(params):
         teacher = dense_folder.load_dense(stage.input("vocabulary/model")).to(device)
@@ -85,8 +85,7 @@ def write(recovered: Recovered, source: Path, model: Path, history: Path) -> Non
 
 def write_history(history: list[dict[str, float]], path: Path) -> None:
     """Write one row per step; an empty cell was not computed."""
-    table = pd.DataFrame(history, columns=list(masked_lora.COLUMNS))
-    table.to_csv(path, index=False, lineterminator="\n", float_format="%.9g")
+    files.write_csv(path, pd.DataFrame(history, columns=list(masked_lora.COLUMNS)), "%.9g")
 
 
 def _adapt(

@@ -14,7 +14,6 @@ other NUMA node and no accelerator.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -28,6 +27,8 @@ import yaml
 
 from tasks.algorithms.errors import InputError
 from tasks.device_profiles import profiles
+from tasks.parameters import machine
+from tasks.runtime import files
 
 OUT = Path(__file__).resolve().parents[2] / "data" / "devices" / f"{profiles.HOST}.yaml"
 SECONDS = 1.0
@@ -38,7 +39,6 @@ _LEAST, _MOST = 2**28, 2**30
 """Bytes of the array read from memory: eight last-level caches, within these limits."""
 _SIZE = 1024
 """Rows and columns of the matrices multiplied."""
-_CONTROL_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -128,20 +128,15 @@ def cache_bytes() -> int | None:
 
 def memory_bytes() -> tuple[int, int]:
     """(bytes of memory, bytes of it that others use now); the machine's, or the control group's limit if lower."""
-    memory = psutil.virtual_memory()
-    total = memory.total
-    for path in _CONTROL_GROUPS:
-        try:
-            limit = path.read_text(encoding="utf-8").strip()
-        except OSError:
-            continue
-        total = min(total, int(limit)) if limit.isdigit() else total
+    memory, limit = psutil.virtual_memory(), machine.memory_limit()
+    total = memory.total if limit is None else min(memory.total, limit)
     return total, min(memory.total - memory.available, total - 1)
 
 
 def profile(rates: Rates) -> dict[str, Any]:
     """The content of host.yaml."""
     total, used = memory_bytes()
+    processor = machine.processor() or platform.machine()
     command, threads = "measured by edgepress profile", torch.get_num_threads()
     by = f"{threads} thread{'s' if threads > 1 else ''}"
 
@@ -160,7 +155,7 @@ def profile(rates: Rates) -> dict[str, Any]:
     product = f"{command}: a product of {_SIZE} x {_SIZE} matrices by {by}"
     return {
         "name": profiles.HOST,
-        "description": f"This machine ({_processor()}), {by}, as it was when it was measured.",
+        "description": f"This machine ({processor}), {by}, as it was when it was measured.",
         "tiers": [
             {
                 "name": "dram",
@@ -186,15 +181,6 @@ def _figure(value: float, source: str) -> dict[str, Any]:
     return {"value": int(value), "source": source}
 
 
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def write(content: dict[str, Any], path: Path) -> profiles.Profile:
     """Write the profile, whole or not at all.
 
@@ -202,14 +188,10 @@ def write(content: dict[str, Any], path: Path) -> profiles.Profile:
         InputError: the folder isn't there or can't be written.
     """
     parsed = profiles.Profile.model_validate(content)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(yaml.safe_dump(content, sort_keys=False, width=120), encoding="utf-8")
-        os.replace(scratch, path)
+        files.write_text(path, yaml.safe_dump(content, sort_keys=False, width=120))
     except OSError as error:
         raise InputError(f"{path} can't be written ({error.strerror}): name a file with --out") from error
-    finally:
-        scratch.unlink(missing_ok=True)
     return parsed
 
 

@@ -18,6 +18,7 @@ import importlib
 import importlib.metadata
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,15 @@ import numpy as np
 from tasks.algorithms.errors import InputError
 from tasks.export import source_model
 from tasks.models import dense_folder
-from tasks.runners import any_folder, engines
+from tasks.runners import any_folder, engines, llama_bindings
+from tasks.runtime import files
 from tasks.sources import json_lines
 
-_ENGINES = {"tasks.export.onnx_format": "onnxruntime_genai", "tasks.export.gguf_format": "llama_cpp"}
-"""Module -> the package that runs what it writes, which a check needs."""
+_ENGINES = {
+    "tasks.export.onnx_format": lambda: importlib.import_module("onnxruntime_genai"),
+    "tasks.export.gguf_format": llama_bindings.import_library,
+}
+"""Module -> what imports the engine that runs what it writes, which a check needs."""
 FORMATS = {
     "onnx-int4": ("tasks.export.onnx_format", "int4", "onnxruntime-genai"),
     "onnx-int8": ("tasks.export.onnx_format", "int8", "onnxruntime-genai"),
@@ -75,7 +80,7 @@ def export(folder: Path, kind: str, out: Path, text: Path | None = None) -> dict
         report["changes"] = {what: _cost(change, report["components"]) for what, change in changes.items()}
         if text:
             report["check"] = check(folder, written, windows, prompts)
-        dense_folder.write_json(written / REPORT, report)
+        files.write_json(written / REPORT, report)
         if out.exists():
             out.rmdir()
         os.replace(written, out)
@@ -131,15 +136,15 @@ def _format(kind: str) -> tuple[Any, str, str]:
         raise InputError(_missing(kind, error.name)) from error
 
 
-def _need(package: str, what: str) -> None:
+def _need(import_engine: Callable[[], Any], what: str) -> None:
     try:
-        importlib.import_module(package)
+        import_engine()
     except ModuleNotFoundError as error:
         raise InputError(_missing(what, error.name)) from error
 
 
 def _missing(what: str, package: str | None) -> str:
-    way_out = "llama-cpp-python" if package == "llama_cpp" else "'.[export]'"
+    way_out = "cyllama, or llama-cpp-python for a model with an adapter" if package == "cyllama" else "-e '.[export]'"
     return f"{what} needs the package {package}, which isn't installed: pip install {way_out}"
 
 
@@ -174,12 +179,10 @@ def _check_data(folder: Path, text: Path) -> tuple[list[np.ndarray], list[np.nda
 
 
 def _sizes(folder: Path, written: Path, components: dict[str, int]) -> dict[str, Any]:
-    files = {path.name: path for path in sorted(written.iterdir())}
+    paths = {path.name: path for path in sorted(written.iterdir())}
     total, before = source_model.folder_bytes(written), source_model.folder_bytes(folder)
     return {
-        "files": {
-            name: {"bytes": path.stat().st_size, "sha256": dense_folder.sha256(path)} for name, path in files.items()
-        },
+        "files": {name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for name, path in paths.items()},
         "bytes": {"source": before, "export": total, "ratio": total / before},
         "components": {
             "source": any_folder.component_bytes(folder),

@@ -21,7 +21,8 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.quantisation import gptqmodel_library as library
 from tasks.algorithms.quantisation import unpacking
-from tasks.models import dense_folder
+from tasks.models import dense_folder, tensor_files
+from tasks.runtime import files
 
 QUANTISED = "quantize_config.json"
 """gptqmodel writes this file beside the weights; a folder without it is dense."""
@@ -110,13 +111,11 @@ def save_quantised(model: Any, dense: Path, folder: Path) -> None:
         tensors = load_file(Path(scratch) / "model.safetensors")
         quantisation = json.loads((Path(scratch) / QUANTISED).read_text(encoding="utf-8"))
     tensors = {name: _half(name, tensor) for name, tensor in tensors.items()}
-    dense_folder.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    tensor_files.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     quantisation["meta"] = {key: quantisation["meta"][key] for key in _META}
-    dense_folder.write_json(folder / QUANTISED, quantisation)
+    files.write_json(folder / QUANTISED, quantisation)
     described = {key: value for key, value in dense_folder.config(dense).items() if key != "torch_dtype"}
-    dense_folder.write_json(
-        folder / "config.json", described | {"dtype": "float16", "quantization_config": quantisation}
-    )
+    files.write_json(folder / "config.json", described | {"dtype": "float16", "quantization_config": quantisation})
     for path in sorted(dense.iterdir()):
         if path.is_file() and not path.name.startswith("model.safetensors") and path.name != "config.json":
             shutil.copyfile(path, folder / path.name)
@@ -141,8 +140,8 @@ def save_adapter(folder: Path, factors: dict[str, tuple[Tensor, Tensor]]) -> Non
     for name, (a, b) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a
         tensors[f"base_model.model.{name}.lora_B.weight"] = b
-    dense_folder.save_tensors(branch / "adapter_model.safetensors", tensors, {"format": "pt"})
-    dense_folder.write_json(branch / "adapter_config.json", _adapter_config(ranks, whole=len(ranks) == len(factors)))
+    tensor_files.save_tensors(branch / "adapter_model.safetensors", tensors, {"format": "pt"})
+    files.write_json(branch / "adapter_config.json", _adapter_config(ranks, whole=len(ranks) == len(factors)))
 
 
 def block_weights(model: PreTrainedModel) -> dict[str, Tensor]:

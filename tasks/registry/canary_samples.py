@@ -8,14 +8,14 @@ the caller's.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.statistics import canary
-from tasks.parameters.schema import Sla
+from tasks.parameters.operation_sections import Sla
+from tasks.sources import json_lines
 
 
 def judge(path: Path, candidate: str, promoted: str, sla: Sla) -> canary.Judgement:
@@ -55,21 +55,23 @@ def read(path: Path) -> list[dict[str, Any]]:
         InputError: it can't be read, or a line of it is no row.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            return [_row(path, number, line) for number, line in enumerate(file, 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from error
+        return [_checked(path, number, row) for number, row in json_lines.rows(path)]
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except json_lines.NoText as bad:
+        raise InputError(f"cannot read {path}: it is no UTF-8 text") from bad
+    except json_lines.BadLine as bad:
+        raise InputError(_expected(path, bad.number)) from bad
 
 
-def _row(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
+def _expected(path: Path, number: int) -> str:
+    return f'{path}, line {number}: expected {{"version": "v0.0.1", "latency_ms": 12.5, "correct": true}}'
+
+
+def _checked(path: Path, number: int, row: Any) -> dict[str, Any]:
+    """The row itself, if it is one."""
     if not isinstance(row, dict) or not isinstance(row.get("version"), str) or type(row.get("correct")) is not bool:
-        raise InputError(
-            f'{path}, line {number}: expected {{"version": "v0.0.1", "latency_ms": 12.5, "correct": true}}'
-        )
+        raise InputError(_expected(path, number))
     latency = row.get("latency_ms")
     if type(latency) not in (int, float) or not 0 <= latency <= sys.float_info.max:
         raise InputError(f"{path}, line {number}: latency_ms = {latency!r} is no number of milliseconds")

@@ -6,12 +6,9 @@ engines' packages are imported when one is asked for. It measures nothing and sa
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,14 +141,6 @@ class OnnxGenai:
         return self.library.Generator(self.model, parameters)
 
 
-@functools.cache
-def _silence(library: Any) -> Any:
-    """The library keeps the pointer for good, so the callback must live as long: in the cache."""
-    callback = library.llama_log_callback(lambda *_: None)
-    library.llama_log_set(callback, None)
-    return callback
-
-
 class LlamaCpp:
     """An exported folder in llama.cpp, its adapter on; the cache of keys and values is float32, as PyTorch's is.
 
@@ -159,73 +148,24 @@ class LlamaCpp:
     """
 
     def __init__(self, folder: Path, threads: int = 1) -> None:
-        import llama_cpp
+        from tasks.runners import llama_bindings
 
-        self.library, self.threads = llama_cpp, threads
-        _silence(llama_cpp)
-        settings = llama_cpp.llama_model_default_params()
-        settings.use_extra_bufts = False  # its AMX kernels fault where the CPU has AMX and the host doesn't grant it
-        self.model = llama_cpp.llama_model_load_from_file(str(folder / GGUF).encode(), settings)
-        if not self.model:
-            raise InputError(f"llama.cpp can't load {folder / GGUF}: export it again")
-        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
-        text = ctypes.create_string_buffer(32)
-        found = llama_cpp.llama_model_meta_val_str(self.model, b"tokenizer.ggml.eos_token_id", text, len(text))
-        self.ends = [int(text.value)] if found > 0 else []
-        self.adapters = []
-        if (folder / LORA).exists():
-            self.adapters = [llama_cpp.llama_adapter_lora_init(self.model, str(folder / LORA).encode())]
-            if not self.adapters[0]:
-                raise InputError(f"llama.cpp can't load {folder / LORA}: export it again")
+        adapter = folder / LORA
+        self.model = llama_bindings.load(folder / GGUF, adapter if adapter.exists() else None, threads)
+        self.ends = [] if self.model.end is None else [self.model.end]
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        with self._context(1, len(ids)) as context:
-            return self._decode(context, ids[None], 0, every=True)[0]
+        with self.model.context(1, len(ids)) as decode:
+            return decode(ids[None], 0, every=True)[0]
 
     def generate(self, ids: np.ndarray, new_tokens: int, on_token: Any = None) -> np.ndarray:
         (batch, length), found, given = ids.shape, [], ids
-        with self._context(batch, batch * (length + new_tokens)) as context:
+        with self.model.context(batch, batch * (length + new_tokens)) as decode:
             for step in range(new_tokens):
-                logits = self._decode(context, given, step and length + step - 1)  # [batch, 1, vocabulary]
+                logits = decode(given, step and length + step - 1)  # [batch, 1, vocabulary]
                 logits[:, :, self.ends] = -math.inf
                 given = logits[:, -1].argmax(axis=1)[:, None]
                 found.append(given)
                 if on_token:
                     on_token()
         return np.concatenate(found, axis=1)
-
-    @contextlib.contextmanager
-    def _context(self, sequences: int, length: int) -> Iterator[Any]:
-        settings = self.library.llama_context_default_params()
-        settings.n_ctx, settings.n_seq_max = max(length, 32), sequences
-        settings.n_batch = settings.n_ubatch = settings.n_ctx
-        settings.n_threads = settings.n_threads_batch = self.threads
-        settings.type_k = settings.type_v = self.library.GGML_TYPE_F32
-        settings.kv_unified = True
-        settings.flash_attn_type = self.library.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        context = self.library.llama_init_from_model(self.model, settings)
-        if self.adapters:
-            array = (self.library.llama_adapter_lora_p_ctypes * 1)(*self.adapters)
-            self.library.llama_set_adapters_lora(context, array, 1, (ctypes.c_float * 1)(1.0))
-        try:
-            yield context
-        finally:
-            self.library.llama_free(context)
-
-    def _decode(self, context: Any, ids: np.ndarray, start: int, every: bool = False) -> np.ndarray:
-        """int [batch, length] at positions from `start` on -> float32 [batch, length or 1, vocabulary]."""
-        rows, length = ids.shape
-        batch = self.library.llama_batch_init(rows * length, 0, 1)
-        try:
-            batch.n_tokens = rows * length
-            for index, (row, column) in enumerate(np.ndindex(rows, length)):
-                batch.token[index], batch.pos[index] = int(ids[row, column]), start + column
-                batch.n_seq_id[index], batch.seq_id[index][0] = 1, row
-                batch.logits[index] = every or column == length - 1
-            if self.library.llama_decode(context, batch):
-                raise RuntimeError("llama.cpp could not decode a batch")
-            count = rows * (length if every else 1)
-            logits = np.ctypeslib.as_array(self.library.llama_get_logits(context), (count, self.vocabulary))
-            return logits.reshape(rows, -1, self.vocabulary).copy()
-        finally:
-            self.library.llama_batch_free(batch)

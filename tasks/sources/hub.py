@@ -14,7 +14,7 @@ from huggingface_hub import constants, errors
 from tasks.algorithms.errors import InputError
 
 if TYPE_CHECKING:
-    from tasks.parameters.schema import ModelSource
+    from tasks.parameters.source_sections import ModelSource
 
 constants.HF_HUB_DISABLE_TELEMETRY = True  # the environment counts only before huggingface_hub's first import
 

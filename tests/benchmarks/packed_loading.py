@@ -1,8 +1,8 @@
 """How long a packed folder takes to load, and how much memory, beside the folder that it was packed from.
 
-    .venv/bin/python -m tests.benchmarks.packed_loading                       data/eora/model, and it packed
-    .venv/bin/python -m tests.benchmarks.packed_loading UNPACKED PACKED       two folders
-    .venv/bin/python -m tests.benchmarks.packed_loading --random              a random Llama of 150 million parameters
+    python -m tests.benchmarks.packed_loading                       data/eora/model, and it packed
+    python -m tests.benchmarks.packed_loading UNPACKED PACKED       two folders
+    python -m tests.benchmarks.packed_loading --random              a random Llama of 150 million parameters
 
 Each load is a process of its own, one kind after the other in turn, because the first in a process pays for imports and
 the peak of memory never falls. Seconds are those of the loading itself, once with the imports and once without; the
@@ -93,10 +93,11 @@ def show(found: Mapping[str, list[dict[str, float]]], folders: Mapping[str, Path
 
 def pack(unpacked: Path, folder: Path, *parts: Path) -> Path:
     """A packed folder of the model: masks and codes from the `parts`, as the stage package does it."""
-    from tasks.packed import reader
+    from tasks.models.tokenizer_files import copy_tokenizer
+    from tasks.packed import source_folder, writer
 
-    reader.save(reader.read(unpacked, *parts), folder)
-    reader.copy_tokenizer(unpacked, folder)
+    writer.save(source_folder.read(unpacked, *parts), folder)
+    copy_tokenizer(unpacked, folder)
     return folder
 
 
@@ -105,14 +106,16 @@ def write_random(folder: Path, bits: int = 4, group: int = 128) -> Path:
     import torch
     from transformers import LlamaConfig
 
-    from tasks.models import dense_folder
-    from tasks.packed import file_format
+    from tasks.models import tensor_files
+    from tasks.packed.model_config import clean
+    from tasks.packed.shapes import shapes_of
+    from tasks.runtime import files
 
     generator = torch.Generator().manual_seed(0)
     config = LlamaConfig(**SHAPE, num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=True)
     described = json.loads(config.to_json_string(use_diff=False)) | {"architectures": ["LlamaForCausalLM"]}
-    described = file_format.clean(described)
-    shapes = file_format.shapes_of(json.dumps(described))
+    described = clean(described)
+    shapes = shapes_of(described)
     tensors = {name: torch.ones(shape, dtype=torch.float16) for name, shape in shapes.rest.items()}
     tensors["model.embed_tokens.weight"] = torch.randn(shapes.table, generator=generator).half()
     zero = sum(2 ** (bits - 1) - 1 << place for place in range(0, 32, bits))  # the format stores them less one
@@ -126,9 +129,9 @@ def write_random(folder: Path, bits: int = 4, group: int = 128) -> Path:
     quantisation = {"bits": bits, "group_size": group, "desc_act": False, "sym": True, "lm_head": False}
     quantisation |= {"quant_method": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32"}
     folder.mkdir()
-    dense_folder.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    dense_folder.write_json(folder / "quantize_config.json", quantisation)
-    dense_folder.write_json(folder / "config.json", described | {"quantization_config": quantisation})
+    tensor_files.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    files.write_json(folder / "quantize_config.json", quantisation)
+    files.write_json(folder / "config.json", described | {"quantization_config": quantisation})
     for name in ("tokenizer.json", "tokenizer_config.json"):  # gptqmodel loads no model without one
         shutil.copyfile(ROOT / "data/base_model/model" / name, folder / name)
     return folder

@@ -14,10 +14,10 @@ import transformers
 import yaml
 
 from tasks.algorithms.errors import InputError
-from tasks.parameters import preflight, schema
+from tasks.parameters import needs, preflight, schema
 from tests.support.paths import ROOT
 
-AVAILABLE_MEMORY = preflight.available_memory
+AVAILABLE_MEMORY = needs.available_memory
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "num_hidden_layers": 12,
@@ -52,7 +52,9 @@ GOOD = {
     "hardware_fit.device": "siracusa",
 }
 SWITCHES = tuple(
-    name for name, field in schema.Params.model_fields.items() if "enabled" in field.annotation.model_fields
+    name
+    for name, field in schema.Params.model_fields.items()
+    if "enabled" in getattr(field.annotation, "model_fields", ())
 )
 
 
@@ -76,7 +78,7 @@ def roomy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "devices").mkdir(exist_ok=True)
         (tmp_path / "devices" / f"{name}.yaml").touch()
     monkeypatch.setattr(preflight, "DEVICES", tmp_path / "devices")
-    monkeypatch.setattr(preflight, "available_memory", lambda: 2**40)
+    monkeypatch.setattr(needs, "available_memory", lambda: 2**40)
     return tmp_path
 
 
@@ -219,7 +221,7 @@ def test_the_edge_is_allowed(values: dict, config: dict) -> None:
         ({"quantization_config": {"bits": 4}}, "the model is quantised already"),
         *[
             ({key: value}, f"the model's config.json has {key} = {value!r}, expected a whole number above 0")
-            for key in preflight.SIZES
+            for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
             for value in (None, 0, -1, 1.5, "12", True, 10**400)
         ],
         ({"head_dim": -8}, "the model's config.json has head_dim = -8, expected a whole number above 0"),
@@ -236,17 +238,17 @@ def test_a_tokenizer_larger_than_the_embedding() -> None:
 
 
 def test_memory_has_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "available_memory", lambda: 2**30)
+    monkeypatch.setattr(needs, "available_memory", lambda: 2**30)
     (sentence,) = problems({"evaluate.batch": 4096})
-    needed = preflight.LIBRARIES + preflight.MEMORY["evaluate"](
-        with_values({"evaluate.batch": 4096}), preflight.shape(CONFIG)
+    needed = needs.LIBRARIES + needs.MEMORY["evaluate"](
+        with_values({"evaluate.batch": 4096}), preflight.model_shape(CONFIG)
     )
     assert sentence.startswith(f"evaluate needs about {needed / 2**30:.1f} GiB of memory, 1.0 GiB are available;")
 
 
 def test_disk_has_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")(2**40, 2**40, 3 * 2**20)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda _: usage)
     large = {"hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128256}
     (sentence,) = problems({}, large)
     assert sentence.startswith("the stages still to run write about ") and ", 3.0 MiB are free" in sentence
@@ -254,7 +256,7 @@ def test_disk_has_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_what_is_still_to_run_needs_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "available_memory", lambda: 2**30)
+    monkeypatch.setattr(needs, "available_memory", lambda: 2**30)
     crowded = {"lora.batch": 4096}
     assert problems(crowded)[0].startswith("lora needs about")
     assert problems(crowded, stage="evaluate") == []
@@ -262,7 +264,7 @@ def test_only_what_is_still_to_run_needs_memory(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "CONTROL_GROUPS", (str(tmp_path / "gone"), str(tmp_path / "limit")))
+    monkeypatch.setattr(needs.machine, "CONTROL_GROUPS", (tmp_path / "gone", tmp_path / "limit"))
     assert 0 < AVAILABLE_MEMORY() <= psutil.virtual_memory().total
     (tmp_path / "limit").write_text("max\n")
     assert AVAILABLE_MEMORY() > 12345
@@ -274,7 +276,7 @@ def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("heads", [{"head_dim": 48}, {"num_key_value_heads": None}, {}])
 def test_sizes_are_those_of_the_model(tied: bool, heads: dict) -> None:
     config = CONFIG | heads | {"tie_word_embeddings": tied}
-    shape = preflight.shape(config)
+    shape = preflight.model_shape(config)
     known = {key: value for key, value in config.items() if value is not None and key not in ("architectures", "dtype")}
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**known))
@@ -284,12 +286,12 @@ def test_sizes_are_those_of_the_model(tied: bool, heads: dict) -> None:
     assert dict(shape.linears) == {name: (module.out_features, module.in_features) for name, module in linears.items()}
     matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
     assert shape.in_blocks + shape.outside == matrices
-    assert shape.dense == 4 * matrices and shape.stored == 2
+    assert shape.stored == 2
 
 
 def test_tables_name_stages() -> None:
     stages = set(schema.Params.model_fields)
-    for table in (preflight.RULES, preflight.MEMORY, preflight.DISK):
+    for table in (preflight.RULES, needs.MEMORY, needs.DISK):
         assert table and set(table) <= stages
 
 
@@ -344,3 +346,11 @@ def test_what_was_checked_is_not_changed() -> None:
     config = copy.deepcopy(CONFIG)
     preflight.check(with_values({}), config)
     assert config == CONFIG
+
+
+def test_a_gpu_that_is_not_there_is_said_before_any_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (sentence,) = problems({"device": "cuda"})
+    assert sentence.startswith("device = cuda, but PyTorch ") and "set device to cpu" in sentence
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert problems({"device": "cuda"}) == []

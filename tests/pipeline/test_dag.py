@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tasks.cli.deps import closure
-from tasks.parameters.schema import OPERATIONS, Params
+from tasks.parameters.schema import OPERATIONS, SHARED, Params
 from tests.support.paths import ROOT
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -25,7 +25,7 @@ def test_there_are_stages() -> None:
 
 def test_stages_are_the_sections_of_the_parameters_and_the_modules() -> None:
     sections = list(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")))
-    assert sorted([*STAGES, *OPERATIONS]) == sorted(sections) == sorted(Params.model_fields)
+    assert sorted([*SHARED, *STAGES, *OPERATIONS]) == sorted(sections) == sorted(Params.model_fields)
     for name in STAGES:
         assert (ROOT / "tasks" / f"{name}.py").exists()
 
@@ -117,3 +117,20 @@ def test_the_rooms_imports_have_no_circle() -> None:
 def test_no_room_imports_a_stage() -> None:
     for path in (ROOT / "tasks").glob("*/**/*.py"):
         assert "tasks" not in imports(path), f"{path} imports a stage"
+
+
+def asks_for_the_device(path: Path) -> bool:
+    return ".params.device" in path.read_text(encoding="utf-8")
+
+
+def test_the_device_is_a_parameter_of_every_stage_that_asks_for_it() -> None:
+    shared = {
+        f"tasks/compression/{p.name}" for p in (ROOT / "tasks/compression").glob("*.py") if asks_for_the_device(p)
+    }
+    asking = {
+        name
+        for name, stage in STAGES.items()
+        if asks_for_the_device(ROOT / f"tasks/{name}.py") or shared & set(stage["deps"])
+    }
+    assert len(asking) >= 10
+    assert {name for name, stage in STAGES.items() if "device" in stage.get("params", [])} == asking

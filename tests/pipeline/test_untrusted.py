@@ -15,6 +15,7 @@ from tasks import fetch
 from tasks.algorithms.errors import InputError
 from tasks.models import dense_folder, tensor_headers
 from tasks.parameters import preflight
+from tasks.sources import model_source
 
 
 def enlarge(path: Path, size: int) -> None:
@@ -41,7 +42,9 @@ def test_a_huge_config_is_refused_before_it_is_read(model_folder, monkeypatch, n
         LOADERS[name](model_folder)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja", fetch.INDEX])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja", model_source.INDEX]
+)
 def test_a_huge_file_beside_it_is_refused(model_folder, name):
     enlarge(model_folder / name, 2**30)
     with pytest.raises(InputError, match=f"{name} has 1073741824 bytes, at most"):

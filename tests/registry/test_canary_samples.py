@@ -9,7 +9,7 @@ import pytest
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.statistics.canary import PROMOTE, ROLLBACK, WATCH
-from tasks.parameters.schema import Sla
+from tasks.parameters.operation_sections import Sla
 from tasks.registry import canary_samples
 
 SLA = Sla(share=0.05, p95_latency_ms=100.0, accuracy_drop=0.05, min_samples=100, confidence=0.95)

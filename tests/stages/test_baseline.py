@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tasks import baseline
-from tasks.models import dense_folder
+from tasks.models import dense_folder, tensor_files
 from tasks.packed import reader
+from tasks.packed.sizes import component_bytes
 from tasks.parameters import schema
 from tasks.runners import any_folder
 
@@ -40,7 +41,7 @@ def given(tiny_llama, tmp_path_factory):
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
     dense_folder.save_dense(model, dense_folder.load_tokenizer(dense), dense)
     windows = torch.randint(0, 257, (4, 32), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    dense_folder.save_tensors(folder / "windows.safetensors", {"input_ids": windows}, {})
+    tensor_files.save_tensors(folder / "windows.safetensors", {"input_ids": windows}, {})
     return SimpleNamespace(dense=dense, windows=folder / "windows.safetensors")
 
 
@@ -79,7 +80,7 @@ def test_it_fills_the_bytes_of_the_package(run, limit, changed):
     table = pd.read_csv(folder / "bits.csv").set_index("linear")
     assert table["bits"].to_dict() == stored_bits(folder) and table["bits"].nunique() > 1
     if not changed:  # scales are stored as they are: what was counted is what the file has
-        found = reader.component_bytes(folder / "model")
+        found = component_bytes(folder / "model")
         assert table["bytes"].sum() == found["positions"] + found["values"] + found["scales"] + found["zeros"]
 
 

@@ -14,7 +14,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.quantisation import gptqmodel_library as library
 from tasks.algorithms.quantisation import masked_gptq, rounding, unpacking
-from tasks.models import dense_folder, gptq_folder, sparsity_ledger
+from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
 from tests.support.matrices import normal
 
 SETTINGS = {"bits": 2, "group_size": 32, "symmetric": False, "damp": 0.05, "act_order": "none"}
@@ -36,9 +36,9 @@ def files(tiny_llama, tmp_path_factory):
         keep[name] = torch.tensor([True, True, False, True]).repeat(linear.out_features, linear.in_features // 4)
         linear.weight.data *= keep[name]
     dense_folder.save_dense(recovered, tokenizer, folder / "lora/model")
-    dense_folder.save_masks(folder / "masks.safetensors", keep, "3:4")
+    mask_files.save_masks(folder / "masks.safetensors", keep, "3:4")
     windows = torch.randint(0, 257, (6, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    dense_folder.save_tensors(folder / "windows.safetensors", {"input_ids": windows}, {})
+    tensor_files.save_tensors(folder / "windows.safetensors", {"input_ids": windows}, {})
     (folder / "removed.json").write_text('{"kept": [0, 2, 3]}')
     model = gptq_folder.load_for_quantisation(folder / "lora/model", masked_gptq.config(**SETTINGS))
     masked_gptq.quantise(model, windows, keep)
@@ -250,10 +250,10 @@ def test_the_ledger_is_that_of_the_quantised_weights_and_a_broken_pattern_ends_t
     assert list(rows.columns) == sparsity_ledger.COLUMNS and len(rows) == 21
     assert (rows["zeros"] >= rows["weights"] / 4).all() and (rows["groups"] == rows["weights"] / 4).all()
     assert not rows["violations"].any() and not rows["revived"].any()
-    keep, pattern = dense_folder.load_masks(files["masks.safetensors"])
+    keep, pattern = mask_files.load_masks(files["masks.safetensors"])
     name = "model.layers.1.mlp.up_proj"
     keep[name] = ~keep[name]
-    dense_folder.save_masks(tmp_path / "other.safetensors", keep, pattern)
+    mask_files.save_masks(tmp_path / "other.safetensors", keep, pattern)
     monkeypatch.setitem(files, "masks.safetensors", tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=f"gptq broke the sparsity pattern of {name}"):
         run(rank=1, anew=True)

@@ -21,20 +21,14 @@ from tasks import fetch
 from tasks.algorithms.errors import InputError
 from tasks.models import dense_folder
 from tasks.parameters import schema
-from tasks.parameters.schema import Fetch
+from tasks.parameters.source_sections import Fetch
+from tasks.sources import corpus_source, model_source, weight_check
 from tests.support.paths import ROOT
 
 OFF = {name: SimpleNamespace(enabled=False) for name in ("calibrate", "lora", "evaluate", "kv_cache")}
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 TEXTS = ["The pump must stop.", "", "  \n", "Straße, naïve, 水"]
 NO_HUB = {"hub": None, "revision": None}
-
-
-class AnyInput(dict):
-    """Every path is declared."""
-
-    def __missing__(self, name: str) -> str:
-        return name
 
 
 @pytest.fixture
@@ -57,7 +51,8 @@ def make_fetch(tmp_path: Path, make_stage, model_folder: Path, corpus: Path):
                 "corpora": {name: one | corpora.get(name, {}) for name in fetch.CORPORA},
             }
         )
-        stage = make_stage({"fetch": section}, AnyInput(), out=f"out{next(counter)}")
+        stage = make_stage({"fetch": section}, {}, out=f"out{next(counter)}")
+        stage.input = Path  # every path is declared
         stage.everything = schema.load(ROOT / "params.yaml").model_copy(update=OFF)
         return stage
 
@@ -81,7 +76,7 @@ def no_weights_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_, **__):
         raise AssertionError("the weights were opened")
 
-    monkeypatch.setattr(fetch, "safe_open", refuse)
+    monkeypatch.setattr(weight_check, "safe_open", refuse)
 
 
 def test_copies_the_model_as_it_is(make_fetch, model_folder: Path) -> None:
@@ -281,13 +276,13 @@ def test_a_link_within_the_folder_is_followed(make_fetch, model_folder: Path) ->
 
 @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/x.safetensors", "weights.bin", "*.safetensors", 5])
 def test_an_index_that_leads_elsewhere(make_fetch, model_folder: Path, no_weights_read, name) -> None:
-    (model_folder / fetch.INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    (model_folder / model_source.INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
     message = refusal(make_fetch())
     assert "expected safetensors files of the model folder itself" in message or "has no `weight_map`" in message
 
 
 def test_an_index_of_missing_shards(make_fetch, model_folder: Path, no_weights_read) -> None:
-    (model_folder / fetch.INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}}))
+    (model_folder / model_source.INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}}))
     assert "model.safetensors.index.json names gone.safetensors, which is not there" in refusal(make_fetch())
 
 
@@ -388,10 +383,10 @@ def test_a_long_corpus_is_tokenised_only_as_far_as_needed(tmp_path: Path) -> Non
 
     corpus.write_text(json.dumps({"text": "two words"}) + "\n", encoding="utf-8")
     corpus.write_text(corpus.read_text(encoding="utf-8") * 10_000, encoding="utf-8")
-    fetch._check_length(corpus, tokenizer, 300, "lora.length")
+    corpus_source.check_length(corpus, tokenizer, 300, "lora.length")
     assert asked == [64, 256]
     with pytest.raises(InputError, match="has 20000 tokens, 20001 are needed"):
-        fetch._check_length(corpus, tokenizer, 20_001, "lora.length")
+        corpus_source.check_length(corpus, tokenizer, 20_001, "lora.length")
     assert asked[-1] == 10_000
 
 

@@ -16,7 +16,7 @@ from tasks.algorithms.model import masks
 from tasks.algorithms.quantisation import gptqmodel_library as library
 from tasks.algorithms.quantisation import masked_gptq, rounding, unpacking
 from tasks.compression import block_quantisation
-from tasks.models import dense_folder, gptq_folder, sparsity_ledger
+from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
 from tests.support.gptq_oracle import NAME
 from tests.support.pruned_model import inputs_of_the_stage, sections
 
@@ -101,7 +101,7 @@ def test_descent_lowers_the_error_of_what_is_saved(run, pruned, changed):
     for cycles in (0, 5):
         folder = run(f"out{cycles}", bits=3, descent_cycles=cycles, **changed)
         weight = gptq_folder.block_weights(gptq_folder.load_quantised(folder / "model"))[name].double()
-        keep, _ = dense_folder.load_masks(folder / "masks.safetensors")
+        keep, _ = mask_files.load_masks(folder / "masks.safetensors")
         assert weight[~keep[name]].count_nonzero() == 0
         errors[cycles] = float((x @ (weight - original).T).norm() / (x @ original.T).norm())
         stated = pd.read_csv(folder / "layers.csv").set_index("linear").loc[name, "error"]
@@ -137,7 +137,7 @@ def test_two_runs_write_the_same_bytes(run):
 @pytest.mark.parametrize("shape", [(6, 10), (2, 129)])
 def test_windows_that_gptqmodel_would_drop_or_cut_are_refused(run, pruned, monkeypatch, tmp_path, shape):
     path = tmp_path / "windows.safetensors"
-    dense_folder.save_tensors(path, {"input_ids": torch.ones(shape, dtype=torch.int32)}, {})
+    tensor_files.save_tensors(path, {"input_ids": torch.ones(shape, dtype=torch.int32)}, {})
     monkeypatch.setitem(pruned.files, "windows.safetensors", path)
     with pytest.raises(InputError, match=f"calibrate.length = {shape[1]}, .* choose 11 to 128"):
         run()
@@ -174,7 +174,7 @@ def test_unmasked_gptq_fills_zeros_and_the_result_is_a_dense_one(run, pruned):
     folder = run(masked=False, enforce=False, bits=8)
     ledger = pd.read_csv(folder / "sparsity.csv")
     assert ledger["revived"].sum() > 100 and ledger["violations"].sum() > 100
-    assert dense_folder.load_masks(folder / "masks.safetensors") == ({}, "dense")
+    assert mask_files.load_masks(folder / "masks.safetensors") == ({}, "dense")
     weights = stored_weights(folder)
     alive = [int(weights[name][~mask].count_nonzero()) for name, mask in pruned.keep.items()]
     assert alive == ledger["revived"].tolist()
@@ -187,7 +187,7 @@ def test_unmasked_gptq_with_enforce_ends_the_stage(run):
 
 def test_joint_masks_hold_exactly_what_they_keep(run, unpruned):
     folder = run(given=unpruned, joint={"keep": 2, "of": 4})
-    keep, pattern = dense_folder.load_masks(folder / "masks.safetensors")
+    keep, pattern = mask_files.load_masks(folder / "masks.safetensors")
     assert pattern == "2:4" and set(keep) == set(unpruned.keep)
     for name, weight in stored_weights(folder).items():
         assert (masks.groups(keep[name], 4).sum(dim=-1) == 2).all()

@@ -20,15 +20,14 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.scoring import likelihood, protocols
 from tasks.algorithms.text import task_documents, triviaqa
 from tasks.models import dense_folder
-from tasks.packed import reader
+from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.runtime.journal import Journal
 from tests.stages.test_evaluate import pack
 from tests.stages.test_harness_data import HUB_ROWS
-from tests.support.paths import ROOT, SHARED
+from tests.support.paths import DATA, ROOT, SHARED, STORIES, STORIES_TEXT
 
 TASKS = ROOT / "data/harness_tasks"
 BUILT_IN = ROOT / "data/base_model/model"
-STORIES = SHARED / "models/stories260k"
 
 QUERIES = ["The pump", "It rained all day", "A user, once logged in,", "Stop", "Report the state"]
 ENDINGS = ["stops at once.", "is late.", "shall report 7 states to the operator.", "no"]
@@ -107,11 +106,10 @@ def test_hellaswag_is_what_plain_loops_say(make, folder: Path) -> None:
     assert samples[1] | {"document": 1, "prompt": QUERIES[1], "choices": ENDINGS, "answer": 1} == samples[1]
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared: a trained model and HellaSwag")
 def test_a_real_model_on_hellaswag_is_what_plain_loops_say(make) -> None:
-    documents = read(SHARED / "data/hellaswag/validation_500.jsonl")
+    documents = read(DATA / "hellaswag/validation.jsonl")
     scores, samples = written(make("hellaswag", documents, STORIES, limit=4, batch=8))
-    assert (scores["samples"], scores["documents"], scores["limit"]) == (4, 500, 4)
+    assert (scores["samples"], scores["documents"], scores["limit"]) == (4, 12, 4)
     as_loops(scores, samples, documents[:4], STORIES)
 
 
@@ -197,7 +195,7 @@ def test_long_prompts_are_cut_from_the_left_and_counted(make, folder: Path) -> N
     assert written(make("hellaswag", [HELLASWAG[0] | {"query": "tea " * 40}], out="c"))[0]["truncated"] == 4
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared: a trained model and TriviaQA")
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared: TriviaQA has no licence to pass on")
 @pytest.mark.parametrize("task, file", [("triviaqa_closed", "closed_book"), ("triviaqa_open", "with_context")])
 def test_triviaqa_runs_on_real_questions(task: str, file: str, make) -> None:
     rows = read(SHARED / f"data/triviaqa/{file}.jsonl")
@@ -210,15 +208,13 @@ def test_triviaqa_runs_on_real_questions(task: str, file: str, make) -> None:
 
 ROLLING = {
     "built-in": (BUILT_IN, ROOT / "data/grammar/prose.jsonl", 8),
-    "stories260k": (STORIES, SHARED / "data/tinystories/test.jsonl", 6),
+    "stories260k": (STORIES, STORIES_TEXT, 6),
 }
 
 
 @pytest.mark.parametrize("name", ROLLING)
 def test_our_perplexity_agrees_with_lm_eval_s(name: str, make) -> None:
     model, path, most = ROLLING[name]
-    if not (model.exists() and path.exists()):
-        pytest.skip("needs ../shared: a trained model and its text")
     texts = [row["text"] for row in read(path, most)]
     texts.append(" ".join(texts))  # longer than the model's context
     scores, samples = written(make("corpus", [{"text": text} for text in texts], model, batch=4))
@@ -245,7 +241,7 @@ def test_the_batch_size_changes_nothing(task: str, documents: list[dict[str, Any
 
 def test_a_packed_model_has_the_scores_of_its_original(make, folder: Path, tmp_path: Path) -> None:
     other = pack(dense_folder.load_dense(folder), tmp_path / "packed")
-    reader.copy_tokenizer(folder, other)
+    copy_tokenizer(folder, other)
     assert written(make("hellaswag", HELLASWAG, other)) == written(make("hellaswag", HELLASWAG))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tasks import kv_cache
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model.shape import shape_of_model
 from tasks.algorithms.scoring import kv_cache as algorithm
 from tasks.algorithms.scoring import perplexity
 from tasks.models import dense_folder
@@ -143,8 +144,8 @@ def test_bytes_are_those_of_arithmetic(model: Any, ids: Tensor, bits: int, group
     cached = algorithm.Cached(model, bits, group, PIECE)
     with torch.no_grad():
         cached(ids[:, :length])
-    shape = algorithm.sizes(model.config)
-    assert shape == (2, 2, 8)
+    shape = shape_of_model(model)
+    assert (shape.layers, shape.kv_heads, shape.head_dim) == (2, 2, 8)
     found = algorithm.held_bytes(cached.cache)
     assert found == algorithm.planned_bytes(shape, length, bits, group, PIECE)
     values = 2 * 2 * 2 * 8  # keys and values, layers, heads, values of a head

@@ -42,7 +42,7 @@ def stage(tmp_path: Path, make_stage):
 
 
 def result(stage, name: str) -> dict:
-    return json.loads(stage.output(f"{name}/host.json").read_text(encoding="utf-8"))
+    return json.loads((stage.output("measure") / name / "host.json").read_text(encoding="utf-8"))
 
 
 def test_models_take_turns_and_equal_ones_share_their_figures(stage, monkeypatch) -> None:
@@ -114,7 +114,7 @@ def test_a_process_of_its_own_measures_a_model(model_folder: Path) -> None:
     ],
 )
 def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch, code: str, error: type, words: str) -> None:
-    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/evaluation").mkdir(parents=True)
     (tmp_path / "tasks/evaluation/measuring_process.py").write_text(code)
     monkeypatch.setattr(measuring_process, "ROOT", tmp_path)
     with pytest.raises(error, match=words):

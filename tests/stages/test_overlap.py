@@ -10,9 +10,9 @@ import pytest
 
 from tasks import overlap
 from tasks.algorithms.text import overlap as algorithm
-from tasks.parameters.schema import Overlap
+from tasks.parameters.source_sections import Overlap
 from tasks.sources import json_lines
-from tests.support.paths import SHARED
+from tests.support.paths import DATA, ROOT, SHARED, STORIES_TEXT
 
 PARAMS = Overlap(enabled=True, words=13, domain_words=5, sample=100, in_domain=0.065)
 
@@ -126,7 +126,19 @@ def test_off_says_that_nothing_was_measured(stage) -> None:
     assert result(stage) == {"measured": False, "splits": {}}
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data, the real texts")
+def test_stories_are_in_the_domain_of_stories_alone() -> None:
+    splits = {
+        "stories": json_lines.read(STORIES_TEXT),
+        "wikipedia": json_lines.read(DATA / "wikitext2/test.jsonl")[:150],
+        "technical prose": json_lines.read(ROOT / "data/grammar/prose.jsonl"),
+    }
+    sources = {name: {"kind": "local", "path": name, "field": "text", "sha256": name} for name in (*splits, "train")}
+    found = overlap.measure(DATA / "tinystories/train.jsonl", splits, sources, PARAMS)["splits"]
+    assert {split for split, one in found.items() if one["domain"] == "in-domain"} == {"stories"}
+    assert all(one["contaminated"] == one["verbatim"] == 0 for one in found.values())
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared: three corpora, 5 MB")
 def test_domains_of_real_texts() -> None:
     splits = {
         f"{name} test": json_lines.read(SHARED / "data" / f"{name}/test.jsonl") for name in ("tinystories", "wikitext2")

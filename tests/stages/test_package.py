@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from tasks import package
 from tasks.algorithms.errors import InputError
-from tasks.models import dense_folder
-from tasks.packed import reader
+from tasks.models import dense_folder, mask_files, tensor_files
+from tasks.packed import source_folder
 from tasks.parameters import schema
+from tasks.parameters.compression_sections import Joint
 from tasks.runners import any_folder
 from tests.support.paths import ROOT
 
@@ -48,10 +49,10 @@ def make_package(tmp_path: Path, make_stage, pruned_folder: Path):
         inputs[name] = tmp_path / name
         inputs[name].write_text(text)
     inputs["masks.safetensors"] = tmp_path / "masks.safetensors"
-    dense_folder.save_masks(inputs["masks.safetensors"], masks(pruned_folder), "1:2")
+    mask_files.save_masks(inputs["masks.safetensors"], masks(pruned_folder), "1:2")
     for name in ("embedding.safetensors", "adapter.safetensors"):
         inputs[name] = tmp_path / name
-        dense_folder.save_tensors(inputs[name], {}, {"bits": "16", "group_size": "-1"})
+        tensor_files.save_tensors(inputs[name], {}, {"bits": "16", "group_size": "-1"})
     chosen = {name: getattr(sections, name) for name in ("package", "wanda", "lora", "gptq")}
 
     def make(out="out", enforce=True):
@@ -159,7 +160,7 @@ def test_what_the_parameters_ask_for() -> None:
         changed = sections.wanda.model_copy(update={"enabled": True, "pattern": "n_m", "keep": 2, "of": 4, **wanda})
         return package.asked(changed, sections.gptq.model_copy(update={"enabled": True, "joint": None, **gptq}))
 
-    joint = schema.Joint(keep=4, of=8)
+    joint = Joint(keep=4, of=8)
     assert asked({}) == "2:4"
     assert asked({}, pattern="unstructured") == "unstructured"
     assert asked({}, enabled=False) == asked({"enabled": False, "joint": joint}, enabled=False) == "dense"
@@ -169,7 +170,7 @@ def test_what_the_parameters_ask_for() -> None:
 def test_a_file_that_differs_from_what_was_packed_is_a_bug(make_package, pruned_folder: Path) -> None:
     stage = make_package()
     package.run(stage)
-    blocks = reader.read(pruned_folder).blocks
+    blocks = source_folder.read(pruned_folder).blocks
     folder = stage.output("package/model")
     package.check_lossless(folder, blocks)
     changed = [dict(linears) for linears in blocks]

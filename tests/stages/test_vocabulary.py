@@ -15,9 +15,9 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.scoring import likelihood, perplexity, protocols
 from tasks.algorithms.text import vocabulary
 from tasks.models import dense_folder, tensor_headers
-from tests.support.paths import SHARED
+from tasks.runtime import files
+from tests.support.paths import SHARED, STORIES, STORIES_TEXT
 
-STORIES = ["stories260k", "story-656k"]
 TEXTS = ["The pump must stop at once, and the pumps too.", "Pumping stops the pump!", "<|end|> naïve pumps"]
 UNSEEN = ["Zażółć 😀👩‍👩‍👧 <|end|>x", "  \t\n\r\n ", "Quantum jumps: 12,345", "", "\u0000\ufffde\u0301"]
 
@@ -67,10 +67,10 @@ def run(stage):
 
 
 def stories(name):
-    path = SHARED / "models" / name
+    path = STORIES if name == "stories260k" else SHARED / "models" / name
     if not path.exists():
-        pytest.skip(f"{path} is not there")
-    rows = (SHARED / "data/tinystories/test.jsonl").read_text(encoding="utf-8").splitlines()
+        pytest.skip(f"needs ../shared: {name}, 2.7 MB")
+    rows = STORIES_TEXT.read_text(encoding="utf-8").splitlines()
     return path, [json.loads(row)["text"] for row in rows[:20]]
 
 
@@ -170,7 +170,7 @@ def bits(folder, texts, length):
 
 
 @pytest.mark.parametrize("min_count", [1, 2])
-@pytest.mark.parametrize("name", STORIES)
+@pytest.mark.parametrize("name", ["stories260k", "story-656k"])
 def test_real_models(name, min_count, make):
     before, texts = stories(name)
     after, record = run(make(before, texts, min_count=min_count))
@@ -195,7 +195,7 @@ def test_shards_without_embedding_are_passed_on(folder, make):
     total = sum(tensor.nbytes for tensor in tensors.values())
     weight_map = {name: file for file, part in parts.items() for name in part}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    dense_folder.write_json(before / "model.safetensors.index.json", index)
+    files.write_json(before / "model.safetensors.index.json", index)
     after, record = run(make(before))
     compare(before, after, record, TEXTS)
     assert (after / "b.safetensors").read_bytes() == (before / "b.safetensors").read_bytes()

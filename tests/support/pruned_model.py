@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tasks.algorithms.model import families
-from tasks.models import dense_folder
+from tasks.models import dense_folder, mask_files, tensor_files
 from tasks.parameters import schema
 from tests.support.gptq_oracle import SETTINGS
 from tests.support.matrices import normal, two_of_four
@@ -43,8 +43,8 @@ def inputs_of_the_stage(folder, tiny_llama, prune=True, tied=True):
         keep[name] = two_of_four(linear.weight.detach()) if prune else torch.ones_like(linear.weight, dtype=torch.bool)
         linear.weight.data *= keep[name]
     dense_folder.save_dense(model, dense_folder.load_tokenizer(dense), dense)
-    dense_folder.save_masks(folder / "masks.safetensors", keep if prune else {}, "2:4" if prune else "dense")
+    mask_files.save_masks(folder / "masks.safetensors", keep if prune else {}, "2:4" if prune else "dense")
     windows = torch.randint(0, 257, (6, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    dense_folder.save_tensors(folder / "windows.safetensors", {"input_ids": windows}, {})
+    tensor_files.save_tensors(folder / "windows.safetensors", {"input_ids": windows}, {})
     files = {name: folder / name for name in ("lora/model", "masks.safetensors", "windows.safetensors")}
     return SimpleNamespace(files=files, keep=keep, windows=windows, model=model)

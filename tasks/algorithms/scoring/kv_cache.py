@@ -19,23 +19,26 @@ It isn't fast: the reference implementation saves memory, no time. Keys get no s
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, QuantizedCache
+from transformers import DynamicCache, QuantizedCache
 from transformers.cache_utils import QuantizedLayer
 
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model.device import beside
+from tasks.algorithms.model.shape import ModelShape, shape_of_model
 
 PARTS = ("codes", "scales", "float16")
-"""What a cache's bytes are for: codes; scales and zero points; what isn't quantised."""
+"""A cache's bytes are for codes; for scales and zero points; for what isn't quantised."""
 
 
 class _InHalf:
-    """Gives a cache its keys and values in float16, and the model what it computes in."""
+    """A cache that holds keys and values in float16, and gives them to the model in the type that it computes in."""
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        # new ones in: [1, kv_heads, piece, head_dim]; all held out: [1, kv_heads, tokens, head_dim]
         held = super().update(keys.half(), values.half(), layer_idx, *args, **kwargs)
         return held[0].to(keys.dtype), held[1].to(values.dtype)
 
@@ -48,28 +51,12 @@ class _Quantised(_InHalf, QuantizedCache):
     pass
 
 
-class Sizes(NamedTuple):
-    """Sizes of a model's cache, per token: `heads` of keys (and as many of values) in each of `layers`."""
-
-    layers: int
-    heads: int
-    head: int
-    """Values of one head."""
-
-
-def sizes(config: PretrainedConfig) -> Sizes:
-    """Those that a model's config gives."""
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Sizes(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size)
-
-
 class Cached:
     """A model that reads a text through a cache; a call returns `.logits` [1, length, vocabulary].
 
     Args:
-        model: of transformers, with full attention.
-        bits: of the cached values: 16, 8, 4, 2.
+        model: one of transformers', with full attention.
+        bits: width of the cached values: 16, 8, 4 or 2.
         group_size: values of a head that share a scale and a zero point, below 16 bits; None: the whole head.
         residual: tokens per piece, a multiple of 4 (the library packs as many codes into a byte).
 
@@ -79,7 +66,7 @@ class Cached:
 
     def __init__(self, model: nn.Module, bits: int, group_size: int | None, residual: int) -> None:
         self.model, self.bits, self.residual = model, bits, residual
-        head = sizes(model.config).head
+        head = shape_of_model(model).head_dim
         self.group_size = group_size or head
         if head % self.group_size:
             raise InputError(
@@ -89,7 +76,7 @@ class Cached:
         self.cache = self.empty()
 
     def empty(self) -> DynamicCache | QuantizedCache:
-        """A cache with nothing in it."""
+        """Return a cache with nothing in it."""
         if self.bits == 16:
             return _Plain()
         try:
@@ -97,7 +84,7 @@ class Cached:
                 backend="hqq",
                 config=self.model.config,
                 nbits=self.bits,
-                axis_key=1,  # of [groups, group_size]: a scale per group
+                axis_key=1,  # HQQ sees [groups, group_size]: a scale and a zero point per group
                 axis_value=1,
                 q_group_size=self.group_size,
                 residual_length=self.residual,
@@ -107,33 +94,33 @@ class Cached:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, use_cache: bool = True) -> Any:
-        """Logits of one text [1, length], read from an empty cache; `self.cache` then holds it."""
+        """Return the logits of one text [1, length], read through an empty cache; `self.cache` then holds it."""
         self.cache, logits = self.empty(), []
-        for piece in input_ids.split(self.residual, dim=1):
+        for piece in beside(self.model, input_ids).split(self.residual, dim=1):  # [1, residual]
             logits.append(self.model(input_ids=piece, past_key_values=self.cache, use_cache=True).logits)
         return SimpleNamespace(logits=torch.cat(logits, dim=1))
 
 
 def held_bytes(cache: DynamicCache | QuantizedCache) -> dict[str, int]:
-    """Bytes of the memory behind every tensor that a cache holds, by `PARTS`."""
-    found = dict.fromkeys(PARTS, 0)
+    """Count the bytes of the memory behind every tensor that a cache holds, by `PARTS`."""
+    sizes = dict.fromkeys(PARTS, 0)
     for layer in cache.layers:
-        found["float16"] += sum(_memory(tensor) for tensor in (layer.keys, layer.values))
+        sizes["float16"] += sum(_memory(tensor) for tensor in (layer.keys, layer.values))
         pairs = (layer._quantized_keys, layer._quantized_values) if isinstance(layer, QuantizedLayer) else ()
         for codes, described in pairs:
-            found["codes"] += _memory(codes)
-            found["scales"] += sum(_memory(entry) for entry in described.values() if isinstance(entry, Tensor))
-    return found
+            sizes["codes"] += _memory(codes)
+            sizes["scales"] += sum(_memory(entry) for entry in described.values() if isinstance(entry, Tensor))
+    return sizes
 
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes()
 
 
-def planned_bytes(shape: Sizes, tokens: int, bits: int, group_size: int | None, residual: int) -> dict[str, int]:
-    """The same by arithmetic, after `tokens` tokens: `tokens` modulo `residual` are not quantised yet."""
+def planned_bytes(shape: ModelShape, tokens: int, bits: int, group_size: int | None, residual: int) -> dict[str, int]:
+    """Compute what `held_bytes` counts after `tokens` tokens; the last `tokens` modulo `residual` are not quantised."""
     rest = tokens if bits == 16 else tokens % residual
-    per_token = 2 * shape.layers * shape.heads * shape.head  # keys and values
+    per_token = 2 * shape.layers * shape.kv_heads * shape.head_dim  # values: K and V, layers, heads, head
     quantised = (tokens - rest) * per_token
-    groups = quantised // (group_size or shape.head)
+    groups = quantised // (group_size or shape.head_dim)  # each with a scale and a zero point of 2 bytes
     return {"codes": quantised * bits // 8, "scales": 2 * 2 * groups, "float16": 2 * rest * per_token}

@@ -9,8 +9,7 @@ import pytest
 
 from tasks.algorithms.device_fit import footprint
 from tasks.algorithms.device_fit.footprint import Matrix, Model, Part, Unit, Workload
-from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families
+from tasks.algorithms.model.shape import shape_of_config
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -23,7 +22,7 @@ CONFIG = {
     "vocab_size": 20,
     "max_position_embeddings": 64,
 }
-SHAPE = footprint.Shape(layers=2, hidden=8, mlp=12, heads=2, kv_heads=1, head_dim=4, vocabulary=20, context_limit=64)
+SHAPE = shape_of_config(CONFIG)
 WORK = Workload(context=10, batch=1, kv_bits=16, activation_bits=16)
 UNIT = Unit({"int4-group": "int8", "fp16": "fp16"}, {"int8": 1_000_000, "fp16": 500_000})
 SPARSE = replace(UNIT, saves_bytes=frozenset({(2, 4)}), saves_time=frozenset({(2, 4)}))
@@ -32,8 +31,7 @@ BLOCK_WEIGHTS = 2 * 8 * 8 + 2 * 4 * 8 + 3 * 8 * 12
 
 def two_layers(named: str = "int4-group", group: int = 4, pattern: tuple[int, int] | None = None) -> Model:
     """The config's model: linears in one format, an fp16 embedding that is the head, fp16 norms."""
-    shapes = families.linear_shapes(CONFIG).values()
-    linears = tuple(Matrix("values", rows, cols, named, group, pattern) for rows, cols in shapes)
+    linears = tuple(Matrix("values", rows, cols, named, group, pattern) for rows, cols in SHAPE.linears.values())
     blocks = tuple(Part(f"layers.{index}", linears, 2 * 8 * 2) for index in range(2))
     table = Part("embedding", (Matrix("embedding", 20, 8, "fp16"),))
     stored = {"values": 2 * BLOCK_WEIGHTS // 4, "positions": 50}
@@ -45,16 +43,6 @@ def by_component(model: Model, unit: Unit) -> dict[str, int]:
     for held in footprint.hold(model, unit):
         found[held.component] = found.get(held.component, 0) + held.bytes
     return found
-
-
-def test_shape_from_config() -> None:
-    assert footprint.shape(CONFIG) == SHAPE
-    with pytest.raises(InputError, match="hidden_size"):
-        footprint.shape({key: value for key, value in CONFIG.items() if key != "hidden_size"})
-    with pytest.raises(InputError, match="layers = -2"):
-        footprint.shape(CONFIG | {"num_hidden_layers": -2})
-    with pytest.raises(InputError, match="no positive number"):
-        footprint.shape(CONFIG | {"num_attention_heads": 0, "num_key_value_heads": 0})
 
 
 def test_cache_activations_and_scratch_by_hand() -> None:
@@ -152,7 +140,7 @@ def test_a_table_that_is_looked_up_in_costs_a_row() -> None:
 def test_fewer_bits_are_counted_as_an_average() -> None:
     unit = replace(UNIT, formats={"int2-group": "int8", "int4-group": "int8", "fp16": "fp16"})
     found = by_component(footprint.with_bits(two_layers(), Fraction(31, 10), unit), unit)
-    per_block = [rows * cols for rows, cols in families.linear_shapes(CONFIG).values()]
+    per_block = [rows * cols for rows, cols in SHAPE.linears.values()]
     assert found["values"] == 2 * sum(-(-n * 31 // 80) for n in per_block)
     assert found["scales"] == by_component(two_layers(), unit)["scales"]
     floats = footprint.with_bits(two_layers("fp16", 0), Fraction(4), unit)

@@ -238,7 +238,7 @@ def test_notes_on_formats_zeros_and_activations() -> None:
 
 def test_context_above_the_models_positions() -> None:
     with pytest.raises(InputError, match="65 .*max_position_embeddings = 64"):
-        judge(DEVICE, two_layers(), replace(WORK, context=SHAPE.context_limit + 1))
+        judge(DEVICE, two_layers(), replace(WORK, context=SHAPE.context + 1))
 
 
 def test_parts_that_are_split_say_how_much() -> None:

@@ -30,16 +30,6 @@ def test_linears_are_all_of_the_model_but_the_head_in_running_order(architecture
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 48, "num_attention_heads": 6, "head_dim": 8}])
-def test_shapes_from_the_config_are_the_model_s(architecture, sizes, make_model):
-    model = make_model(architecture, **sizes)
-    shapes = families.linear_shapes({**model.config.to_dict(), "architectures": [architecture]})
-    for block in families.linears_by_block(model):
-        found = {name.split(".", 3)[-1]: tuple(linear.weight.shape) for name, linear in block.items()}
-        assert list(found.items()) == list(shapes.items())
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_named_modules_exist_and_norms_are_all_of_the_block_s_one_dimensional_weights(architecture, make_model):
     model, described = make_model(architecture), families.FAMILIES[architecture]
     assert model.get_submodule(described.embedding) is model.get_input_embeddings()
@@ -51,20 +41,10 @@ def test_named_modules_exist_and_norms_are_all_of_the_block_s_one_dimensional_we
     assert vectors == set(described.norms)
 
 
-def test_head_dim_defaults_to_hidden_over_heads():
-    config = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 96}
-    assert families.linear_shapes({"architectures": ["LlamaForCausalLM"], **config})["self_attn.k_proj"] == (64, 64)
-
-
 @pytest.mark.parametrize("config", [{"architectures": ["GPT2LMHeadModel"]}, {"architectures": None}, {}])
 def test_unsupported_is_refused_with_what_is_supported(config):
     with pytest.raises(InputError, match="LlamaForCausalLM"):
         families.family(config)
-
-
-def test_a_missing_size_is_named():
-    with pytest.raises(InputError, match="intermediate_size"):
-        families.linear_shapes({"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_attention_heads": 2})
 
 
 def test_an_unsupported_model_is_refused():

@@ -15,7 +15,7 @@ import torch
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.scoring import likelihood, perplexity, protocols
 from tasks.models import dense_folder
-from tests.support.paths import ROOT, SHARED
+from tests.support.paths import ROOT, SHARED, STORIES, STORIES_TEXT
 
 BUILT_IN = ROOT / "data/base_model/model"
 DOCUMENTS = ["The pump must stop.", "", "x", "It rained all day, and then some more.", "naïve 😀", "End"]
@@ -130,7 +130,7 @@ def test_a_prefix_needs_a_token(loaded: tuple[Any, Any]) -> None:
 
 MODELS = {
     "built-in": BUILT_IN,
-    "stories260k": SHARED / "models/stories260k",
+    "stories260k": STORIES,
     "story-656k": SHARED / "models/story-656k",
 }
 
@@ -141,7 +141,7 @@ def harness(request: pytest.FixtureRequest) -> tuple[Any, Any, Any]:
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     folder = MODELS[request.param]
     if not folder.exists():
-        pytest.skip("needs ../shared: a trained model")
+        pytest.skip("needs ../shared: story-656k, 2.7 MB")
     model, tokenizer = dense_folder.load_dense(folder), dense_folder.load_tokenizer(folder)
     return huggingface.HFLM(model, tokenizer=tokenizer, batch_size=2, add_bos_token=False), model, tokenizer
 
@@ -183,12 +183,11 @@ def test_the_other_protocols_agree_with_lm_evaluation_harness_s_token_scores(
     assert math.log(found.perplexity) == pytest.approx(sum(expected) / len(found.nll), rel=1e-4)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared: a trained model and its measured perplexity")
 def test_stories260k_has_its_published_perplexity() -> None:
-    folder = SHARED / "models/stories260k"
-    with (SHARED / "data/tinystories/test.jsonl").open(encoding="utf-8") as lines:
+    with STORIES_TEXT.open(encoding="utf-8") as lines:
         documents = [json.loads(line)["text"] for line in lines]
     prepared = likelihood.prepare(
-        protocols.protocol("joined", 512, 512), dense_folder.load_tokenizer(folder), documents, 60
+        protocols.protocol("joined", 512, 512), dense_folder.load_tokenizer(STORIES), documents, 60
     )
-    assert likelihood.score(dense_folder.load_dense(folder), prepared, 4).perplexity == pytest.approx(5.230, abs=0.005)
+    assert len(prepared.windows) == 60
+    assert likelihood.score(dense_folder.load_dense(STORIES), prepared, 4).perplexity == pytest.approx(5.230, abs=0.005)

@@ -10,7 +10,7 @@ import torch
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.scoring import perplexity
 from tasks.models import dense_folder
-from tests.support.paths import SHARED
+from tests.support.paths import STORIES, STORIES_TEXT
 
 
 def uniform(vocabulary):
@@ -92,10 +92,9 @@ def test_the_protocol_s_name_says_length_and_stride():
     assert perplexity.protocol(512, 256) == "joined-512-256-nobos-fp32"
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared: a trained model and its measured perplexity")
 def test_stories260k_has_its_published_perplexity():
-    folder = SHARED / "models/stories260k"
-    with (SHARED / "data/tinystories/test.jsonl").open(encoding="utf-8") as lines:
-        tokens = perplexity.tokenise(dense_folder.load_tokenizer(folder), [json.loads(line)["text"] for line in lines])
+    with STORIES_TEXT.open(encoding="utf-8") as lines:
+        tokens = perplexity.tokenise(dense_folder.load_tokenizer(STORIES), [json.loads(line)["text"] for line in lines])
     windows = perplexity.windows(tokens, 512, 512, 60)
-    assert perplexity.perplexity(dense_folder.load_dense(folder), windows, batch=4) == pytest.approx(5.230, abs=0.005)
+    assert windows.shape == (60, 512)
+    assert perplexity.perplexity(dense_folder.load_dense(STORIES), windows, batch=4) == pytest.approx(5.230, abs=0.005)

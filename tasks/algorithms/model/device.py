@@ -1,0 +1,19 @@
+"""The device on which a model computes: chosen once, where a stage starts, by moving the model; all else follows it.
+
+An algorithm takes its inputs wherever they are, computes beside the model, and gives what it measured back on the CPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from torch import Tensor
+
+
+def beside(model: Any, tensor: Tensor) -> Tensor:
+    """The tensor on the device of the model's weights; a stand-in that has none takes it as it is."""
+    if not callable(getattr(model, "parameters", None)):
+        return tensor
+    weight = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return tensor if weight is None else tensor.to(weight.device)

@@ -1,0 +1,113 @@
+"""Do the weights of an untrusted model folder belong to its config? Every tensor is read once, none is kept.
+
+Names and shapes are compared with the model that transformers builds of the config without memory for it; values must
+be finite. No code of the model is run, and nothing is loaded as a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import families
+from tasks.sources import hub
+from tasks.sources.model_source import some, weight_files
+
+if TYPE_CHECKING:
+    from tasks.runtime.stage import Stage
+
+DTYPES = ("F64", "F32", "F16", "BF16")
+NOT_WEIGHTS = "rotary_emb.inv_freq"
+"""Old Llama checkpoints store this buffer; transformers computes it."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_weights(folder: Path, stage: Stage) -> int:
+    """Compare the tensors of a model folder with its config, and look for values that are no numbers.
+
+    Args:
+        stage: shows the progress.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        InputError: a tensor is missing, unexpected, of another shape or type, or holds NaN or infinity.
+    """
+    expected, tied = _expected(folder)
+    broken: list[str] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    with stage.progress("weights", len(expected) - len(tied) // 2) as progress:
+        for name, tensor in _tensors(folder):
+            shapes[name] = tuple(tensor.shape)
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                broken.append(f"{name} ({bad} of {tensor.numel()} values)")
+            progress.update(len(shapes))
+    _compare(shapes, expected, tied)
+    if broken:
+        raise InputError(f"the weights hold NaN or infinity in {some(broken)}; fetch or train the model again")
+    return len(shapes)
+
+
+def _expected(folder: Path) -> tuple[Shapes, tuple[str, ...]]:
+    """Names and shapes that the config calls for; embedding and head where they are one matrix, else nothing."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):  # sizes alone, no memory
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # any entry of an untrusted config can be wrong in its own way
+        raise InputError(f"transformers can't build the model of config.json: {hub.line(error)}") from error
+    family = families.of_model(model)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = (f"{family.embedding}.weight", f"{family.head}.weight")
+    return expected, names if config.tie_word_embeddings else ()
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """One tensor at a time, of all weight files."""
+    for name in weight_files(folder):
+        try:
+            yield from _tensors_of(folder / name)
+        except SafetensorError as error:
+            why = hub.line(error)
+            raise InputError(f"{name} is no whole safetensors file ({why}); fetch the model again") from error
+
+
+def _tensors_of(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(file.keys()):
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in DTYPES:
+                raise InputError(f"the weights' {name} is stored as {dtype}, expected {', '.join(DTYPES)}")
+            yield name, file.get_tensor(name)
+
+
+def _compare(shapes: Shapes, expected: Shapes, tied: tuple[str, ...]) -> None:
+    """Refuse names and shapes that differ.
+
+    Args:
+        tied: embedding and head where they are one matrix; one copy serves both, under either name.
+    """
+    extra = [name for name in shapes if name not in expected and not name.endswith(NOT_WEIGHTS)]
+    stored = any(name in shapes for name in tied)
+    _refuse_names("lack", [name for name in expected if name not in shapes and not (stored and name in tied)])
+    _refuse_names("have unexpected", extra)
+    for name, sizes in expected.items():
+        if shapes.get(name, sizes) != sizes:
+            raise InputError(
+                f"the weights' {name} is {list(shapes[name])}, config.json makes it {list(sizes)};"
+                " weights and config don't belong together"
+            )
+
+
+def _refuse_names(verb: str, names: list[str]) -> None:
+    if names:
+        raise InputError(f"the weights {verb} {some(names)}; weights and config.json don't belong together")
