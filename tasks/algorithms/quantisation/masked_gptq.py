@@ -275,7 +275,7 @@ class MaskedGptq:
 
     def _solved(self, gptq: Any, name: str, blocksize: int) -> tuple[Answer, LayerResult]:
         """Quantise a linear, and measure its error on the Hessian that gptqmodel summed up."""
-        # `quantize` permutes, damps and drops both: the error needs them as they are.
+        # gptqmodel's sweep permutes, damps and drops both, and the error is measured afterwards.
         hessian = gptq.finalize_hessian(target_device=getattr(gptq.module, "target_device", None)).clone()  # [in, in]
         weight = gptq.module.weight.detach().clone()  # [out, in]
         mask = self._keep.get(name)
@@ -368,7 +368,8 @@ def _solve_jointly(gptq: Any, keep: int, of: int) -> tuple[Answer, Tensor]:
 
 def _descended(weight: Tensor, answer: Answer, hessian: Tensor, bits: int, cycles: int, keep: Tensor | None) -> Answer:
     """Improve an answer's codes on the Hessian that it was found with; `hessian` is damped in place."""
-    damped = hessian.float()  # a view of it, as gptqmodel sums in float32: the linear's stated error is a damped one
+    # gptqmodel sums in float32, so that this is no copy: the linear's stated error is one on the damped Hessian.
+    damped = hessian.float()
     diagonal = damped.diagonal()  # a view: H + lambda I, as the sweep inverted it
     diagonal[diagonal == 0] = 1  # as gptqmodel treats inputs that are always zero
     diagonal += answer.damp * diagonal.mean()
