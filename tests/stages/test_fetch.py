@@ -345,7 +345,11 @@ def test_tied_head_and_old_buffers_are_welcome(make_fetch, model_folder: Path) -
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
     rewrite(model_folder, change)
-    fetch.run(make_fetch())
+    stage = make_fetch()
+    fetch.run(stage)
+    written, original = (load_file(folder / "model.safetensors") for folder in (stage.output("model"), model_folder))
+    assert written.keys() == original.keys() > {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
+    assert all(torch.equal(tensor, original[name]) for name, tensor in written.items())
 
 
 def test_a_tied_matrix_may_be_stored_under_the_heads_name(make_fetch, model_folder: Path) -> None:
@@ -541,9 +545,14 @@ def test_offline(make_fetch, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_offline_with_a_filled_cache(make_fetch, hub: Hub, no_preflight, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch.run(make_fetch(AT_HUB))
+    first, second = make_fetch(AT_HUB), make_fetch(AT_HUB)
+    fetch.run(first)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    fetch.run(make_fetch(AT_HUB))
+    asked = len(hub.asked)
+    fetch.run(second)
+    assert len(hub.asked) == asked > 0
+    assert second.output("source.json").read_bytes() == first.output("source.json").read_bytes()
+    assert (second.output("model") / "model.safetensors").stat().st_size > 0
 
 
 DATA = {"hub": "a/data", "revision": REVISION, "config": "small", "split": "test", "field": "body"}
