@@ -45,7 +45,7 @@ from prefect.states import Completed, Failed, State
 from flows import stage as stage_command
 from flows.stage import FLOW_RUN, LOG, TASK_RUN
 from tasks.algorithms.errors import InputError
-from tasks.runtime import locks, mend
+from tasks.runtime import files, locks, mend
 from tasks.runtime.stage import SCRATCH
 
 RUNNING = SCRATCH / "flow.lock"
@@ -195,13 +195,11 @@ def _lock_written_at_once() -> Iterator[None]:
 
     @contextlib.contextmanager
     def modify(path: str, fs: Any = None) -> Iterator[dict]:
-        unfinished = Path(f".dvc/tmp/{Path(path).name}.unfinished")
-        unfinished.unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copyfile(path, unfinished)
-        with modify_yaml(unfinished) as content:
-            yield content
-        os.replace(unfinished, path)
+        with files.replacing(Path(path), Path(".dvc/tmp")) as unfinished:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(path, unfinished)
+            with modify_yaml(unfinished) as content:
+                yield content
 
     dvcfile.modify_yaml = modify
     try:

@@ -26,6 +26,7 @@ from tasks.nightly import worktree
 from tasks.parameters import schema
 from tasks.parameters.schema import Params
 from tasks.registry import tags, versions
+from tasks.runtime import git
 
 PAGE = 200
 REGISTRY = tuple(f"refs/tags/{tags.ARTIFACT}{mark}" for mark in "@#")
@@ -56,7 +57,7 @@ def plan(top: Path, own: Params) -> list[Item]:
     gone = worktree.listing(top)[: -kept.nights]
     old = datetime.now(UTC) - timedelta(days=kept.days)
     items = [
-        Item("night", night.name, 0, lambda ref=night.ref: worktree.git(top, "update-ref", "-d", ref)) for night in gone
+        Item("night", night.name, 0, lambda ref=night.ref: git.run(top, "update-ref", "-d", ref)) for night in gone
     ]
     items += _versions(top, own)
     items += _cache(top, _named_commits(top, {night.ref for night in gone}, own))
@@ -100,8 +101,8 @@ def _named_commits(top: Path, gone: set[str], own: Params) -> list[str]:
     staying = {version.revision for version in versions.kept(top, own.registry.keep)}
     registered = {entry["revision"] for entry in versions.versions(top)}
     form = "%(refname) %(if)%(*objectname)%(then)%(*objectname) %(*objecttype)%(else)%(objectname) %(objecttype)%(end)"
-    commits = {worktree.git(top, "rev-parse", "HEAD"), *staying}
-    for line in worktree.git(top, "for-each-ref", f"--format={form}", "refs").splitlines():
+    commits = {git.run(top, "rev-parse", "HEAD"), *staying}
+    for line in git.run(top, "for-each-ref", f"--format={form}", "refs").splitlines():
         ref, commit, kind = line.split()
         dropped = ref.startswith(REGISTRY) and commit in registered - staying
         if kind == "commit" and ref not in gone and not dropped and not ref.startswith(INTERNAL):
@@ -140,9 +141,9 @@ def _logs(top: Path, old: datetime) -> list[Item]:
 
 def _worktrees(top: Path) -> list[Item]:
     """Worktrees whose folder is gone."""
-    blocks = worktree.git(top, "worktree", "list", "--porcelain").split("\n\n")
+    blocks = git.run(top, "worktree", "list", "--porcelain").split("\n\n")
     stale = [block.splitlines()[0].removeprefix("worktree ") for block in blocks if "\nprunable" in block]
-    return [Item("worktree", path, 0, lambda: worktree.git(top, "worktree", "prune")) for path in stale]
+    return [Item("worktree", path, 0, lambda: git.run(top, "worktree", "prune")) for path in stale]
 
 
 def _runs(old: datetime) -> list[Item]:

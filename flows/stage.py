@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from flows.server import settings
 from tasks.algorithms.errors import InputError
-from tasks.runtime.stage import execute
+from tasks.runtime.execution import execute
 
 if TYPE_CHECKING:
     from prefect import State

@@ -1,36 +1,25 @@
 """Train the built-in base model: a small Llama with its own byte-level BPE, from scratch, on the built-in corpus.
 
-Run once; the stage is frozen and its weights are committed. Muon (Jordan et al. 2024, torch.optim.Muon) moves the
-matrices of the blocks, AdamW the embedding and the norms; the learning rate rises, holds and falls linearly to zero.
-The grammar's frames are few for a language model, so it is kept from learning them by heart: random tokens in the
-input, label smoothing, weight decay, and of the measured points the best on the calibration split is kept.
-Windows are drawn by a seeded generator, documents are joined by a newline and no bos is set, as in the evaluation.
-Not bit-reproducible across machines: bfloat16 autocast and the thread count enter the sums.
+Run once; the stage is frozen and its weights are committed. How it is trained says `tasks.built_in_model.training`.
+Documents are joined by a newline and no bos is set, as in the evaluation.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-import pandas as pd
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
-from tasks.algorithms.errors import InputError
 from tasks.algorithms.scoring import perplexity
+from tasks.built_in_model import tokenizer, training
 from tasks.models import dense_folder
+from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
-    from tasks.parameters.source_sections import BaseModelParams
     from tasks.runtime.stage import Stage
 
-END = "<|endoftext|>"
 SPLITS = ("calibration", "test")
-CURVE_POINTS = 24
 MEASURED = 24
 """Windows of a split that a point of the curve is measured on."""
 
@@ -39,134 +28,14 @@ def run(stage: Stage) -> None:
     """Write the model folder and training.csv (step, tokens, loss in nats per token, perplexities)."""
     p = stage.params.base_model
     texts = {name: json_lines.read(stage.input("corpus") / f"{name}.jsonl") for name in ("train", *SPLITS)}
-    tokenizer = train_tokenizer(texts["train"], p.vocabulary, p.context)
-    tokens = perplexity.tokenise(tokenizer, texts["train"])
+    bpe = tokenizer.train_tokenizer(texts["train"], p.vocabulary, p.context)
+    tokens = perplexity.tokenise(bpe, texts["train"])
     held_out = {
-        name: perplexity.windows(perplexity.tokenise(tokenizer, texts[name]), p.context, p.context, MEASURED)
+        name: perplexity.windows(perplexity.tokenise(bpe, texts[name]), p.context, p.context, MEASURED)
         for name in SPLITS
     }
-    model = LlamaForCausalLM(config(p, tokenizer))
+    model = LlamaForCausalLM(training.config(p, bpe))
     print(f"{sum(w.numel() for w in model.parameters()):,} parameters, {len(tokens):,} distinct training tokens")
-    curve = train(model, tokens, held_out, p, stage)
-    dense_folder.save_dense(model, tokenizer, stage.output("model"))
-    curve.to_csv(stage.output("training.csv"), index=False, lineterminator="\n", float_format="%.6g")
-
-
-def train_tokenizer(texts: list[str], vocabulary: int, context: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, so that any text round-trips; digits are single tokens."""
-    core = Tokenizer(models.BPE())
-    split_digits = pre_tokenizers.Digits(individual_digits=True)
-    core.pre_tokenizer = pre_tokenizers.Sequence([split_digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    core.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator(texts, trainer)
-    if core.get_vocab_size() != vocabulary:
-        raise InputError(
-            f"the corpus yields {core.get_vocab_size()} BPE tokens, base_model.vocabulary asks for {vocabulary}; "
-            "raise corpus.train_bytes or lower the vocabulary"
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=END,
-        eos_token=END,
-        model_max_length=context,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def config(p: BaseModelParams, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The Llama configuration of the parameters."""
-    return LlamaConfig(
-        hidden_size=p.hidden,
-        intermediate_size=p.mlp,
-        num_hidden_layers=p.layers,
-        num_attention_heads=p.heads,
-        num_key_value_heads=p.kv_heads,
-        vocab_size=p.vocabulary,
-        max_position_embeddings=p.context,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-
-def train(
-    model: LlamaForCausalLM, tokens: Tensor, held_out: dict[str, Tensor], p: BaseModelParams, stage: Stage
-) -> pd.DataFrame:
-    """Train in place and keep the weights of the curve's point with the lowest calibration perplexity.
-
-    Args:
-        tokens: [tokens].
-        held_out: split -> [windows, context].
-
-    Returns:
-        The curve.
-    """
-    generator = torch.Generator().manual_seed(p.seed)
-    initialise(model, generator)
-    optimisers = _optimisers(model, p)
-    steps = p.tokens // (p.batch * p.context)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _trapezoid(step, steps, p)) for o in optimisers]
-    rows, best = [], (math.inf, {})
-    with stage.progress("base_model", steps) as progress:
-        for step in range(1, steps + 1):
-            starts = torch.randint(len(tokens) - p.context, (p.batch,), generator=generator)
-            batch = torch.stack([tokens[start : start + p.context] for start in starts.tolist()])
-            loss = _step(model.train(), batch, optimisers, schedules, p, generator)
-            progress.update(step, loss=loss)
-            if step % max(1, steps // CURVE_POINTS) == 0 or step == steps:
-                model.eval()
-                found = {name: perplexity.perplexity(model, windows, batch=4) for name, windows in held_out.items()}
-                rows.append({"step": step, "tokens": step * p.batch * p.context, "loss": loss, **found})
-                print(f"step {step}: loss {loss:.4f}, perplexity {found}", flush=True)
-                if found["calibration"] < best[0]:
-                    best = (found["calibration"], {name: w.clone() for name, w in model.state_dict().items()})
-    model.load_state_dict(best[1])
-    return pd.DataFrame(rows)
-
-
-def initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """Normal weights of standard deviation 0.02; what writes into the residual stream starts at zero."""
-    for name, weight in model.named_parameters():
-        if weight.ndim == 2:
-            zero = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.zeros_(weight) if zero else nn.init.normal_(weight, std=0.02, generator=generator)
-
-
-def _optimisers(model: nn.Module, p: BaseModelParams) -> list[torch.optim.Optimizer]:
-    named = list(model.named_parameters())
-    matrices = [w for name, w in named if w.ndim == 2 and "embed" not in name]
-    rest = [w for name, w in named if w.ndim != 2 or "embed" in name]
-    return [
-        torch.optim.Muon(matrices, lr=p.muon_learning_rate, weight_decay=p.weight_decay, adjust_lr_fn="original"),
-        torch.optim.AdamW(rest, lr=p.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-
-def _step(
-    model: nn.Module, batch: Tensor, optimisers: list, schedules: list, p: BaseModelParams, generator: torch.Generator
-) -> float:
-    noise = torch.rand(batch.shape, generator=generator) < p.input_noise
-    random = torch.randint(p.vocabulary, batch.shape, generator=generator)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(input_ids=torch.where(noise, random, batch)).logits[:, :-1]
-    loss = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), batch[:, 1:].flatten(), label_smoothing=p.label_smoothing
-    )
-    if not loss.isfinite():
-        raise InputError("base_model: the loss is no longer finite; lower base_model.learning_rate")
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimiser, schedule in zip(optimisers, schedules, strict=True):
-        optimiser.step()
-        optimiser.zero_grad()
-        schedule.step()
-    return loss.item()
-
-
-def _trapezoid(step: int, steps: int, p: BaseModelParams) -> float:
-    rise, fall = max(1, int(p.warmup * steps)), max(1, int(p.decay * steps))
-    return min(1.0, (step + 1) / rise, (steps - step) / fall)
+    curve = training.train(model, tokens, held_out, p, stage)
+    dense_folder.save_dense(model, bpe, stage.output("model"))
+    files.write_csv(stage.output("training.csv"), curve, "%.6g")

@@ -25,6 +25,7 @@ from tasks.algorithms.model.shape import shape_of_config
 from tasks.compression import block_quantisation
 from tasks.models import dense_folder, gptq_folder
 from tasks.packed import reader
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.algorithms.quantisation import rounding
@@ -50,7 +51,7 @@ def run(stage: Stage) -> None:
     chosen = stage.params.gptq
     if not chosen.enabled:
         return skip(stage)
-    dense, target = stage.input("baseline_lora/model"), stage.output("model")
+    dense, target = stage.model_in, stage.output("model")
     limit = shipped_bytes(stage.input("package/model"))
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
     block_quantisation.check_shapes(dense_folder.config(dense), None, chosen.group_size)
@@ -61,9 +62,7 @@ def run(stage: Stage) -> None:
     del start
     widths = fit(stage, choices, coded, limit)
     reader.copy_tokenizer(dense, target)
-    table(dense_folder.config(dense), choices, widths).to_csv(
-        stage.output("bits.csv"), index=False, lineterminator="\n", float_format="%.9g"
-    )
+    files.write_csv(stage.output("bits.csv"), table(dense_folder.config(dense), choices, widths), "%.9g")
     found = shipped_bytes(target)
     mean = sum(widths.values()) / len(widths)
     print(f"{found} bytes ({limit} in the package), {mean:.2f} bits per linear on average")
@@ -71,8 +70,8 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """Pass the dense model on; bits.csv has no rows."""
-    stage.pass_on(stage.input("baseline_lora/model"), stage.output("model"))
-    pd.DataFrame(columns=COLUMNS).to_csv(stage.output("bits.csv"), index=False, lineterminator="\n")
+    stage.pass_on(stage.model_in, stage.output("model"))
+    files.write_csv(stage.output("bits.csv"), pd.DataFrame(columns=COLUMNS))
 
 
 def shipped_bytes(folder: Path) -> int:
@@ -133,7 +132,7 @@ def planned_around(stage: Stage, widths: Mapping[str, int]) -> int:
     """Bytes of a packed model with these widths that aren't its linears': embedding, norms, header and description."""
     chosen = stage.params.gptq
     components, _ = reader.planned(
-        dense_folder.config(stage.input("baseline_lora/model")),
+        dense_folder.config(stage.model_in),
         widths,
         group_size=chosen.group_size,
         embedding_bits=chosen.embedding.bits,
@@ -151,7 +150,7 @@ def quantise(
     memory: checkpoints.Memory = checkpoints.NOTHING,
 ) -> int:
     """Quantise the dense model with these widths and pack it into baseline/model; bytes of what holds the model."""
-    dense, target = stage.input("baseline_lora/model"), stage.output("model")
+    dense, target = stage.model_in, stage.output("model")
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         model = gptq_folder.load_for_quantisation(dense, block_quantisation.settings(stage.params.gptq, widths))

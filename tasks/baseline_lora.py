@@ -19,7 +19,7 @@ def run(stage: Stage) -> None:
     """Write baseline_lora/model (a dense checkpoint) and history.csv, as lora does."""
     if not stage.params.lora.enabled:
         return skip(stage)
-    source = stage.input("vocabulary/model")
+    source = stage.model_in
     layers = dense_folder.config(source)["num_hidden_layers"]
     recovered = recovery_training.recover(stage, source, keep={}, kept=range(layers))
     recovery_training.write(recovered, source, stage.output("baseline_lora/model"), stage.output("history.csv"))
@@ -27,5 +27,5 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """Pass the fetched model on; a history without rows."""
-    stage.pass_on(stage.input("vocabulary/model"), stage.output("baseline_lora/model"))
+    stage.pass_on(stage.model_in, stage.output("baseline_lora/model"))
     recovery_training.write_history([], stage.output("history.csv"))

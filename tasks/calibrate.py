@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, layers
 from tasks.algorithms.scoring import perplexity
-from tasks.models import dense_folder
+from tasks.models import dense_folder, tensor_files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
-    from tasks.runtime.stage import Progress, Stage
+    from tasks.runtime.progress import Progress
+    from tasks.runtime.stage import Stage
 
 BATCH = 4
 """Windows per forward pass: no effect on the result beyond rounding, and no parameter."""
@@ -32,16 +33,16 @@ def run(stage: Stage) -> None:
         InputError: the calibration text has fewer windows than asked.
     """
     params = stage.params.calibrate
-    model = dense_folder.load_dense(stage.input("vocabulary/model")).to(stage.params.device)
-    tokenizer = dense_folder.load_tokenizer(stage.input("vocabulary/model"))
+    model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
+    tokenizer = dense_folder.load_tokenizer(stage.model_in)
     tokens = perplexity.tokenise(tokenizer, json_lines.read(stage.input("fetch/corpora") / "calibration.jsonl"))
     input_ids = choose(tokens, params.windows, params.length, params.seed)
     available = len(tokens) // params.length
     print(f"{len(tokens)} calibration tokens: {params.windows} of {available} windows of {params.length} tokens chosen")
     with stage.progress("calibrate", len(families.blocks(model))) as progress:
         statistics = _statistics(model, input_ids, progress)
-    dense_folder.save_tensors(stage.output("windows.safetensors"), {"input_ids": input_ids.to(torch.int32)}, {})
-    dense_folder.save_tensors(
+    tensor_files.save_tensors(stage.output("windows.safetensors"), {"input_ids": input_ids.to(torch.int32)}, {})
+    tensor_files.save_tensors(
         stage.output("norms.safetensors"),
         {f"{name}.sum_of_squares": each.sum_of_squares.float().cpu() for name, each in statistics.items()},
         {"tokens": str(input_ids.numel())},
@@ -55,8 +56,8 @@ def run(stage: Stage) -> None:
 def skip(stage: Stage) -> None:
     """No windows and no norms."""
     empty = torch.zeros(0, stage.params.calibrate.length, dtype=torch.int32)
-    dense_folder.save_tensors(stage.output("windows.safetensors"), {"input_ids": empty}, {})
-    dense_folder.save_tensors(stage.output("norms.safetensors"), {}, {"tokens": "0"})
+    tensor_files.save_tensors(stage.output("windows.safetensors"), {"input_ids": empty}, {})
+    tensor_files.save_tensors(stage.output("norms.safetensors"), {}, {"tokens": "0"})
 
 
 def choose(tokens: Tensor, windows: int, length: int, seed: int) -> Tensor:

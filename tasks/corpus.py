@@ -1,7 +1,7 @@
 """Write the built-in corpus: software requirements specifications from a seeded grammar, and prose that isn't.
 
-Frames and vocabulary are in data/grammar, the mathematics of expanding them in `tasks.algorithms.text.grammar`. No
-frame of one split is used in another, and the test split has product domains that the training never names.
+Frames and vocabulary are in data/grammar, the way from them to a document is in `tasks.built_in_model`. No frame of one
+split is used in another, and the test split has product domains that the training never names.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from tasks.algorithms.text import grammar
+from tasks.built_in_model import documents, splits
 
 if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
@@ -23,22 +21,15 @@ if TYPE_CHECKING:
 def run(stage: Stage) -> None:
     """Write train, calibration, test and prose (out-of-domain) as rows `{"text", "domain"}`."""
     p = stage.params.corpus
-    splits = grammar.split(_yaml(stage.input("domains.yaml")), _yaml(stage.input("frames.yaml")), p.seed)
+    grammar = [splits.load(stage.input(name)) for name in ("domains.yaml", "frames.yaml")]
+    parts = splits.split(*grammar, p.seed)
     folder = stage.output("corpus")
     folder.mkdir()
     for name, size in (("train", p.train_bytes), ("calibration", p.calibration_bytes), ("test", p.test_bytes)):
-        split = splits[name]
-        _write(folder / f"{name}.jsonl", grammar.documents(split, size, p.seed))
-        print(f"{name}: {len(split.frames)} frames, {len(split.domains)} domains, {_size(folder / name)} bytes")
+        part, path = parts[name], folder / f"{name}.jsonl"
+        _write(path, documents.documents(part, size, p.seed))
+        print(f"{name}: {len(part.frames)} frames, {len(part.domains)} domains, {path.stat().st_size} bytes")
     shutil.copyfile(stage.input("prose.jsonl"), folder / "prose.jsonl")
-
-
-def _yaml(path: Path) -> Any:
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
-
-
-def _size(stem: Path) -> int:
-    return stem.with_suffix(".jsonl").stat().st_size
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tasks.algorithms.model import families
 from tasks.algorithms.pruning import depth_prune, importance
 from tasks.models import dense_folder
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
@@ -24,18 +25,16 @@ def run(stage: Stage) -> None:
         InputError: fewer layers than `remove` are unprotected.
     """
     params = stage.params.depth_prune
-    layers = dense_folder.config(stage.input("vocabulary/model"))["num_hidden_layers"]
+    layers = dense_folder.config(stage.model_in)["num_hidden_layers"]
     depth_prune.unprotected(layers, params.remove, params.protect_first, params.protect_last)
     if not params.remove:
         print("remove = 0: the model is passed on")
         return skip(stage)
-    model = dense_folder.load_dense(stage.input("vocabulary/model")).to(stage.params.device)
+    model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
     scores = torch.tensor(pd.read_csv(stage.input("scores.csv"))[stage.params.importance.method].to_numpy(dtype=float))
     removed = SCHEDULES[params.schedule](stage, model, scores)
     smaller = depth_prune.without(model, removed)
-    dense_folder.save_dense(
-        smaller, dense_folder.load_tokenizer(stage.input("vocabulary/model")), stage.output("model")
-    )
+    dense_folder.save_dense(smaller, dense_folder.load_tokenizer(stage.model_in), stage.output("model"))
     _record(stage, layers, removed)
     before, after = (sum(p.numel() for p in each.parameters()) for each in (model, smaller))
     print(f"removed layers {removed} of {layers} in this order, by {stage.params.importance.method}, {params.schedule}")
@@ -45,8 +44,8 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """The fetched model as it is, nothing removed."""
-    stage.pass_on(stage.input("vocabulary/model"), stage.output("model"))
-    _record(stage, dense_folder.config(stage.input("vocabulary/model"))["num_hidden_layers"], [])
+    stage.pass_on(stage.model_in, stage.output("model"))
+    _record(stage, dense_folder.config(stage.model_in)["num_hidden_layers"], [])
 
 
 def _one_shot(stage: Stage, model: nn.Module, scores: Tensor) -> list[int]:
@@ -79,4 +78,4 @@ def _record(stage: Stage, layers: int, removed: list[int]) -> None:
         "method": stage.params.importance.method,
         "schedule": stage.params.depth_prune.schedule,
     }
-    dense_folder.write_json(stage.output("removed.json"), record)
+    files.write_json(stage.output("removed.json"), record)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.model.shape import shape_of_config
-from tasks.algorithms.quantisation import eora
-from tasks.models import dense_folder, gptq_folder, sparsity_ledger
+from tasks.algorithms.quantisation import eora_branches, eora_ranks
+from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.parameters.schema import Eora
@@ -44,7 +45,7 @@ def run(stage: Stage) -> None:
             weights break the pattern of the masks and it is enforced.
     """
     chosen = stage.params.eora
-    source, target = stage.input("gptq/model"), stage.output("model")
+    source, target = stage.model_in, stage.output("model")
     described = dense_folder.config(source)
     shapes = shape_of_config(described).linears
     if chosen.budget_bytes is None:
@@ -64,22 +65,24 @@ def run(stage: Stage) -> None:
 
         ranks = chosen.rank
         if chosen.budget_bytes is not None:
-            sizes = {name: eora.rank_bytes(weight.shape, chosen.bits) for name, weight in teacher.items()}
-            ranks = eora.allocate(eora.gains(model, windows, teacher, done, stage.journal), sizes, chosen.budget_bytes)
-        branches = eora.compensate(model, windows, teacher, ranks, chosen.bits, done, stage.journal)
+            sizes = {name: eora_branches.rank_bytes(weight.shape, chosen.bits) for name, weight in teacher.items()}
+            worth = eora_ranks.gains(model, windows, teacher, done, stage.journal)
+            ranks = eora_ranks.allocate(worth, sizes, chosen.budget_bytes)
+        size = eora_branches.Size(ranks, chosen.bits)
+        branches = eora_branches.compensate(model, windows, teacher, size, done, stage.journal)
     stage.pass_on(source, target)
     gptq_folder.save_adapter(target, {name: (branch.a, branch.b) for name, branch in branches.items()})
     save_codes(stage.output("adapter.safetensors"), branches, chosen.bits)
     rows = table(branches, chosen.bits)
-    rows.to_csv(stage.output("layers.csv"), index=False, lineterminator="\n", float_format="%.9g")
+    files.write_csv(stage.output("layers.csv"), rows, "%.9g")
     print(summary(rows, sum(weight.numel() for weight in teacher.values()), chosen))
 
 
 def skip(stage: Stage) -> None:
     """Pass the quantised model on; the tables have no rows, adapter.safetensors no tensors."""
-    stage.pass_on(stage.input("gptq/model"), stage.output("model"))
-    save_codes(stage.output("adapter.safetensors"), {}, eora.HALF)
-    pd.DataFrame(columns=COLUMNS).to_csv(stage.output("layers.csv"), index=False, lineterminator="\n")
+    stage.pass_on(stage.model_in, stage.output("model"))
+    save_codes(stage.output("adapter.safetensors"), {}, eora_branches.HALF)
+    files.write_csv(stage.output("layers.csv"), pd.DataFrame(columns=COLUMNS))
     sparsity_ledger.write(pd.DataFrame(columns=sparsity_ledger.COLUMNS), stage.output("sparsity.csv"))
 
 
@@ -100,7 +103,7 @@ def check_budget(shapes: Mapping[str, tuple[int, int]], budget: int, bits: int) 
     Raises:
         InputError: not even one rank of one linear fits.
     """
-    sizes = {name: eora.rank_bytes(shape, bits) for name, shape in shapes.items()}
+    sizes = {name: eora_branches.rank_bytes(shape, bits) for name, shape in shapes.items()}
     name = min(sizes, key=sizes.__getitem__)
     if budget < sizes[name]:
         raise InputError(
@@ -150,14 +153,14 @@ def write_ledger(stage: Stage, model: nn.Module) -> None:
     Raises:
         InputError: they break the pattern, and wanda.enforce says that they must not.
     """
-    keep, pattern = dense_folder.load_masks(stage.input("masks.safetensors"))
+    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
     weights = {name: linear.weight.detach() for name, linear in families.block_linears(model).items()}
     found = sparsity_ledger.ledger(weights, keep, pattern)
     sparsity_ledger.write(found, stage.output("sparsity.csv"))
     sparsity_ledger.check(found, "gptq", stage.params.wanda.enforce)
 
 
-def save_codes(path: Path, branches: Mapping[str, eora.Branch], bits: int) -> None:
+def save_codes(path: Path, branches: Mapping[str, eora_branches.Branch], bits: int) -> None:
     """The factors as they are to be packed; no tensors at 16 bits, where the adapter itself has all there is.
 
     Per linear with a branch: `<name>.a.codes` int8 [rank, in_features] and `<name>.b.codes` int8 [rank, out_features]
@@ -168,15 +171,15 @@ def save_codes(path: Path, branches: Mapping[str, eora.Branch], bits: int) -> No
     for name, branch in branches.items():
         for side, coded in zip("ab", branch.coded or (), strict=False):
             tensors |= {f"{name}.{side}.codes": coded.codes, f"{name}.{side}.scales": coded.scales}
-    dense_folder.save_tensors(path, tensors, {"bits": str(bits), "group_size": str(eora.GROUP_SIZE)})
+    tensor_files.save_tensors(path, tensors, {"bits": str(bits), "group_size": str(eora_branches.GROUP_SIZE)})
 
 
-def table(branches: Mapping[str, eora.Branch], bits: int) -> pd.DataFrame:
+def table(branches: Mapping[str, eora_branches.Branch], bits: int) -> pd.DataFrame:
     """One row per linear, in running order."""
     rows = []
     for name, branch in branches.items():
         rank, shape = len(branch.a), (len(branch.b), branch.a.shape[1])
-        size = rank * eora.rank_bytes(shape, bits)
+        size = rank * eora_branches.rank_bytes(shape, bits)
         rows.append((name, branch.error_before, branch.error_after, rank, size, 8 * size / (shape[0] * shape[1])))
     return pd.DataFrame(rows, columns=COLUMNS)
 

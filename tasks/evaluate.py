@@ -19,6 +19,7 @@ from tasks.algorithms.model import checkpoints, masks
 from tasks.algorithms.scoring import generation_failures, likelihood, protocols
 from tasks.models import dense_folder, tensor_headers
 from tasks.runners import any_folder
+from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ GROUPS = (4, 8, 16, 32)
 
 def run(stage: Stage) -> None:
     """Write metrics.json, documents.csv and completions.json."""
-    folder, p = stage.input("model"), stage.params.evaluate
+    folder, p = stage.model_in, stage.params.evaluate
     model, tokenizer = any_folder.load_model(folder).to(stage.params.device), dense_folder.load_tokenizer(folder)
     protocol = protocols.protocol(p.protocol, p.length, p.stride)
     protocols.check_context(protocol, getattr(model.config, "max_position_embeddings", None))
@@ -66,21 +67,21 @@ def run(stage: Stage) -> None:
     written = completions(model, tokenizer, p, stage.journal)
     metrics["failures"] = generation_failures.count(written)
     _write_documents(stage, tables)
-    dense_folder.write_json(stage.output("metrics.json"), metrics)
-    dense_folder.write_json(stage.output("completions.json"), written)
+    files.write_json(stage.output("metrics.json"), metrics)
+    files.write_json(stage.output("completions.json"), written)
 
 
 def skip(stage: Stage) -> None:
     """Say that nothing was measured."""
     _write_documents(stage, [])
-    dense_folder.write_json(stage.output("metrics.json"), {"model": stage.item, "evaluated": False})
-    dense_folder.write_json(stage.output("completions.json"), [])
+    files.write_json(stage.output("metrics.json"), {"model": stage.item, "evaluated": False})
+    files.write_json(stage.output("completions.json"), [])
 
 
 def _write_documents(stage: Stage, tables: list[pd.DataFrame]) -> None:
     columns = ["split", "document", "predictions", "bytes", "nll"]
     table = pd.concat(tables) if tables else pd.DataFrame(columns=columns)
-    table.to_csv(stage.output("documents.csv"), columns=columns, index=False, lineterminator="\n", float_format="%.9g")
+    files.write_csv(stage.output("documents.csv"), table, "%.9g", columns)
 
 
 def sizes(folder: Path) -> dict[str, int]:

@@ -18,6 +18,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.models import dense_folder
 from tasks.parameters import preflight
+from tasks.runtime import files
 from tasks.sources import corpus_source, hub, model_source, weight_check
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def run(stage: Stage) -> None:
         "files": {file.name: _identity(file) for file in target.iterdir()},
         "corpora": corpora,
     }
-    dense_folder.write_json(stage.output("source.json"), record)
+    files.write_json(stage.output("source.json"), record)
 
 
 def check_folder(folder: Path, inside: Path | None = None) -> dict[str, Any]:
@@ -105,4 +106,4 @@ def _tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _identity(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": dense_folder.sha256(file)}
+    return {"bytes": file.stat().st_size, "sha256": files.sha256(file)}

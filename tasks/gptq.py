@@ -16,13 +16,15 @@ import pandas as pd
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tasks.algorithms.quantisation import masked_gptq
+from tasks.algorithms.quantisation import unpacking
 from tasks.compression import block_quantisation
-from tasks.models import dense_folder, gptq_folder, sparsity_ledger
+from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tasks.algorithms.quantisation import masked_gptq
     from tasks.runtime.stage import Stage
 
 COLUMNS = ["linear", "bits", "error", "zeros", "violations"]
@@ -37,8 +39,8 @@ def run(stage: Stage) -> None:
         InputError: a matrix doesn't pack or doesn't suit the pattern; the budget is too small; masks don't fit.
     """
     chosen = stage.params.gptq
-    dense, target = stage.input("lora/model"), stage.output("model")
-    keep, pattern = dense_folder.load_masks(stage.input("masks.safetensors"))
+    dense, target = stage.model_in, stage.output("model")
+    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
     if chosen.joint:
         keep, pattern = {}, f"{chosen.joint.keep}:{chosen.joint.of}"
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
@@ -62,12 +64,12 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """Pass the dense model and its masks on; layers.csv has no rows, embedding.safetensors no tensors."""
-    dense = stage.input("lora/model")
+    dense = stage.model_in
     stage.pass_on(dense, stage.output("model"))
     stage.pass_on(stage.input("masks.safetensors"), stage.output("masks.safetensors"))
-    dense_folder.save_tensors(stage.output("embedding.safetensors"), {}, {"bits": "16", "group_size": "-1"})
-    pd.DataFrame(columns=COLUMNS).to_csv(stage.output("layers.csv"), index=False, lineterminator="\n")
-    keep, pattern = dense_folder.load_masks(stage.input("masks.safetensors"))
+    tensor_files.save_tensors(stage.output("embedding.safetensors"), {}, {"bits": "16", "group_size": "-1"})
+    files.write_csv(stage.output("layers.csv"), pd.DataFrame(columns=COLUMNS))
+    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
     table = sparsity_ledger.ledger(gptq_folder.block_weights(dense_folder.load_dense(dense)), keep, pattern)
     sparsity_ledger.check(table, "gptq", stage.params.wanda.enforce)
     sparsity_ledger.write(table, stage.output("sparsity.csv"))
@@ -104,14 +106,12 @@ def _write(
     """Masks and tables, measured on the saved model."""
     model = gptq_folder.load_quantised(target)
     weights = gptq_folder.block_weights(model)
-    bits = {name: linear.bits for name, linear in masked_gptq.quantised_linears(model).items()}
+    bits = {name: linear.bits for name, linear in unpacking.quantised_linears(model).items()}
     ledger = sparsity_ledger.ledger(weights, keep, pattern)
     if sparsity_ledger.check(ledger, "gptq", stage.params.wanda.enforce or stage.params.gptq.masked):
-        dense_folder.save_masks(stage.output("masks.safetensors"), dict(keep), pattern)
+        mask_files.save_masks(stage.output("masks.safetensors"), dict(keep), pattern)
     else:
         print(f"gptq.masked = false broke the pattern {pattern}: the model is a dense one from here on")
-        dense_folder.save_masks(stage.output("masks.safetensors"), {}, "dense")
+        mask_files.save_masks(stage.output("masks.safetensors"), {}, "dense")
     sparsity_ledger.write(ledger, stage.output("sparsity.csv"))
-    table(weights, bits, ledger, results).to_csv(
-        stage.output("layers.csv"), index=False, lineterminator="\n", float_format="%.9g"
-    )
+    files.write_csv(stage.output("layers.csv"), table(weights, bits, ledger, results), "%.9g")

@@ -9,7 +9,6 @@ loads no weights. The same verdict without the DAG, for any folder: tasks.device
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from tasks.algorithms.device_fit import footprint
 from tasks.algorithms.device_fit.verdict import Fit, judge
 from tasks.algorithms.errors import InputError
 from tasks.device_profiles import contents, profiles, tables
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
@@ -33,7 +33,7 @@ def run(stage: Stage) -> None:
     known = profiles.load_all(stage.input("devices"))
     chosen = profiles.pick(known, params.device)
     workload = footprint.Workload(params.context, params.batch, params.kv_bits, params.activation_bits)
-    model = contents.read(stage.input("package/model"))
+    model = contents.read(stage.model_in)
     found = {name: judge(profile.device(), model, workload) for name, profile in known.items()}
     fetched: dict[str, Fit] = {}
     if stage.has_input("fetch/model"):
@@ -51,7 +51,7 @@ def run(stage: Stage) -> None:
         "stored_bytes": model.stored,
         "workload": asdict(workload),
     }
-    stage.output("fit.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    files.write_json(stage.output("fit.json"), result)
     rows = [tables.row(name, one, fetched[name].verdict if fetched else "") for name, one in found.items()]
     _write(stage, rows)
     base_line = f"fetched model in bf16: {fetched[chosen.name].verdict}" if fetched else "fetched model: not compared"
@@ -61,7 +61,7 @@ def run(stage: Stage) -> None:
 def skip(stage: Stage) -> None:
     """Nothing was checked."""
     result = {"verdict": "NOT_CHECKED"}
-    stage.output("fit.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    files.write_json(stage.output("fit.json"), result)
     _write(stage, [])
 
 

@@ -35,6 +35,7 @@ from tasks.algorithms.scoring import likelihood, protocols
 from tasks.algorithms.text import triviaqa
 from tasks.models import dense_folder
 from tasks.runners import any_folder
+from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run(stage: Stage) -> None:
         InputError: the task has no documents, or the model can't be asked.
     """
     model_name, _, task_name = stage.item.partition("-")
-    own, folder = stage.params.harness, stage.input("model")
+    own, folder = stage.params.harness, stage.model_in
     documents = _documents(stage.input(f"{task_name}.jsonl"))
     task = load_task(stage.input(f"{task_name}.yaml"), documents)
     from lm_eval import evaluate
@@ -78,7 +79,7 @@ def run(stage: Stage) -> None:
         "agreement": _agreement(lm, samples, own.batch) if task.OUTPUT_TYPE == "loglikelihood_rolling" else None,
     }
     _write_samples(stage.output("samples.jsonl"), task, samples)
-    dense_folder.write_json(stage.output("scores.json"), scores)
+    files.write_json(stage.output("scores.json"), scores)
     print("; ".join(f"{name} {found['value']:.4f}" for name, found in scores["metrics"].items()))
     print(f"{scores['samples']} of {scores['documents']} documents, the model was asked {lm.asked} requests")
 
@@ -87,7 +88,7 @@ def skip(stage: Stage) -> None:
     """Say that nothing was evaluated."""
     model_name, _, task_name = stage.item.partition("-")
     stage.output("samples.jsonl").touch()
-    dense_folder.write_json(stage.output("scores.json"), {"model": model_name, "task": task_name, "evaluated": False})
+    files.write_json(stage.output("scores.json"), {"model": model_name, "task": task_name, "evaluated": False})
 
 
 def load_task(path: Path, documents: Sequence[dict[str, Any]]) -> Task:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.text import task_documents
-from tasks.models import dense_folder
+from tasks.runtime import files
 from tasks.sources import hub, json_lines
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run(stage: Stage) -> None:
         origin, rows = _hub(source) if source and source.path is None else _local(stage, task, source)
         sources[task] = {**origin, **_write(task, rows, folder / f"{task}.jsonl")}
         print(f"{task}: {sources[task]['documents']} documents, {sources[task]['rows_without_document']} rows without")
-    dense_folder.write_json(stage.output("sources.json"), sources)
+    files.write_json(stage.output("sources.json"), sources)
 
 
 def skip(stage: Stage) -> None:
@@ -48,7 +48,7 @@ def skip(stage: Stage) -> None:
     stage.output("documents").mkdir()
     for task in stage.params.harness.tasks:
         (stage.output("documents") / f"{task}.jsonl").touch()
-    dense_folder.write_json(stage.output("sources.json"), {})
+    files.write_json(stage.output("sources.json"), {})
 
 
 def _source(stage: Stage, task: str) -> TaskSource | None:

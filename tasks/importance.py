@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from tasks.algorithms.pruning import importance
 from tasks.models import dense_folder
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
@@ -19,7 +20,7 @@ COLUMNS = [*importance.SCORES, importance.COMPOUND]
 def run(stage: Stage) -> None:
     """Write scores.csv: layer and one column per score, higher = more important."""
     params = stage.params.importance
-    model = dense_folder.load_dense(stage.input("vocabulary/model")).to(stage.params.device)
+    model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
     input_ids = load_file(stage.input("windows.safetensors"))["input_ids"][: params.windows].long()
     scores = {}
     with stage.progress("importance", len(importance.SCORES)) as progress:
@@ -42,4 +43,4 @@ def skip(stage: Stage) -> None:
 
 
 def _write(stage: Stage, table: pd.DataFrame) -> None:
-    table.to_csv(stage.output("scores.csv"), index=False, lineterminator="\n", float_format="%.9g")
+    files.write_csv(stage.output("scores.csv"), table, "%.9g")

@@ -28,6 +28,7 @@ import pandas as pd
 from tasks.algorithms.scoring import kv_cache, likelihood, protocols
 from tasks.models import dense_folder
 from tasks.runners import any_folder
+from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ COLUMNS = (
 
 def run(stage: Stage) -> None:
     """Write kv_cache.csv."""
-    folder, p = stage.input("model"), stage.params.kv_cache
+    folder, p = stage.model_in, stage.params.kv_cache
     model, tokenizer = any_folder.load_model(folder).to(stage.params.device), dense_folder.load_tokenizer(folder)
     documents = json_lines.read(stage.input("corpora") / "test.jsonl")
     rows, bits = [], [FULL, *p.bits]
@@ -83,8 +84,7 @@ def skip(stage: Stage) -> None:
 
 
 def _write(stage: Stage, table: pd.DataFrame) -> None:
-    options = {"columns": list(COLUMNS), "index": False, "lineterminator": "\n", "float_format": "%.9g"}
-    table.to_csv(stage.output("kv_cache.csv"), **options)
+    files.write_csv(stage.output("kv_cache.csv"), table, "%.9g", COLUMNS)
 
 
 def _row(score: likelihood.Score, reference: likelihood.Score) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tasks.algorithms.model import families
 from tasks.compression import recovery_training
-from tasks.models import dense_folder, sparsity_ledger
+from tasks.models import dense_folder, mask_files, sparsity_ledger
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,8 +25,8 @@ def run(stage: Stage) -> None:
     Raises:
         InputError: inputs or parameters don't fit each other, the training diverges, or the pattern is broken.
     """
-    source = stage.input("wanda/model")
-    keep, _ = dense_folder.load_masks(stage.input("masks.safetensors"))
+    source = stage.model_in
+    keep, _ = mask_files.load_masks(stage.input("masks.safetensors"))
     kept = json.loads(stage.input("removed.json").read_text(encoding="utf-8"))["kept"]
     recovered = recovery_training.recover(stage, source, keep, kept)
     _ledger(stage, recovered.model)
@@ -35,13 +35,13 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """Pass the pruned model on; a history without rows."""
-    _ledger(stage, dense_folder.load_dense(stage.input("wanda/model")))
-    stage.pass_on(stage.input("wanda/model"), stage.output("lora/model"))
+    _ledger(stage, dense_folder.load_dense(stage.model_in))
+    stage.pass_on(stage.model_in, stage.output("lora/model"))
     recovery_training.write_history([], stage.output("history.csv"))
 
 
 def _ledger(stage: Stage, model: nn.Module) -> None:
-    keep, pattern = dense_folder.load_masks(stage.input("masks.safetensors"))
+    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
     weights = {name: linear.weight.detach() for name, linear in families.block_linears(model).items()}
     table = sparsity_ledger.ledger(weights, keep, pattern)
     sparsity_ledger.check(table, "lora", stage.params.wanda.enforce)

@@ -14,7 +14,6 @@ makes of it is `tests.benchmarks.engines`'.
 from __future__ import annotations
 
 import filecmp
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.evaluation import measuring_process
 from tasks.models import tensor_headers
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.parameters.schema import Measure
@@ -110,5 +110,4 @@ def _line(name: str, found: dict[str, Any]) -> str:
 
 
 def _write(stage: Stage, name: str, found: dict[str, Any]) -> None:
-    text = json.dumps(found, indent=1, sort_keys=True) + "\n"
-    stage.output(f"{name}/host.json").write_text(text, encoding="utf-8")
+    files.write_json(stage.output(f"{name}/host.json"), found)

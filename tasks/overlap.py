@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.text import overlap
+from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
@@ -119,4 +120,4 @@ def _content(text: str) -> bytes:
 
 
 def _write(stage: Stage, found: dict[str, Any]) -> None:
-    stage.output("overlap.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    files.write_json(stage.output("overlap.json"), found)

@@ -20,8 +20,9 @@ import pandas as pd
 import torch
 
 from tasks.algorithms.errors import InputError
-from tasks.models import dense_folder, sparsity_ledger
+from tasks.models import mask_files, sparsity_ledger
 from tasks.packed import reader
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +40,8 @@ def run(stage: Stage) -> None:
         InputError: a pruned weight is no longer zero, and wanda.enforce is true; the codes of embedding or adapter
             aren't those of the model.
     """
-    source, folder = stage.input("eora/model"), stage.output("package/model")
-    keep, pattern = dense_folder.load_masks(stage.input("masks.safetensors"))
+    source, folder = stage.model_in, stage.output("package/model")
+    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
     codes = stage.input("embedding.safetensors"), stage.input("adapter.safetensors")
     holds = sparsity_ledger.check(
         _ledger(reader.read(source).blocks, keep, pattern), "package", stage.params.wanda.enforce
@@ -64,7 +65,7 @@ def run(stage: Stage) -> None:
 def skip(stage: Stage) -> None:
     """Pass the model on, with a manifest that names no file."""
     folder = stage.output("package/model")
-    stage.pass_on(stage.input("eora/model"), folder)
+    stage.pass_on(stage.model_in, folder)
     write_manifest(folder, {"files": {}, "pattern": None, "pruned_matrices": 0, "lineage": {}})
     sparsity_ledger.write(pd.DataFrame(columns=sparsity_ledger.COLUMNS), stage.output("sparsity.csv"))
 
@@ -89,7 +90,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def describe(path: Path) -> dict[str, Any]:
     """Size and sha256 of a file."""
-    return {"bytes": path.stat().st_size, "sha256": dense_folder.sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
 
 
 def asked(wanda: Wanda, gptq: Gptq) -> str:
@@ -116,9 +117,9 @@ def _ledger(blocks: Iterable[Mapping[str, reader.Linear]], keep: Mapping[str, Te
 
 def _manifest(stage: Stage, folder: Path, pattern: str, pruned: int) -> dict[str, Any]:
     """bound: bytes that each component must hold, by what is known of its content (`packed.bound`)."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        "files": {str(path.relative_to(folder)): describe(path) for path in files},
+        "files": {str(path.relative_to(folder)): describe(path) for path in paths},
         "bound": {name: bits / 8 for name, bits in reader.bound(folder).items()},
         "pattern": pattern,
         "asked": asked(stage.params.wanda, stage.params.gptq),

@@ -26,7 +26,7 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
-from tasks.reporting import charts
+from tasks.reporting import chart_style
 from tasks.reporting.evidence import read as read_evidence
 from tasks.reporting.figures import figures
 from tasks.reporting.format import FILTERS
@@ -51,6 +51,7 @@ from tasks.reporting.sections import (
     task_scores,
 )
 from tasks.reporting.verdict import verdict
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.reporting.evidence import Evidence
@@ -124,7 +125,7 @@ def render(evidence: Evidence, sentences: list[str], drawn: dict[str, dict[str, 
     Raises:
         RuntimeError: Vega's script can't stand inside a page.
     """
-    bundle = vl_convert.javascript_bundle(vl_version=charts.VEGA_LITE)
+    bundle = vl_convert.javascript_bundle(vl_version=chart_style.VEGA_LITE)
     if "</script" in bundle.lower() or "<!--" in bundle:
         raise RuntimeError("Vega's script would end the page's script element; use the pinned vl-convert-python")
     environment = jinja2.Environment(
@@ -162,16 +163,16 @@ def _drawn(plots: dict[str, Plot]) -> dict[str, Plot]:
 def _write(stage: Stage, metrics: dict[str, dict[str, Any]], found: dict[str, Any], sentences: list[str]) -> None:
     rows, components = stage_rows(metrics), byte_rows(metrics)
     stage.output("verdict.txt").write_bytes("".join(f"{line}\n" for line in sentences).encode("utf-8", "replace"))
-    rows.to_csv(stage.output("stages.csv"), index=False, lineterminator="\n", float_format="%.9g")
-    components.to_csv(stage.output("bytes.csv"), index=False, lineterminator="\n")
-    stage.output("metrics.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    files.write_csv(stage.output("stages.csv"), rows, "%.9g")
+    files.write_csv(stage.output("bytes.csv"), components)
+    files.write_json(stage.output("metrics.json"), found)
 
 
 def _write_plots(folder: Path, plots: dict[str, Plot]) -> None:
     """One SVG per plot, and captions.json with what stands below them."""
     folder.mkdir()
     for name, plot in plots.items():
-        svg = vl_convert.vegalite_to_svg(charts.still(plot.spec), vl_version=charts.VEGA_LITE)
+        svg = vl_convert.vegalite_to_svg(chart_style.still(plot.spec), vl_version=chart_style.VEGA_LITE)
         (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
     captions = {name: plot.caption for name, plot in plots.items()}
     (folder / "captions.json").write_text(json.dumps(captions, indent=1) + "\n", encoding="utf-8")
@@ -182,7 +183,7 @@ def _write_tables(folder: Path, found: list[dict[str, pd.DataFrame]]) -> None:
     folder.mkdir()
     for name, table in {name: table for tables in found for name, table in tables.items()}.items():
         if len(table):
-            table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n", float_format="%.9g")
+            files.write_csv(folder / f"{name}.csv", table, "%.9g")
 
 
 def _integrity(script: str) -> str:

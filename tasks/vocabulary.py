@@ -22,7 +22,8 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.scoring import perplexity
 from tasks.algorithms.text import vocabulary
-from tasks.models import dense_folder, tensor_headers
+from tasks.models import dense_folder, tensor_files, tensor_headers
+from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def run(stage: Stage) -> None:
     Raises:
         InputError: the tokenizer is no BPE of the tokenizers library, or trimming would change what it may not.
     """
-    source, target, p = stage.input("fetch/model"), stage.output("model"), stage.params.vocabulary
+    source, target, p = stage.model_in, stage.output("model"), stage.params.vocabulary
     tokenizer = dense_folder.load_tokenizer(source)
     content = _content(tokenizer)
     texts = json_lines.read(stage.input("fetch/corpora") / f"{p.corpus}.jsonl")
@@ -79,16 +80,16 @@ def run(stage: Stage) -> None:
     record = {"enabled": True, "corpus": p.corpus, "min_count": p.min_count} | _sizes(source, target, saved)
     record |= {"kept": keep.tolist(), "counts": counts[keep].tolist()}
     record["corpus_tokens"] = {"before": len(tokens), "after": len(ids)}
-    dense_folder.write_json(stage.output("tokens.json"), record)
+    files.write_json(stage.output("tokens.json"), record)
     print(f"{len(keep)} of {len(counts)} tokens stay, bytes saved: {record['bytes_saved']}")
     print(f"the corpus has {len(ids):,} tokens, {len(tokens):,} before; logits differ by {difference:.2g} at most")
 
 
 def skip(stage: Stage) -> None:
     """The fetched model as it is."""
-    source = stage.input("fetch/model")
+    source = stage.model_in
     stage.pass_on(source, stage.output("model"))
-    dense_folder.write_json(stage.output("tokens.json"), {"enabled": False, **_sizes(source, source, 0)})
+    files.write_json(stage.output("tokens.json"), {"enabled": False, **_sizes(source, source, 0)})
 
 
 def check_tokens(before: Tensor, after: Tensor, keep: Tensor) -> None:
@@ -179,7 +180,7 @@ def _write_configs(described: dict[str, dict[str, Any]], target: Path, keep: Ten
     renumbered = {name: vocabulary.renumber(content, keep) for name, content in described.items()}
     renumbered["config.json"]["vocab_size"] = len(keep)
     for name, content in renumbered.items():
-        dense_folder.write_json(target / name, content)
+        files.write_json(target / name, content)
 
 
 def _write_weights(stage: Stage, source: Path, target: Path, keep: Tensor) -> None:
@@ -192,11 +193,11 @@ def _write_weights(stage: Stage, source: Path, target: Path, keep: Tensor) -> No
             stage.pass_on(path, target / path.name)
             continue
         tensors = {name: tensor[keep] if name in names else tensor for name, tensor in load_file(path).items()}
-        dense_folder.save_tensors(target / path.name, tensors, metadata)
+        tensor_files.save_tensors(target / path.name, tensors, metadata)
     index = _json(source / INDEX)
     if index:
         index["metadata"] = {**index.get("metadata", {}), "total_size": _stored(target)}
-        dense_folder.write_json(target / INDEX, index)
+        files.write_json(target / INDEX, index)
 
 
 def _sizes(source: Path, target: Path, tokenizer: int) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tasks.algorithms.model import families
 from tasks.algorithms.pruning import wanda
-from tasks.models import dense_folder, sparsity_ledger
+from tasks.models import dense_folder, mask_files, sparsity_ledger
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from tasks.parameters.schema import Wanda
@@ -31,16 +32,16 @@ def run(stage: Stage) -> None:
         InputError: a linear's inputs aren't divisible by `of`, or a metric isn't finite.
     """
     chosen = stage.params.wanda
-    model = dense_folder.load_dense(stage.input("depth_prune/model"))
+    model = dense_folder.load_dense(stage.model_in)
     input_ids = load_file(stage.input("windows.safetensors"))["input_ids"].long()
     select = SELECTS[chosen.method, chosen.pattern](chosen)
     with stage.progress("wanda", len(families.blocks(model))) as progress:
         selections = wanda.prune(model, input_ids, select, BATCH, progress.update)
-    tokenizer = dense_folder.load_tokenizer(stage.input("depth_prune/model"))
+    tokenizer = dense_folder.load_tokenizer(stage.model_in)
     dense_folder.save_dense(model, tokenizer, stage.output("wanda/model"))
     pattern = _pattern(chosen)
     keep = {name: each.keep for name, each in selections.items()}
-    dense_folder.save_masks(stage.output("masks.safetensors"), keep, pattern)
+    mask_files.save_masks(stage.output("masks.safetensors"), keep, pattern)
     _ledger(stage, model, keep, pattern)
     table = _table(model, selections)
     _write(stage, table)
@@ -49,9 +50,9 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """The depth-pruned model as it is, no masks."""
-    stage.pass_on(stage.input("depth_prune/model"), stage.output("wanda/model"))
-    _ledger(stage, dense_folder.load_dense(stage.input("depth_prune/model")), {}, "dense")
-    dense_folder.save_masks(stage.output("masks.safetensors"), {}, "dense")
+    stage.pass_on(stage.model_in, stage.output("wanda/model"))
+    _ledger(stage, dense_folder.load_dense(stage.model_in), {}, "dense")
+    mask_files.save_masks(stage.output("masks.safetensors"), {}, "dense")
     _write(stage, pd.DataFrame(columns=COLUMNS))
 
 
@@ -94,4 +95,4 @@ def _print(table: pd.DataFrame, pattern: str, method: str, tokens: int) -> None:
 
 
 def _write(stage: Stage, table: pd.DataFrame) -> None:
-    table.to_csv(stage.output("layers.csv"), index=False, lineterminator="\n", float_format="%.9g")
+    files.write_csv(stage.output("layers.csv"), table, "%.9g")

@@ -12,6 +12,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tasks.algorithms.model import checkpoints
+from tasks.runtime.stage import Inputs
 from tests.support import project
 
 torch.set_num_threads(1)
@@ -28,36 +29,41 @@ class _Progress:
         pass
 
 
+class FakeStage(Inputs):
+    """What a stage module gets, without DVC; inputs are looked up as those of the real one.
+
+    Args:
+        inputs: path as dvc.yaml declares it, or its end -> where it lies.
+        out: the folder of its outputs.
+    """
+
+    def __init__(self, params, inputs, out, item, journal, answers):
+        super().__init__("under test", {Path(name): Path(place) for name, place in inputs.items()})
+        sections = {
+            name: SimpleNamespace(**values) if isinstance(values, dict) else values for name, values in params.items()
+        }
+        self.params, self.item, self.out = SimpleNamespace(**{"device": "cpu"} | sections), item, out
+        self.journal = checkpoints.NOTHING if journal is None else journal
+        self.answers = checkpoints.NOTHING if answers is None else answers
+
+    def output(self, name):
+        path = self.out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def pass_on(self, source, target):
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+
+    def progress(self, description, total):
+        return _Progress()
+
+
 @pytest.fixture
 def make_stage(tmp_path):
     """make_stage({section: params}, {suffix: path}, out="out") -> what run(stage) gets; it writes to tmp_path / out."""
 
     def make(params, inputs, out="out", item=None, journal=None, answers=None):
-        params = {"device": "cpu"} | params
-
-        def output(name):
-            path = tmp_path / out / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return path
-
-        def pass_on(source, target):
-            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
-
-        sections = {
-            name: SimpleNamespace(**given) if isinstance(given, dict) else given for name, given in params.items()
-        }
-        return SimpleNamespace(
-            params=SimpleNamespace(**sections),
-            item=item,
-            input=lambda name: Path(inputs[name]),
-            has_input=lambda name: name in inputs,
-            inputs_named=lambda name: [path for path in map(Path, inputs.values()) if path.name == name],
-            output=output,
-            pass_on=pass_on,
-            progress=lambda description, total: _Progress(),
-            journal=checkpoints.NOTHING if journal is None else journal,
-            answers=checkpoints.NOTHING if answers is None else answers,
-        )
+        return FakeStage(params, inputs, tmp_path / out, item, journal, answers)
 
     return make
 

@@ -6,7 +6,6 @@ While it runs, the project's flows and stages register with it: they find its UR
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import socket
 import sys
@@ -14,6 +13,7 @@ import threading
 
 from flows.server import settings
 from flows.server.temporary import HOST, serve
+from tasks.runtime import files
 
 
 def main(arguments: list[str]) -> int:
@@ -43,9 +43,7 @@ def main(arguments: list[str]) -> int:
 
 def _announce(url: str) -> None:
     settings.HOME.mkdir(exist_ok=True)
-    unfinished = settings.SERVER_URL.with_suffix(".tmp")
-    unfinished.write_text(f"{url}/api\n", encoding="utf-8")
-    os.replace(unfinished, settings.SERVER_URL)
+    files.write_text(settings.SERVER_URL, f"{url}/api\n")
     threading.Thread(target=_watch, daemon=True).start()  # this thread is the one that answers
     print(f"Prefect UI: {url}   (Ctrl-C ends it)", flush=True)
 

@@ -18,8 +18,8 @@ from tasks.algorithms import packing
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, layers, masks
 from tasks.algorithms.model.shape import shape_of_config
-from tasks.algorithms.quantisation import allocation, embedding, masked_gptq, rounding, sensitivity
-from tasks.models import dense_folder
+from tasks.algorithms.quantisation import allocation, embedding, masked_gptq, masked_grid, rounding, sensitivity
+from tasks.models import dense_folder, tensor_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,11 +41,7 @@ def settings(chosen: Gptq, widths: int | Mapping[str, int]) -> Any:
     Args:
         widths: bits of all linears, or full module name -> bits.
     """
-    mixed = None if isinstance(widths, int) else widths
-    bits = widths if isinstance(widths, int) else chosen.bits
-    return masked_gptq.config(
-        bits, chosen.group_size, chosen.symmetric, chosen.damp, chosen.act_order, chosen.mse, mixed
-    )
+    return masked_gptq.config(widths, chosen.group_size, chosen.symmetric, chosen.damp, chosen.act_order, chosen.mse)
 
 
 def check_shapes(described: Mapping[str, Any], bits: int | None, group_size: int) -> None:
@@ -139,7 +135,7 @@ def save_embedding(path: Path, coded: Mapping[str, rounding.Coded], chosen: Gptq
     for name, each in coded.items():
         tensors |= {f"{name}.codes": each.codes, f"{name}.scales": each.scales}
     described = {"bits": str(chosen.embedding.bits), "group_size": str(chosen.embedding.group_size)}
-    dense_folder.save_tensors(path, tensors, described)
+    tensor_files.save_tensors(path, tensors, described)
 
 
 SIDES = ("codes", "scales")
@@ -184,7 +180,7 @@ def choices(stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, 
     widths = sorted({bits for each in packable.values() for bits in each})
 
     def quantise(name: str, weight: Tensor, bits: int) -> Tensor:
-        return masked_gptq.nearest(weight, keep.get(name), config, bits, chosen.scale_steps)
+        return masked_grid.nearest(weight, keep.get(name), config, bits, chosen.scale_steps)
 
     with stage.progress("sensitivity", len(weights)) as progress:
         memory = stage.journal.part("sensitivity")
@@ -246,16 +242,8 @@ def quantise_linears(
             progress.update(len(finished), error=error)
 
         joint = (chosen.joint.keep, chosen.joint.of) if chosen.joint else None
-        results = masked_gptq.quantise(
-            model,
-            windows,
-            keep if chosen.masked else {},
-            done,
-            chosen.scale_steps,
-            joint,
-            chosen.descent_cycles,
-            memory,
-        )
+        led = masked_gptq.Settings(chosen.scale_steps, joint, chosen.descent_cycles)
+        results = masked_gptq.quantise(model, windows, keep if chosen.masked else {}, led, done, memory)
     for name, result in results.items():
         if result.damp > chosen.damp:
             print(f"{name}: the Hessian needed damping {result.damp:.3g} instead of gptq.damp = {chosen.damp:.3g}")

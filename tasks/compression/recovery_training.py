@@ -20,6 +20,7 @@ from tasks.algorithms.model import families
 from tasks.algorithms.recovery import masked_lora, reconstruction
 from tasks.algorithms.scoring import perplexity
 from tasks.models import dense_folder
+from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
@@ -84,8 +85,7 @@ def write(recovered: Recovered, source: Path, model: Path, history: Path) -> Non
 
 def write_history(history: list[dict[str, float]], path: Path) -> None:
     """Write one row per step; an empty cell was not computed."""
-    table = pd.DataFrame(history, columns=list(masked_lora.COLUMNS))
-    table.to_csv(path, index=False, lineterminator="\n", float_format="%.9g")
+    files.write_csv(path, pd.DataFrame(history, columns=list(masked_lora.COLUMNS)), "%.9g")
 
 
 def _adapt(

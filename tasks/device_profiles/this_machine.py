@@ -14,7 +14,6 @@ other NUMA node and no accelerator.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ import yaml
 
 from tasks.algorithms.errors import InputError
 from tasks.device_profiles import profiles
+from tasks.runtime import files
 
 OUT = Path(__file__).resolve().parents[2] / "data" / "devices" / f"{profiles.HOST}.yaml"
 SECONDS = 1.0
@@ -202,14 +202,10 @@ def write(content: dict[str, Any], path: Path) -> profiles.Profile:
         InputError: the folder isn't there or can't be written.
     """
     parsed = profiles.Profile.model_validate(content)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(yaml.safe_dump(content, sort_keys=False, width=120), encoding="utf-8")
-        os.replace(scratch, path)
+        files.write_text(path, yaml.safe_dump(content, sort_keys=False, width=120))
     except OSError as error:
         raise InputError(f"{path} can't be written ({error.strerror}): name a file with --out") from error
-    finally:
-        scratch.unlink(missing_ok=True)
     return parsed
 
 

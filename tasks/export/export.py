@@ -28,6 +28,7 @@ from tasks.algorithms.errors import InputError
 from tasks.export import source_model
 from tasks.models import dense_folder
 from tasks.runners import any_folder, engines, llama_bindings
+from tasks.runtime import files
 from tasks.sources import json_lines
 
 _ENGINES = {
@@ -79,7 +80,7 @@ def export(folder: Path, kind: str, out: Path, text: Path | None = None) -> dict
         report["changes"] = {what: _cost(change, report["components"]) for what, change in changes.items()}
         if text:
             report["check"] = check(folder, written, windows, prompts)
-        dense_folder.write_json(written / REPORT, report)
+        files.write_json(written / REPORT, report)
         if out.exists():
             out.rmdir()
         os.replace(written, out)
@@ -178,12 +179,10 @@ def _check_data(folder: Path, text: Path) -> tuple[list[np.ndarray], list[np.nda
 
 
 def _sizes(folder: Path, written: Path, components: dict[str, int]) -> dict[str, Any]:
-    files = {path.name: path for path in sorted(written.iterdir())}
+    paths = {path.name: path for path in sorted(written.iterdir())}
     total, before = source_model.folder_bytes(written), source_model.folder_bytes(folder)
     return {
-        "files": {
-            name: {"bytes": path.stat().st_size, "sha256": dense_folder.sha256(path)} for name, path in files.items()
-        },
+        "files": {name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for name, path in paths.items()},
         "bytes": {"source": before, "export": total, "ratio": total / before},
         "components": {
             "source": any_folder.component_bytes(folder),

@@ -19,7 +19,7 @@ from torch import Tensor
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.quantisation import rounding
-from tasks.models import dense_folder
+from tasks.models import tensor_files
 from tasks.packed import reader
 from tasks.packed.reader import Linear
 
@@ -157,7 +157,7 @@ def write_dense(source: Source, folder: Path, merged: bool) -> None:
     if source.head is not None:
         tensors[f"{described.head}.weight"] = table(source.head)
     reader.copy_tokenizer(source.folder, folder)
-    dense_folder.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    tensor_files.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(source.config | {"dtype": "float32"}), encoding="utf-8")
 
 

@@ -1,23 +1,19 @@
-"""Read and write dense model folders with transformers, masks, and JSON; quantised folders are `gptq_folder`'s.
+"""Read and write dense model folders with transformers; quantised folders are `gptq_folder`'s.
 
 Only safetensors are read or written, never a pickle, and no code of a model folder is run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families, masks
+from tasks.algorithms.model import families
 
 LARGEST = {"config.json": 2**20, "tokenizer.json": 2**28, "model.safetensors.index.json": 2**26}
 """Bytes that a file of a model folder may have: the folder is untrusted, and a JSON text is read into memory whole."""
@@ -77,51 +73,6 @@ def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     tokenizer.save_pretrained(folder)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whose bytes depend on its content alone."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
-    sort_header(path)
-
-
-def sort_header(path: Path) -> None:
-    """Sort a safetensors file's metadata in place: the library writes it in an order that changes from run to run."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) > size:
-            raise ValueError(f"the header of {path} does not fit its {size} bytes when sorted")
-        file.seek(8)
-        file.write(text.ljust(size))
-
-
-def save_masks(path: Path, keep: dict[str, Tensor], pattern: str) -> None:
-    """Write keep masks as packed bits.
-
-    Args:
-        keep: module name -> bool [rows, cols], True where the weight is kept. May be empty: nothing is pruned.
-        pattern: "2:4" (kept : of), "unstructured" or "dense".
-    """
-    shapes = {name: f"{mask.shape[0]},{mask.shape[1]}" for name, mask in keep.items()}
-    save_tensors(path, {name: masks.pack(mask) for name, mask in keep.items()}, shapes | {"pattern": pattern})
-
-
-def load_masks(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The masks of `save_masks` (module name -> bool [rows, cols], True = kept) and their pattern.
-
-    Raises:
-        InputError: the file has no pattern, or a mask's bytes don't fit its shape.
-    """
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "pattern" not in metadata:
-            raise InputError(f"{path} is no mask file: its metadata has no `pattern`; run the stage wanda again")
-        shapes = {name: tuple(map(int, metadata[name].split(","))) for name in sorted(file.keys())}
-        keep = {name: masks.unpack(file.get_tensor(name), *shape) for name, shape in shapes.items()}
-    return keep, metadata["pattern"]
-
-
 def parameter_count(model: PreTrainedModel) -> int:
     """Weights of the model; those of a matrix count alike whether quantised or not, an adapter doesn't count."""
     matrices = families.block_linears(model)
@@ -129,14 +80,3 @@ def parameter_count(model: PreTrainedModel) -> int:
     rest = sum(w.numel() for name, w in model.named_parameters() if not name.startswith(inside))
     biases = sum(linear.bias.numel() for linear in matrices.values() if linear.bias is not None)
     return rest + biases + sum(linear.in_features * linear.out_features for linear in matrices.values())
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whose bytes depend on its content alone."""
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
-from tasks.algorithms.quantisation import masked_gptq
-from tasks.models import dense_folder
+from tasks.algorithms.quantisation import gptqmodel_library as library
+from tasks.algorithms.quantisation import unpacking
+from tasks.models import dense_folder, tensor_files
+from tasks.runtime import files
 
 QUANTISED = "quantize_config.json"
 """gptqmodel writes this file beside the weights; a folder without it is dense."""
@@ -60,35 +62,34 @@ def load_quantised(folder: Path, adapter: bool = True) -> PreTrainedModel:
         adapter: load the adapter of the folder too, where it has one.
     """
     dense_folder.check_sizes(folder)
-    library = masked_gptq.gptqmodel
     branch = folder / ADAPTER
-    with masked_gptq.loading_in_float32():
-        model = library.GPTQModel.load(
+    with library.loading_in_float32():
+        model = library.gptqmodel.GPTQModel.load(
             str(folder),
-            backend=library.BACKEND.GPTQ_TORCH,
+            backend=library.gptqmodel.BACKEND.GPTQ_TORCH,
             device="cpu",
             dtype=torch.float32,
-            adapter=masked_gptq.Lora(rank=None, path=str(branch)) if adapter and branch.exists() else None,
+            adapter=library.Lora(rank=None, path=str(branch)) if adapter and branch.exists() else None,
         ).model
-    masked_gptq.unpack_once(model)
+    unpacking.unpack_once(model)
     return model.eval()
 
 
 def load_dequantised(folder: Path) -> PreTrainedModel:
     """A gptqmodel checkpoint as an ordinary dense float32 model, without its adapter."""
     model = load_quantised(folder, adapter=False)
-    masked_gptq.densify(model)
+    unpacking.densify(model)
     return model
 
 
 def load_for_quantisation(folder: Path, quantisation: Any) -> Any:
-    """gptqmodel's wrapper of a dense checkpoint in float32, to be quantised by `masked_gptq.quantise`.
+    """gptqmodel's wrapper of a dense checkpoint in float32, as `tasks.algorithms.quantisation.masked_gptq` needs it.
 
     Args:
-        quantisation: of `masked_gptq.config`.
+        quantisation: gptqmodel's QuantizeConfig.
     """
-    with masked_gptq.contained():
-        return masked_gptq.gptqmodel.GPTQModel.load(str(folder), quantisation, dtype=torch.float32)
+    with library.contained():
+        return library.gptqmodel.GPTQModel.load(str(folder), quantisation, dtype=torch.float32)
 
 
 def save_quantised(model: Any, dense: Path, folder: Path) -> None:
@@ -98,25 +99,23 @@ def save_quantised(model: Any, dense: Path, folder: Path) -> None:
     description of the quantisation are kept; all else comes from the dense folder.
 
     Args:
-        model: what `masked_gptq.quantise` quantised.
+        model: what `tasks.algorithms.quantisation.masked_gptq` quantised.
         dense: the folder it was loaded from.
 
     Raises:
         InputError: a value is too large for float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, masked_gptq.contained():
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, library.contained():
         model.save(scratch, max_shard_size=None)
         tensors = load_file(Path(scratch) / "model.safetensors")
         quantisation = json.loads((Path(scratch) / QUANTISED).read_text(encoding="utf-8"))
     tensors = {name: _half(name, tensor) for name, tensor in tensors.items()}
-    dense_folder.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    tensor_files.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     quantisation["meta"] = {key: quantisation["meta"][key] for key in _META}
-    dense_folder.write_json(folder / QUANTISED, quantisation)
+    files.write_json(folder / QUANTISED, quantisation)
     described = {key: value for key, value in dense_folder.config(dense).items() if key != "torch_dtype"}
-    dense_folder.write_json(
-        folder / "config.json", described | {"dtype": "float16", "quantization_config": quantisation}
-    )
+    files.write_json(folder / "config.json", described | {"dtype": "float16", "quantization_config": quantisation})
     for path in sorted(dense.iterdir()):
         if path.is_file() and not path.name.startswith("model.safetensors") and path.name != "config.json":
             shutil.copyfile(path, folder / path.name)
@@ -141,8 +140,8 @@ def save_adapter(folder: Path, factors: dict[str, tuple[Tensor, Tensor]]) -> Non
     for name, (a, b) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a
         tensors[f"base_model.model.{name}.lora_B.weight"] = b
-    dense_folder.save_tensors(branch / "adapter_model.safetensors", tensors, {"format": "pt"})
-    dense_folder.write_json(branch / "adapter_config.json", _adapter_config(ranks, whole=len(ranks) == len(factors)))
+    tensor_files.save_tensors(branch / "adapter_model.safetensors", tensors, {"format": "pt"})
+    files.write_json(branch / "adapter_config.json", _adapter_config(ranks, whole=len(ranks) == len(factors)))
 
 
 def block_weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -152,7 +151,7 @@ def block_weights(model: PreTrainedModel) -> dict[str, Tensor]:
         if isinstance(linear, nn.Linear):
             found[name] = linear.weight.detach().float()
         else:
-            found[name] = masked_gptq.dequantised(linear)
+            found[name] = unpacking.dequantised(linear)
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import masks
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +70,7 @@ def check(table: pd.DataFrame, where: str, enforce: bool) -> bool:
 
 def write(table: pd.DataFrame, path: Path) -> None:
     """Write a ledger as CSV."""
-    table.to_csv(path, index=False, lineterminator="\n")
+    files.write_csv(path, table)
 
 
 def _row(name: str, weight: Tensor, keep: Tensor | None, pattern: tuple[int, int] | None) -> tuple:

@@ -19,11 +19,10 @@ from dvc.repo import Repo
 from dvc.utils.serialize import modify_yaml
 
 from tasks.algorithms.errors import InputError
-from tasks.nightly import worktree
 from tasks.parameters import schema
 from tasks.parameters.schema import Params
 from tasks.parameters.source_sections import ModelSource
-from tasks.runtime import lineage
+from tasks.runtime import git, lineage
 
 
 class Source(NamedTuple):
@@ -90,10 +89,10 @@ def _place(top: Path, folder: Path, path: Path) -> None:
         if ".." in path.parts[1:]:
             raise InputError(f"{path} leads too far out of the project for a night; name it by an absolute path")
         _link(target, (top.parent / path.parts[1]).resolve())
-    elif not worktree.git(folder, "ls-files", "--", str(path)):
+    elif not git.run(folder, "ls-files", "--", str(path)):
         if target.is_symlink() or not target.exists():  # what it leads to may have changed
             _link(target, (top / path).resolve())
-    elif worktree.git(top, "status", "--porcelain", "--ignored", "--", str(path)):
+    elif git.run(top, "status", "--porcelain", "--ignored", "--", str(path)):
         _copy(top / path, target)
 
 

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +27,7 @@ from dvc.repo import Repo
 from dvc.repo.experiments.refs import EXEC_APPLY, EXPS_NAMESPACE, ExpRefInfo
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import locks
+from tasks.runtime import files, git, locks
 
 FOLDER = Path(".dvc/tmp/nights")
 """Below DVC's temporary folder, which git and DVC ignore."""
@@ -43,8 +41,6 @@ AUTHOR = {
     for who in ("AUTHOR", "COMMITTER")
     for what, value in (("NAME", "edgepress nightly"), ("EMAIL", "nightly@localhost"))
 }
-NO_HOOKS = ("-c", "core.hooksPath=/dev/null")
-"""DVC's and the user's hooks are for the workspace."""
 
 
 class Night(NamedTuple):
@@ -69,28 +65,13 @@ def root() -> Path:
         InputError: the working folder is not in such a project, or it has no commit.
     """
     try:
-        top = Path(git(Path.cwd(), "rev-parse", "--show-toplevel"))
-        git(top, "rev-parse", "--verify", "--quiet", "HEAD")
+        top = Path(git.run(Path.cwd(), "rev-parse", "--show-toplevel"))
+        git.run(top, "rev-parse", "--verify", "--quiet", "HEAD")
     except InputError as error:
         raise InputError("a night compresses a commit: run from the folder of a git repository with one") from error
     if not (top / "dvc.yaml").exists():
         raise InputError(f"{top} has no dvc.yaml; run from the project's folder")
     return top
-
-
-def git(folder: Path, *arguments: str, env: dict[str, str] | None = None, text: str | None = None) -> str:
-    """What a git command prints, without the last newline.
-
-    Raises:
-        InputError: it failed, with git's own words.
-    """
-    own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    done = subprocess.run(
-        ["git", *NO_HOOKS, *arguments], cwd=folder, input=text, capture_output=True, text=True, env=own | (env or {})
-    )
-    if done.returncode:
-        raise InputError(f"git {' '.join(arguments[:2])} failed: {' '.join(done.stderr.split())}")
-    return done.stdout.removesuffix("\n")
 
 
 def locked(top: Path, wait: bool) -> contextlib.AbstractContextManager[None]:
@@ -108,35 +89,36 @@ def locked(top: Path, wait: bool) -> contextlib.AbstractContextManager[None]:
 
 def prepare(top: Path) -> Path:
     """Bring the nights' worktree to the workspace's HEAD; its outputs and dvc.lock stay, as they belong together."""
-    folder, head = top / WORKTREE, git(top, "rev-parse", "HEAD")
+    folder, head = top / WORKTREE, git.run(top, "rev-parse", "HEAD")
     if _is_worktree(folder):
         lock = folder / "dvc.lock"
         kept = lock.read_bytes() if lock.exists() else None
-        for stale in Path(git(folder, "rev-parse", "--absolute-git-dir")).glob("*.lock"):
+        for stale in Path(git.run(folder, "rev-parse", "--absolute-git-dir")).glob("*.lock"):
             stale.unlink()  # git's, of a night that was killed: only nights work here, one at a time
-        git(folder, "checkout", "--quiet", "--force", "--detach", head)
-        git(folder, "clean", "--quiet", "--force", "-d")
+        git.run(folder, "checkout", "--quiet", "--force", "--detach", head)
+        git.run(folder, "clean", "--quiet", "--force", "-d")
         if kept is not None:
             lock.write_bytes(kept)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         _forget(top, folder)
-        git(top, "worktree", "prune")
-        git(top, "worktree", "add", "--quiet", "--force", "--detach", str(folder), head)
+        git.run(top, "worktree", "prune")
+        git.run(top, "worktree", "add", "--quiet", "--force", "--detach", str(folder), head)
     _share_cache(top, folder)
     return folder
 
 
 def _forget(top: Path, folder: Path) -> None:
     """Remove what git knows of a worktree: a kill in `git worktree add` leaves it locked, and half-written."""
-    for known in Path(git(top, "rev-parse", "--path-format=absolute", "--git-common-dir")).glob("worktrees/*/gitdir"):
+    folder_of_git = Path(git.run(top, "rev-parse", "--path-format=absolute", "--git-common-dir"))
+    for known in folder_of_git.glob("worktrees/*/gitdir"):
         if known.read_text(encoding="utf-8", errors="replace").strip() in ("", str(folder / ".git")):
             shutil.rmtree(known.parent)
 
 
 def _is_worktree(folder: Path) -> bool:
     try:
-        return folder.is_dir() and Path(git(folder, "rev-parse", "--show-toplevel")) == folder.resolve()
+        return folder.is_dir() and Path(git.run(folder, "rev-parse", "--show-toplevel")) == folder.resolve()
     except InputError:
         return False
 
@@ -154,16 +136,13 @@ def _share_cache(top: Path, folder: Path) -> None:
 
 def snapshot(folder: Path) -> str:
     """A commit on HEAD of the worktree's tracked files and dvc.lock; no ref names it yet."""
-    git(folder, "add", "--update")
-    if (folder / "dvc.lock").exists():
-        git(folder, "add", "--force", "dvc.lock")
-    return commit(folder, git(folder, "write-tree"), "candidate of a night")
+    return commit(folder, git.tree(folder, ["dvc.lock"]), "candidate of a night")
 
 
 def commit(folder: Path, tree: str, message: str) -> str:
     """A commit of the tree on HEAD."""
-    head = git(folder, "rev-parse", "HEAD")
-    return git(folder, "commit-tree", tree, "-p", head, "-F", "-", env=AUTHOR, text=message)
+    head = git.run(folder, "rev-parse", "HEAD")
+    return git.run(folder, "commit-tree", tree, "-p", head, "-F", "-", env=AUTHOR, text=message)
 
 
 def save(folder: Path, name: str, candidate: str | None, record: dict[str, Any]) -> Night:
@@ -172,18 +151,17 @@ def save(folder: Path, name: str, candidate: str | None, record: dict[str, Any])
     Args:
         candidate: of `snapshot`; None records a failed night on HEAD as it was.
     """
-    tree = git(folder, "rev-parse", f"{candidate or 'HEAD'}^{{tree}}")
-    text = json.dumps(record, indent=1, sort_keys=True)
-    found = commit(folder, tree, f"{name}: {record['verdict']}\n\n{text}\n")
-    ref = str(ExpRefInfo(git(folder, "rev-parse", "HEAD"), name))
-    git(folder, "update-ref", ref, found)
+    tree = git.run(folder, "rev-parse", f"{candidate or 'HEAD'}^{{tree}}")
+    found = commit(folder, tree, f"{name}: {record['verdict']}\n\n{files.json_text(record)}")
+    ref = str(ExpRefInfo(git.run(folder, "rev-parse", "HEAD"), name))
+    git.run(folder, "update-ref", ref, found)
     return Night(name, ref, found, record)
 
 
 def listing(top: Path) -> list[Night]:
     """Every recorded night, the oldest first."""
     form = "%(refname)%00%(objectname)%00%(contents:body)%01"
-    entries = git(top, "for-each-ref", f"--format={form}", EXPS_NAMESPACE).split("\1")
+    entries = git.run(top, "for-each-ref", f"--format={form}", EXPS_NAMESPACE).split("\1")
     nights = []
     for ref, found, body in (entry.strip("\n").split("\0") for entry in entries if entry.strip()):
         name = ref.rpartition("/")[2]
@@ -210,7 +188,7 @@ def find(top: Path, name: str) -> Night:
 
 def changed_parameters(top: Path, nights: list[Night]) -> dict[str, dict[str, Any]]:
     """Of every night the parameters in which the nights differ: name -> {"section.key": value}."""
-    texts = {night.name: git(top, "show", f"{night.commit}:params.yaml") for night in nights}
+    texts = {night.name: git.run(top, "show", f"{night.commit}:params.yaml") for night in nights}
     flat = {name: dict(_flatten(yaml.safe_load(text))) for name, text in texts.items()}
     keys = sorted({key for values in flat.values() for key in values})
     differ = [key for key in keys if len({json.dumps(values.get(key)) for values in flat.values()}) > 1]
@@ -251,8 +229,8 @@ def apply(top: Path, name: str, force: bool = False) -> Night:
 
 def uncommitted(top: Path) -> str:
     """Tracked files that differ from HEAD, in words; none where they are just what was brought back before."""
-    changed = git(top, "diff", "--name-only", "HEAD").splitlines()
+    changed = git.run(top, "diff", "--name-only", "HEAD").splitlines()
     with contextlib.suppress(InputError):  # no such ref: nothing was brought back yet
-        if changed and not git(top, "diff", "--name-only", EXEC_APPLY, "--", *changed):
+        if changed and not git.run(top, "diff", "--name-only", EXEC_APPLY, "--", *changed):
             return ""
     return ", ".join(changed)

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -29,7 +28,7 @@ from dvc.stage import Stage
 from dvc_data.index import DataIndexError
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import lineage
+from tasks.runtime import files, git, lineage
 
 STAGE = "package"
 """The stage whose output is shipped."""
@@ -56,20 +55,20 @@ def store(root: Path, revision: str, target: Path, known: Mapping[str, Any] | No
     with _refusals(revision), _opened(root, revision) as fs:
         path = _package_path(fs, revision)
         info = fs.info(path)["dvc_info"]
-        files = {}
+        copied = {}
         for source, details in sorted(fs.find(path, detail=True).items()):
             name = checked_name(str(PurePosixPath(source.lstrip("/")).relative_to(path)))
-            files[name] = _copy(fs, source, target / name, details["dvc_info"]["md5"])
-    _compare_with_manifest(target, files, revision)
-    found = {
+            copied[name] = _copy(fs, source, target / name, details["dvc_info"]["md5"])
+    _compare_with_manifest(target, copied, revision)
+    package = {
         "path": path,
         "md5": info["md5"],
-        "bytes": sum(each["bytes"] for each in files.values()),
-        "files": files,
+        "bytes": sum(file["bytes"] for file in copied.values()),
+        "files": copied,
     }
-    if known is not None and found != dict(known):
+    if known is not None and package != dict(known):
         raise InputError(f"the package of {revision[:10]} is not the one that was registered: its tag was altered")
-    return found
+    return package
 
 
 def described(root: Path, revision: str) -> dict[str, Any] | None:
@@ -88,20 +87,23 @@ def present(root: Path, revision: str) -> bool:
         return False
 
 
-def check(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def check(folder: Path, package: Mapping[str, Mapping[str, Any]]) -> None:
     """Hash a folder's files.
+
+    Args:
+        package: name -> bytes and sha256 of every file.
 
     Raises:
         InputError: one is missing, altered, or too many.
     """
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    for name in sorted(found - set(files)):
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    for name in sorted(present - set(package)):
         raise InputError(f"{folder / name} doesn't belong to the package: move it elsewhere")
-    for name, expected in files.items():
+    for name, expected in package.items():
         path = folder / name
         if path.is_symlink() or not path.is_file():
             raise InputError(f"{path} is missing, or no ordinary file")
-        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+        if path.stat().st_size != expected["bytes"] or files.sha256(path) != expected["sha256"]:
             raise InputError(f"{path} was altered: its sha256 is not {expected['sha256'][:10]}…")
 
 
@@ -117,12 +119,6 @@ def checked_name(name: str) -> str:
     if "\\" in name or name == ".":
         raise InputError(f"{name!r} is no name of a file in a package")
     return name
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(root: Path, revision: str, path: str) -> dict[str, Any]:
@@ -144,16 +140,11 @@ def snapshot(root: Path) -> str:
         InputError: no git repository, or the package on disk isn't the one that dvc.lock names.
     """
     _check_workspace(root)
-    head = _git(root, "rev-parse", "HEAD")
-    with tempfile.TemporaryDirectory() as scratch:
-        index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
-        _git(root, "read-tree", "HEAD", env=index)
-        _git(root, "add", "--update", ".", env=index)
-        _git(root, "add", "--", *(name for name in TRACKED if (root / name).exists()), env=index)
-        tree = _git(root, "write-tree", env=index)
-    if tree == _git(root, "rev-parse", "HEAD^{tree}"):
+    head, tree = git.run(root, "rev-parse", "HEAD"), git.tree(root, TRACKED)
+    if tree == git.run(root, "rev-parse", "HEAD^{tree}"):
         return head
-    return _git(root, "commit-tree", tree, "-p", head, "-m", "Workspace of a promoted package", env=_identity(root))
+    message = "Workspace of a promoted package"
+    return git.run(root, "commit-tree", tree, "-p", head, "-m", message, env=_identity(root))
 
 
 def _check_workspace(root: Path) -> None:
@@ -237,7 +228,7 @@ def _readable(fs: DVCFileSystem, path: str) -> bool:
         return file.read(1) is not None
 
 
-def _compare_with_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]], revision: str) -> None:
+def _compare_with_manifest(folder: Path, copied: Mapping[str, Mapping[str, Any]], revision: str) -> None:
     """The package's own manifest names its files by sha256, where the stage was switched on."""
     path = folder / MANIFEST
     try:
@@ -248,28 +239,18 @@ def _compare_with_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]],
             f"the package's manifest of {revision[:10]} can't be read: {MANIFEST} is no manifest"
         ) from error
     for name, expected in hashes.items():
-        if files.get(name, {}).get("sha256") != expected:
+        if copied.get(name, {}).get("sha256") != expected:
             raise InputError(f"{name} of {revision[:10]} is not the file that the package's manifest names")
 
 
 def _identity(root: Path) -> dict[str, str]:
     """Who commits, where git was not told."""
-    known = subprocess.run(["git", "config", "user.email"], cwd=root, capture_output=True).returncode == 0
     name = {"NAME": "edgepress", "EMAIL": "edgepress@localhost"}
-    return {} if known else {f"GIT_{who}_{key}": name[key] for who in ("AUTHOR", "COMMITTER") for key in name}
-
-
-def _git(root: Path, *arguments: str, env: Mapping[str, str] | None = None) -> str:
-    """Run git.
-
-    Raises:
-        InputError: it fails.
-    """
-    environment = {**os.environ, **(env or {})}
-    done = subprocess.run(["git", *arguments], cwd=root, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise InputError(f"git {arguments[0]} failed in {root}: {' '.join(done.stderr.split())}")
-    return done.stdout.strip()
+    try:
+        git.run(root, "config", "user.email")
+    except InputError:
+        return {f"GIT_{who}_{key}": name[key] for who in ("AUTHOR", "COMMITTER") for key in name}
+    return {}
 
 
 def remove(folder: Path) -> None:

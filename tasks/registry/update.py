@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 from tasks.algorithms.errors import InputError
 from tasks.registry import contents, signing
+from tasks.runtime import files
 
 CHUNK = 2**20
 """Bytes that are copied at once."""
@@ -187,7 +188,7 @@ def _contents(folder: Path) -> dict[str, str]:
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise InputError(f"{path} is no ordinary file: a package has no links")
         if path.is_file():
-            found[contents.checked_name(path.relative_to(folder).as_posix())] = contents.sha256(path)
+            found[contents.checked_name(path.relative_to(folder).as_posix())] = files.sha256(path)
     return found
 
 
@@ -243,14 +244,10 @@ def _write(target: Path, text: bytes, signature: str, sizes: Mapping[str, int], 
         place += size
     head = json.dumps(header, separators=(",", ":")).encode()
     head = head.ljust(-(-len(head) // 8) * 8)
-    unfinished = target.with_name(f".{target.name}.tmp")
     payload.seek(0)
-    with unfinished.open("wb") as file:
+    with files.replacing(target) as unfinished, unfinished.open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         _copy(payload, file, place)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, target)
 
 
 def _read(path: Path, key: Path) -> tuple[Update, dict[str, int]]:
@@ -290,10 +287,9 @@ def _build(name: str, file: File, old: Path, new: Path, update: Path, size: int)
         with new.open("wb") as target:
             for part in _inflated(data, old, file.bytes) if file.made == "text" else _pieced(data, old, file):
                 target.write(part)
-    if contents.sha256(new) != file.sha256:
+    if files.sha256(new) != file.sha256:
         raise InputError(f"{name} doesn't come out as it was signed: the update is damaged")
-    with new.open("rb") as done:
-        os.fsync(done.fileno())
+    files.sync(new)
 
 
 def _tensor(update: Path, name: str, size: int) -> Any:

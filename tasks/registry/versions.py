@@ -15,7 +15,6 @@ command.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from dvc.repo import Repo
 from tasks.algorithms.errors import InputError
 from tasks.registry import contents, tags
 from tasks.registry.tags import CANARY, PROMOTED, Assignment, History, Version
+from tasks.runtime import files
 
 FOLDER = Path("data/registry")
 """A folder per version whose bytes are kept, and the manifest; ignored by git."""
@@ -403,7 +403,7 @@ def _settle(root: Path, *, strict: bool = True) -> Manifest | None:
         path.unlink(missing_ok=True)
         return None
     manifest = _manifest(history, stack[-1])
-    text = json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n"
+    text = files.json_text(asdict(manifest))
     folders = [root / manifest.folder] + ([root / manifest.canary.folder] if manifest.canary else [])
     same = path.exists() and path.read_text(encoding="utf-8", errors="replace") == text
     if not same or not all(map(Path.is_dir, folders)):
@@ -414,7 +414,8 @@ def _settle(root: Path, *, strict: bool = True) -> Manifest | None:
             if strict:
                 raise
         else:
-            _replace(path, text)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(path, text)
     return manifest
 
 
@@ -522,14 +523,3 @@ def _side(root: Path, history: History, rev: str) -> dict[str, Any]:
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     return {name: (old.get(name), new.get(name)) for name in sorted(old | new) if old.get(name) != new.get(name)}
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new one, whenever this is interrupted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from tasks.evaluation import comparison
-from tasks.reporting.charts import MIB
+from tasks.reporting.chart_style import MIB
 
 MISSING = "–"
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from tasks.evaluation.comparison import BITS_PER_BYTE, PERPLEXITY, SPLITS
-from tasks.reporting import charts
+from tasks.reporting import size_charts
 
 MEASURES = [f"{measure}_{split}" for measure in (PERPLEXITY, BITS_PER_BYTE) for split in SPLITS]
 COLUMNS = ["stage", "parameters", "zero_fraction", "bytes", *MEASURES, "protocol"]
@@ -43,7 +43,7 @@ def byte_rows(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
 
 def components(sizes: dict[str, int]) -> list[str]:
     """What a folder's bytes are for, in the order of the charts; the total left out."""
-    known = [name for name in charts.COMPONENTS if name in sizes]
+    known = [name for name in size_charts.COMPONENTS if name in sizes]
     return known + sorted(set(sizes) - set(known) - {"total"})
 
 

@@ -31,11 +31,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tasks.algorithms.model.checkpoints import Entry, Memory
-from tasks.models import dense_folder
-from tasks.runtime import lineage
+from tasks.runtime import files, lineage
 
 if TYPE_CHECKING:
     from dvc.stage import Stage as DvcStage
@@ -84,12 +84,12 @@ class Journal:
             if key in self.pending:
                 tensors, values = self.pending[key]
                 return Entry(dict(tensors), values)
-            files = self.files.get(key, {})
-            for number in sorted(files, reverse=True):
+            written = self.files.get(key, {})
+            for number in sorted(written, reverse=True):
                 try:
-                    return _read(files[number])
+                    return _read(written[number])
                 except (OSError, ValueError, SafetensorError) as error:
-                    path = files.pop(number)
+                    path = written.pop(number)
                     why = " ".join(str(error).split())
                     print(f"{path}: this entry of the journal is damaged ({why}); it is dropped", file=sys.stderr)
                     path.unlink(missing_ok=True)
@@ -122,7 +122,7 @@ class Journal:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for key, (tensors, values) in self.pending.items():
                     self._write(key, tensors, values)
-                _sync(self.folder)
+                files.sync(self.folder)
                 while self.dropped:
                     self.dropped.pop().unlink(missing_ok=True)
             except OSError as error:
@@ -151,24 +151,23 @@ class Journal:
                 self.dropped |= set(self.files.pop(key).values())
 
     def _write(self, key: str, tensors: Mapping[str, Tensor], values: Any) -> None:
-        files = self.files.setdefault(key, {})
-        number = max(files, default=0) + 1
+        written = self.files.setdefault(key, {})
+        number = max(written, default=0) + 1
         unfinished = self.folder / f"{UNFINISHED}.{number}"
         try:
             # safetensors stores contiguous tensors; of others the strides are noted, as products round by layout
             strides = {name: list(tensor.stride()) for name, tensor in tensors.items() if _strided(tensor)}
             described = json.dumps({"values": values, "strides": strides})
-            held = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-            dense_folder.save_tensors(unfinished, held, {"journal": described})
+            held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(held, unfinished, {"journal": described})
         except SafetensorError as error:  # a full disk, in the words of Rust
             raise OSError(str(error)) from error
-        path = self.folder / f"{key}.{number:08d}.{dense_folder.sha256(unfinished)}.safetensors"
-        _sync(unfinished)
-        os.replace(unfinished, path)
-        files[number] = path
+        path = self.folder / f"{key}.{number:08d}.{files.sha256(unfinished)}.safetensors"
+        files.put(unfinished, path)
+        written[number] = path
         self.dropped.discard(path)
-        for old in [old for old in files if old < number - 1]:
-            files.pop(old).unlink(missing_ok=True)
+        for old in [old for old in written if old < number - 1]:
+            written.pop(old).unlink(missing_ok=True)
 
 
 class _Part:
@@ -235,7 +234,7 @@ def _read(path: Path) -> Entry:
     Raises:
         ValueError: its bytes don't have the hash of its name.
     """
-    if dense_folder.sha256(path) != ENTRY.fullmatch(path.name)["digest"]:
+    if files.sha256(path) != ENTRY.fullmatch(path.name)["digest"]:
         raise ValueError("its bytes don't have the hash that it was written with")
     with safe_open(path, framework="pt") as file:
         described = json.loads(file.metadata()["journal"])
@@ -254,12 +253,3 @@ def _own(tensor: Tensor, strides: list[int] | None) -> Tensor:
 def _strided(tensor: Tensor) -> bool:
     """Whether it lies in memory in another order, each value in a place of its own."""
     return not tensor.is_contiguous() and 0 not in tensor.stride()
-
-
-def _sync(path: Path) -> None:
-    """Wait until the disk has a file, or a folder's names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

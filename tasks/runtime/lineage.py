@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from dvc_data.hashfile.build import build
 from dvc_data.hashfile.db import HashFileDB
 
 from tasks.algorithms.errors import InputError
+from tasks.runtime import files, git
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -90,9 +90,7 @@ def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:
         "run_ids": dict(run_ids),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(json.dumps(entry, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    files.write_json(path, entry)
 
 
 def identity(stage: DvcStage) -> dict[str, Any]:
@@ -360,10 +358,9 @@ def _git_state() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        return git.run(Path(), *arguments)
+    except (OSError, InputError):
         return None
-    return done.stdout.strip()
 
 
 def _versions() -> dict[str, str | None]:

@@ -28,7 +28,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import lineage, locks
+from tasks.runtime import files, lineage, locks
 
 LOCK = Path("dvc.lock")
 KEPT = Path("data/.scratch/dvc.lock")
@@ -49,7 +49,7 @@ def keep_lock() -> None:
     kept = _entries(KEPT) or {}
     if kept != (together := kept | now):
         KEPT.parent.mkdir(parents=True, exist_ok=True)
-        _write(KEPT, _dumped(together))
+        files.write_text(KEPT, _dumped(together))
 
 
 def mend() -> list[str]:
@@ -60,10 +60,7 @@ def mend() -> list[str]:
     """
     if not locks.DVC_LOCK.parent.is_dir():
         return []
-    with (
-        locks.held(locks.DVC_LOCK, AT_WORK),
-        locks.held(GUARD, "DVC is working in this folder"),
-    ):
+    with locks.held(locks.DVC_LOCK, AT_WORK), locks.held(GUARD, AT_WORK):
         return [*_mend_users(), *_mend_lock()]
 
 
@@ -73,7 +70,7 @@ def _mend_users() -> Iterator[str]:
         os.replace(locks.DVC_USERS, _aside(locks.DVC_USERS))
         yield f"{locks.DVC_USERS} could not be read (a kill or a full disk cut it off): it was moved aside"
     elif users and (living := locks.without_dead(users)) != {"read": {}, "write": {}} | users:
-        _write(locks.DVC_USERS, json.dumps(living))
+        files.write_text(locks.DVC_USERS, json.dumps(living))
         yield f"{locks.DVC_USERS} named processes that are gone: it does no more"
 
 
@@ -86,7 +83,7 @@ def _mend_lock() -> Iterator[str]:
             yield f"no stage kept a copy of {LOCK}: `git checkout -- {LOCK}` brings the committed one back"
     lost = {name: entry for name, entry in kept.items() if _lost(entry, (now or {}).get(name))}
     if lost:
-        _write(LOCK, _dumped((now or {}) | lost))
+        files.write_text(LOCK, _dumped((now or {}) | lost))
         yield f"{LOCK} had lost {len(lost)} entries ({', '.join(sorted(lost)[:3])} …): they are back"
 
 
@@ -150,15 +147,6 @@ def _is_entry(entry: Any) -> bool:
 
 def _dumped(entries: dict[str, Any]) -> str:
     return yaml.dump({"schema": "2.0", "stages": entries}, Dumper=yaml.CSafeDumper, sort_keys=False)
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def _aside(path: Path) -> Path:

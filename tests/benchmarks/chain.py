@@ -37,7 +37,8 @@ import yaml
 from tasks.algorithms.model import checkpoints
 from tasks.models import tensor_headers
 from tasks.parameters import schema
-from tasks.runtime.stage import Stage
+from tasks.runtime import files
+from tasks.runtime.stage import Inputs, Stage
 from tests.support.paths import ROOT
 
 CACHE = ROOT / "data/.scratch/benchmarks"
@@ -222,26 +223,15 @@ class CachedStage(Stage):
     def __init__(
         self, declared: Declared, everything: schema.Params, places: Mapping[str, Path], scratch: Path
     ) -> None:
-        self.address = declared.address
+        Inputs.__init__(self, declared.address, {Path(dep): place for dep, place in places.items()})
         self.name, _, item = declared.address.partition("@")
         self.item = item or None
         self.everything = everything
         sections = sorted({key.split(".")[0] for key in declared.params})
         self.params = SimpleNamespace(**{key: getattr(everything, key) for key in sections})
-        self.places = {Path(dep): place for dep, place in places.items()}
-        self._inputs = list(self.places)
         self.outs = [Path(out) for out in declared.outs]
         self.scratch = scratch
-        self.published = []
         self.journal = self.answers = checkpoints.NOTHING
-
-    def input(self, name: str) -> Path:
-        """As Stage's; the place of that dependency."""
-        return self.places[super().input(name)]
-
-    def inputs_below(self, folder: str) -> list[Path]:
-        """As Stage's; the places of those dependencies."""
-        return [self.places[path] for path in super().inputs_below(folder)]
 
 
 def changed(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,8 +269,7 @@ def declared(path: Path, values: Mapping[str, Any]) -> dict[str, Declared]:
 def digest(path: Path) -> str:
     """sha256 of a file, or of the names and contents of a folder's files."""
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return files.sha256(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is declared in dvc.yaml, and there is no such file or folder")
     return _hash({str(f.relative_to(path)): digest(f) for f in sorted(path.rglob("*")) if f.is_file()})
@@ -296,7 +285,7 @@ def _publishing(folder: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
     try:
         yield unfinished
         record = {**identity, "seconds": round(time.monotonic() - started, 3)}
-        (unfinished / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        files.write_json(unfinished / RECORD, record)
         with contextlib.suppress(OSError):  # another process was first
             os.rename(unfinished, folder)
     finally:

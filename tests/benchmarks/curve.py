@@ -1,6 +1,6 @@
 """Perplexity against size, from the fp32 model to a twentieth of it, beside plain quantisation in as many bytes.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.curve --threads 1 [--model built-in] [--only '2:4']
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.curve --threads 1 [--model built-in] [--only '2:4']
 
 `POINTS` is the whole list. `bytes` are those of the package's model.safetensors and model.json, of the first point
 those of the fetched weights; factor_fp32 and factor_bf16 are 4 and 2 bytes per fetched parameter over them. The

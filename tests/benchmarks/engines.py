@@ -1,7 +1,7 @@
 """How fast, how large and how hungry a model is in each engine, measured on this machine.
 
-    .venv/bin/python -m tests.benchmarks.engines                     data/fetch/model and data/package/model
-    .venv/bin/python -m tests.benchmarks.engines --only onnx         rows whose name it is found in
+    python -m tests.benchmarks.engines                     data/fetch/model and data/package/model
+    python -m tests.benchmarks.engines --only onnx         rows whose name it is found in
 
 Every figure is of a process of its own (`tasks.evaluation.measuring_process`), so that none warms another; the engines
 take turns, round by round. The prompt has 32 tokens, 128 follow, none of them sampled. Load is from the start of the

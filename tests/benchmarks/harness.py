@@ -1,6 +1,6 @@
 """What does lm-evaluation-harness say of each model on the tasks whose documents are in ../shared?
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.harness --threads 1 [--model stories260k] [--only hellaswag]
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.harness --threads 1 [--model stories260k] [--only hellaswag]
 
 The stages harness_data and harness with the fetched model: 500 documents of HellaSwag, 150 questions of TriviaQA closed
 book, 24 open book (6 of the 30 have no context), WikiText-2's test split by articles. `agreement` is how far our own

@@ -1,6 +1,6 @@
 """What does a kill cost? SIGKILL at random moments of every stage, and what the next run makes of it.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.kills [--kills 20] [--start 1] [--only lora]
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.kills [--kills 20] [--start 1] [--only lora]
     … --project FOLDER --results FILE.csv          kept, so that 200 kills can be done in pieces
 
 A tiny project (`tests/support/project.py`) is run once undisturbed. Then, kill after kill, one of its stages is drawn,

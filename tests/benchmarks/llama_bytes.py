@@ -1,7 +1,7 @@
 """What Llama-3.2-1B takes when packed, by its config alone; and whether a file of that shape has as many bytes.
 
-    .venv/bin/python -m tests.benchmarks.llama_bytes                                      the table, in a second
-    .venv/bin/python -m tests.benchmarks.llama_bytes --check "2:4 + 4 bit" --embedding 4   packs random weights, too
+    python -m tests.benchmarks.llama_bytes                                      the table, in a second
+    python -m tests.benchmarks.llama_bytes --check "2:4 + 4 bit" --embedding 4   packs random weights, too
 
 The plan counts model.safetensors and model.json to the byte; `bound` is the information of their content. `--check`
 writes a file of random codes, scales and masks of that shape, block by block, compares its size by `stat` with the plan

@@ -1,8 +1,8 @@
 """How long a packed folder takes to load, and how much memory, beside the folder that it was packed from.
 
-    .venv/bin/python -m tests.benchmarks.packed_loading                       data/eora/model, and it packed
-    .venv/bin/python -m tests.benchmarks.packed_loading UNPACKED PACKED       two folders
-    .venv/bin/python -m tests.benchmarks.packed_loading --random              a random Llama of 150 million parameters
+    python -m tests.benchmarks.packed_loading                       data/eora/model, and it packed
+    python -m tests.benchmarks.packed_loading UNPACKED PACKED       two folders
+    python -m tests.benchmarks.packed_loading --random              a random Llama of 150 million parameters
 
 Each load is a process of its own, one kind after the other in turn, because the first in a process pays for imports and
 the peak of memory never falls. Seconds are those of the loading itself, once with the imports and once without; the
@@ -105,8 +105,9 @@ def write_random(folder: Path, bits: int = 4, group: int = 128) -> Path:
     import torch
     from transformers import LlamaConfig
 
-    from tasks.models import dense_folder
+    from tasks.models import tensor_files
     from tasks.packed import file_format
+    from tasks.runtime import files
 
     generator = torch.Generator().manual_seed(0)
     config = LlamaConfig(**SHAPE, num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=True)
@@ -126,9 +127,9 @@ def write_random(folder: Path, bits: int = 4, group: int = 128) -> Path:
     quantisation = {"bits": bits, "group_size": group, "desc_act": False, "sym": True, "lm_head": False}
     quantisation |= {"quant_method": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32"}
     folder.mkdir()
-    dense_folder.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    dense_folder.write_json(folder / "quantize_config.json", quantisation)
-    dense_folder.write_json(folder / "config.json", described | {"quantization_config": quantisation})
+    tensor_files.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    files.write_json(folder / "quantize_config.json", quantisation)
+    files.write_json(folder / "config.json", described | {"quantization_config": quantisation})
     for name in ("tokenizer.json", "tokenizer_config.json"):  # gptqmodel loads no model without one
         shutil.copyfile(ROOT / "data/base_model/model" / name, folder / name)
     return folder

@@ -1,6 +1,6 @@
 """What does each perplexity protocol say of one model on one text, WikiText-2's test split?
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.protocols --threads 1 [--model stories260k] [--only sliding]
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.protocols --threads 1 [--model stories260k] [--only sliding]
 
 Needs ../shared. The text is the rows as the hub serves them, 4,358 with the empty ones; no window is left out.
 Perplexity is per token and so belongs to a vocabulary; bits per byte compares. A protocol whose windows exceed the

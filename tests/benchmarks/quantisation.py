@@ -1,6 +1,6 @@
 """What each choice in quantisation costs: bits, groups, scales, order, damping, embedding, joint masks.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.quantisation --threads 1 [--model stories260k] [--only joint]
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.quantisation --threads 1 [--model stories260k] [--only joint]
 
 From the recovered 2:4 model and from the fetched one (nothing pruned or trained): bits x group size; then one factor at
 a time beside `BASE` at each width; then the embedding; then SparseGPT's masks chosen in the GPTQ sweep (joint) beside

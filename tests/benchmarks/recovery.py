@@ -1,6 +1,6 @@
 """How much of what 2:4 pruning lost does each way of recovery bring back, and at what cost?
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.recovery --threads 1 [--model stories260k] [--only KD]
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.recovery --threads 1 [--model stories260k] [--only KD]
 
 Each arm is the lora stage with other parameters, on the same pruned model, measured before quantisation. Closed gaps
 are shares of the arm "none"'s distance to a dense model, 0 to 1, in perplexity and (…_nats) in its logarithm, where a

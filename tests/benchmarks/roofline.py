@@ -1,7 +1,7 @@
 """Is the bound of the roofline near what this machine reaches? Measured tokens per second by the bound, one thread.
 
-    .venv/bin/python -m tests.benchmarks.roofline                     all rows
-    .venv/bin/python -m tests.benchmarks.roofline --only float32      rows whose name it is found in
+    python -m tests.benchmarks.roofline                     all rows
+    python -m tests.benchmarks.roofline --only float32      rows whose name it is found in
 
 Models of random weights, Llama-shaped and larger than the last-level cache, in PyTorch (float32, bfloat16), and
 exported to ONNX Runtime GenAI and llama.cpp; then the built-in model and its package, which fit into it. A row is a

@@ -1,6 +1,6 @@
 """Does the sparsity pattern outlive every stage? Violations and revived weights, mask-aware chain and stock chain.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.sparsity --threads 1 [--model stories260k] [--only 2:4]
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.sparsity --threads 1 [--model stories260k] [--only 2:4]
 
 Per pattern the same pruned model goes through
 - `mask-aware`: the pipeline (wanda, lora, gptq, eora, package);
@@ -25,7 +25,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from tasks.algorithms.model import families, masks
-from tasks.models import dense_folder, gptq_folder
+from tasks.models import dense_folder, gptq_folder, mask_files
 from tasks.runners import any_folder
 from tests.benchmarks.chain import Chain
 from tests.benchmarks.table import Row, Subject, main
@@ -71,9 +71,7 @@ def rows(base: Chain, subject: Subject) -> Iterator[Row]:
 
 def plain_lora(ours: Chain) -> Chain:
     """The same pruned model, recovered by a LoRA that knows no masks."""
-    empty = ours.derive(
-        "no-masks", {}, lambda folder: dense_folder.save_masks(folder / "masks.safetensors", {}, "dense")
-    )
+    empty = ours.derive("no-masks", {}, lambda folder: mask_files.save_masks(folder / "masks.safetensors", {}, "dense"))
     unknown = {("lora", "data/wanda/masks.safetensors"): empty / "masks.safetensors"}
     return ours.variant({**STOCK, "lora.method": "masked"}, _pruned(ours) | unknown)
 
@@ -87,7 +85,7 @@ def plain_gptq(ours: Chain) -> Chain:
 def counted(chain: Chain, stage: str, ours: Chain) -> Mapping[str, Any]:
     """Counts of a stage's model against wanda's masks of `ours`, and its perplexities."""
     folder = chain.output(stage)
-    keep, pattern = dense_folder.load_masks(ours.output("wanda") / "masks.safetensors")
+    keep, pattern = mask_files.load_masks(ours.output("wanda") / "masks.safetensors")
     weights = any_folder.block_weights(any_folder.load_model(folder / "model"))
     perplexity = chain.perplexity(stage)
     return {
@@ -101,7 +99,7 @@ def counted(chain: Chain, stage: str, ours: Chain) -> Mapping[str, Any]:
 def zeroed(ours: Chain) -> Mapping[str, Any]:
     """Stock GPTQ's dequantised weights times the masks, as a dense model."""
     source, mask_file = plain_gptq(ours).output("gptq") / "model", ours.output("wanda") / "masks.safetensors"
-    keep, pattern = dense_folder.load_masks(mask_file)
+    keep, pattern = mask_files.load_masks(mask_file)
 
     def make(folder: Path) -> None:
         model = gptq_folder.load_dequantised(source)

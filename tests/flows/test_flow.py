@@ -318,7 +318,7 @@ def test_artifact_keys_have_only_what_prefect_allows(words, key) -> None:
 
 
 def test_a_line_of_progress_is_read_as_tasks_write_it(capsys) -> None:
-    from tasks.runtime.stage import Progress
+    from tasks.runtime.progress import Progress
 
     with Progress("base model", 8) as progress:
         progress.update(2, loss=0.5)

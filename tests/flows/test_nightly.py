@@ -29,6 +29,7 @@ from tasks.algorithms.errors import InputError
 from tasks.nightly import worktree
 from tasks.parameters import schema
 from tasks.registry import tags, versions
+from tasks.runtime import git
 from tests.support.nightly_project import NightlyProject
 from tests.support.paths import ROOT
 
@@ -410,7 +411,7 @@ def test_the_worktree_shares_the_cache_and_leaves_the_workspace_alone(plain) -> 
     assert yaml.safe_load((folder / "params.yaml").read_text())["gptq"]["bits"] == 4  # HEAD's
     (folder / "dvc.lock").write_text("schema: '2.0'\n", encoding="utf-8")
     (folder / "params.yaml").write_text("left behind", encoding="utf-8")
-    index = Path(worktree.git(folder, "rev-parse", "--path-format=absolute", "--git-path", "index"))
+    index = Path(git.run(folder, "rev-parse", "--path-format=absolute", "--git-path", "index"))
     assert index.exists() and index.parent.name == "worktree"
     index.with_name("index.lock").touch()  # of a git that was killed
     assert worktree.prepare(plain.path) == folder

@@ -24,7 +24,7 @@ from tasks.algorithms import packing
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.quantisation import masked_gptq, rounding
-from tasks.models import dense_folder, gptq_folder
+from tasks.models import dense_folder, gptq_folder, mask_files, tensor_files
 from tasks.packed import file_format, reader
 from tasks.runners import any_folder
 from tests.benchmarks import llama_bytes, packed_loading
@@ -108,7 +108,7 @@ def random_dense(folder, tokenizer, architecture="LlamaForCausalLM", pattern=Non
 def save_coded(path, coded, bits):
     tensors = {f"{name}.codes": one.codes for name, one in coded.items()}
     tensors |= {f"{name}.scales": one.scales for name, one in coded.items()}
-    dense_folder.save_tensors(path, tensors, {"bits": str(bits), "group_size": "32"})
+    tensor_files.save_tensors(path, tensors, {"bits": str(bits), "group_size": "32"})
 
 
 def quantise(folder, windows, keep, settings, embedding=16, steps=None):
@@ -126,7 +126,7 @@ def quantise(folder, windows, keep, settings, embedding=16, steps=None):
             weight = model.model.get_submodule(place).weight
             coded[name] = rounding.quantise(weight, embedding, 32, steps)
             weight.data = rounding.values(coded[name])
-    masked_gptq.quantise(model, windows, keep, scale_steps=steps)
+    masked_gptq.quantise(model, windows, keep, masked_gptq.Settings(scale_steps=steps))
     gptq_folder.save_quantised(model, folder / "dense", folder / "model")
     save_coded(folder / "embedding.safetensors", coded, embedding)
 
@@ -166,7 +166,7 @@ def build(tokenizer, windows, tmp_path_factory):
         chosen, folder = CASES[case], tmp_path_factory.mktemp(case)
         dense = {key: chosen[key] for key in ("architecture", "pattern", "config") if key in chosen}
         model, keep = random_dense(folder / "dense", tokenizer, **dense)
-        dense_folder.save_masks(folder / "masks.safetensors", keep, chosen.get("pattern", "dense"))
+        mask_files.save_masks(folder / "masks.safetensors", keep, chosen.get("pattern", "dense"))
         quantise(folder, windows, keep, chosen.get("settings", {}), chosen.get("embedding", 16), chosen.get("steps"))
         factors, coded = branches(model, chosen.get("ranks", [0]), chosen.get("adapter", 16))
         gptq_folder.save_adapter(folder / "model", factors)
@@ -277,7 +277,7 @@ def test_the_tokenizer_shrinks_and_tokenises_the_same(build):
 def test_a_model_that_is_not_quantised_packs_losslessly(tokenizer, windows, tmp_path, pattern, dtype):
     model, keep = random_dense(tmp_path / "dense", tokenizer, pattern=pattern)
     model.to(dtype).save_pretrained(tmp_path / "dense")
-    dense_folder.save_masks(tmp_path / "masks.safetensors", keep, pattern or "dense")
+    mask_files.save_masks(tmp_path / "masks.safetensors", keep, pattern or "dense")
     reader.save(reader.read(tmp_path / "dense", tmp_path / "masks.safetensors"), tmp_path / "packed")
     loaded, expected = reader.load_model(tmp_path / "packed"), dense_folder.load_dense(tmp_path / "dense")
     assert torch.equal(logits(loaded, windows.long()), logits(expected, windows.long()))
@@ -526,7 +526,7 @@ def test_a_tied_model_stays_tied_and_an_untied_one_untied(tmp_path, tokenizer):
     random_dense(tmp_path / "dense", tokenizer)
     path = tmp_path / "dense/model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in packed_tensors(path).items()}
-    dense_folder.save_tensors(path, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, {})
+    tensor_files.save_tensors(path, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, {})
     with pytest.raises(InputError, match="has a head of its own, but its config ties it"):
         reader.read(tmp_path / "dense")
     untied = random_dense(tmp_path / "untied", tokenizer, config={"tie_word_embeddings": False})[0]
@@ -547,12 +547,12 @@ def test_codes_that_are_not_the_folder_s_are_refused(build, tmp_path):
         tensors = packed_tensors(made.parts[place])
         name = next(name for name in sorted(tensors) if name.endswith("codes"))
         tensors[name][0, 0] += 1
-        dense_folder.save_tensors(tmp_path / "changed.safetensors", tensors, {"bits": "8" if place == 1 else "4"})
+        tensor_files.save_tensors(tmp_path / "changed.safetensors", tensors, {"bits": "8" if place == 1 else "4"})
         parts = list(made.parts)
         parts[place] = tmp_path / "changed.safetensors"
         with pytest.raises(InputError, match=message):
             reader.save(reader.read(made.model, *parts), tmp_path / "out")
-    dense_folder.save_masks(tmp_path / "m.safetensors", {"model.layers.7.x": torch.ones(2, 8, dtype=torch.bool)}, "2:4")
+    mask_files.save_masks(tmp_path / "m.safetensors", {"model.layers.7.x": torch.ones(2, 8, dtype=torch.bool)}, "2:4")
     with pytest.raises(InputError, match=r"a mask or an adapter for model.layers.7.x"):
         reader.read(made.model, tmp_path / "m.safetensors")
 

@@ -22,6 +22,7 @@ from tasks import package
 from tasks.algorithms.errors import InputError
 from tasks.cli import registry as command
 from tasks.registry import contents, tags, versions
+from tasks.runtime import files
 from tests.support.paths import ROOT
 
 VERDICT = {"verdict": "ACCEPT"}
@@ -53,10 +54,10 @@ class Night:
         for name, text in (("model.bin", weights * 1000), ("sub/tokenizer.json", "{}")):
             (folder / name).unlink(missing_ok=True)  # it may be a link to DVC's cache
             (folder / name).write_text(text)
-        files = {"model.bin": {"bytes": len(weights) * 1000, "sha256": contents.sha256(folder / "model.bin")}}
+        named = {"model.bin": {"bytes": len(weights) * 1000, "sha256": files.sha256(folder / "model.bin")}}
         metrics = self.root / "data/evaluate/package/metrics.json"
         for path, content in (
-            (folder / "manifest.json", {"files": files}),
+            (folder / "manifest.json", {"files": named}),
             (metrics, {"perplexity": {"test": perplexity}}),
         ):
             path.unlink(missing_ok=True)
@@ -80,12 +81,12 @@ class Night:
 
     def state(self) -> tuple:
         """Branch, commit, index, status and all files of the workspace but the registry's."""
-        files = {
+        hashes = {
             str(path.relative_to(self.root)): hashlib.md5(path.read_bytes()).hexdigest()
             for path in sorted(self.root.rglob("*"))
             if path.is_file() and ".git" not in path.parts and ".dvc" not in path.parts
         }
-        kept = {name: value for name, value in files.items() if not name.startswith("data/registry")}
+        kept = {name: value for name, value in hashes.items() if not name.startswith("data/registry")}
         return self.git("symbolic-ref", "HEAD"), self.git("rev-parse", "HEAD"), self.git("ls-files", "-s"), kept
 
 
@@ -197,7 +198,7 @@ def test_a_folder_s_present_state_becomes_a_commit_beside_the_branch(night: Nigh
 KILLS = {
     "before the version's tag": ("tasks.registry.tags.register", None),
     "before the stage's tag": ("tasks.registry.tags.assign", "v0.0.2"),
-    "before the manifest": ("tasks.registry.versions._replace", "v0.0.2"),
+    "before the manifest": ("tasks.runtime.files.write_text", "v0.0.2"),
     "before the manifest takes its name": ("os.fsync", None),
 }
 
@@ -212,14 +213,14 @@ def test_killed_in_a_promotion(night: Night, moment: str) -> None:
     where, registered = KILLS[moment]
     module, _, name = where.rpartition(".")
     script = (
-        f"import os, signal, {module}\nfrom pathlib import Path\nfrom tasks import registry\n"
+        f"import os, signal, {module}\nfrom pathlib import Path\nfrom tasks.registry import versions\n"
         f"{module}.{name} = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"registry.promote(Path({str(night.root)!r}), {revision!r})"
+        f"versions.promote(Path({str(night.root)!r}), {revision!r})"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
     tagged = "edgepress#prod#2" in night.git("tag")
-    assert tagged == (where == "tasks.registry.versions._replace")
+    assert tagged == (where == "tasks.runtime.files.write_text")
     assert json.loads((night.root / versions.MANIFEST).read_text())["version"] == "v0.0.1"  # whole, and the old one
     assert list(tags.read(night.root).versions) == ["v0.0.1", *filter(None, [registered])]
     assert night.content() == ("b" if tagged else "a")
@@ -435,7 +436,9 @@ def test_canary_from_start_to_either_end(night: Night) -> None:
 
 def test_two_promotions_at_once_are_one_after_the_other(night: Night) -> None:
     commits = [night.commit(letter) for letter in "ab"]
-    script = "import sys\nfrom pathlib import Path\nfrom tasks import registry\nregistry.promote(Path({!r}), {!r})"
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom tasks.registry import versions\nversions.promote(Path({!r}), {!r})"
+    )
     running = [
         subprocess.Popen([sys.executable, "-c", script.format(str(night.root), commit)], cwd=ROOT) for commit in commits
     ]

@@ -126,7 +126,7 @@ def test_a_disk_that_is_full_costs_the_journal_and_not_the_stage(folder, monkeyp
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tasks.models.dense_folder.save_tensors", full)
+    monkeypatch.setattr("tasks.runtime.journal.save_file", full)
     journal.save("b", {}, 1)
     assert "No space left on device" in capsys.readouterr().err
     assert not folder.exists() and not journal.due()

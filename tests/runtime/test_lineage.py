@@ -14,12 +14,12 @@ from tasks.runtime import lineage
 from tests.support.paths import ROOT
 
 MAKE = '''
-"""make.py NAME OUT TEXT: writes OUT, then the stage's record as tasks.runtime.stage does."""
+"""make.py NAME OUT TEXT: writes OUT, then the stage's record as tasks.runtime.execution does."""
 import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from dvc.repo import Repo
-from tasks import lineage
+from tasks.runtime import lineage
 started, (name, out, text) = time.time(), sys.argv[1:]
 path = Path(out)
 if path.suffix:

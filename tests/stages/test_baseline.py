@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tasks import baseline
-from tasks.models import dense_folder
+from tasks.models import dense_folder, tensor_files
 from tasks.packed import reader
 from tasks.parameters import schema
 from tasks.runners import any_folder
@@ -41,7 +41,7 @@ def given(tiny_llama, tmp_path_factory):
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
     dense_folder.save_dense(model, dense_folder.load_tokenizer(dense), dense)
     windows = torch.randint(0, 257, (4, 32), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    dense_folder.save_tensors(folder / "windows.safetensors", {"input_ids": windows}, {})
+    tensor_files.save_tensors(folder / "windows.safetensors", {"input_ids": windows}, {})
     return SimpleNamespace(dense=dense, windows=folder / "windows.safetensors")
 
 

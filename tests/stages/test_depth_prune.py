@@ -12,7 +12,7 @@ from tasks import depth_prune as stage_module
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.pruning import depth_prune, importance
-from tasks.models import dense_folder
+from tasks.models import dense_folder, tensor_files
 
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
 MODELS = [
@@ -108,7 +108,7 @@ def test_greedy_equals_a_loop_that_prunes_and_scores(method, make_model, make_wi
 def ready(model_folder, make_stage, make_windows, tmp_path):
     """ready(out, **params) -> the stage with its inputs."""
     ids = make_windows(3, 16)
-    dense_folder.save_tensors(tmp_path / "windows.safetensors", {"input_ids": ids.int()}, {})
+    tensor_files.save_tensors(tmp_path / "windows.safetensors", {"input_ids": ids.int()}, {})
     model = dense_folder.load_dense(model_folder)
     table = {method: importance.score(model, ids[:2], method).numpy() for method in (*importance.SCORES, "compound")}
     pd.DataFrame({"layer": range(4), **table}).to_csv(tmp_path / "scores.csv", index=False)

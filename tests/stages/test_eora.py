@@ -13,8 +13,9 @@ from tasks import eora as stage_module
 from tasks import gptq
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
-from tasks.algorithms.quantisation import eora, masked_gptq, rounding
-from tasks.models import dense_folder, gptq_folder, sparsity_ledger
+from tasks.algorithms.quantisation import eora, eora_branches, eora_ranks, masked_gptq, rounding, unpacking
+from tasks.algorithms.quantisation import gptqmodel_library as library
+from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
 
 
 def normal(*shape, seed=0):
@@ -93,7 +94,7 @@ def test_each_branch_is_computed_on_inputs_of_compensated_linears(make_model, ma
     for linear in families.block_linears(student).values():
         linear.weight.data = (linear.weight * 4).round() / 4
     wanted = {name: linear.weight.detach().clone() for name, linear in families.block_linears(teacher).items()}
-    branches = eora.compensate(student, windows, wanted, 16)
+    branches = eora_branches.compensate(student, windows, wanted, eora_branches.Size(16))
     assert list(branches) == list(wanted)
     # At full rank of the smaller sides everything is restored, so that later inputs are the teacher's.
     small = [name for name in wanted if min(wanted[name].shape) == 16]
@@ -150,7 +151,7 @@ def falling(seed, ranks=4):
 @pytest.mark.parametrize("budget", [10, 37, 60, 95, 120])
 def test_ranks_of_one_size_are_allocated_optimally(budget):
     worth = {name: falling(place) * (place + 1) for place, name in enumerate("abc")}
-    ranks = eora.allocate(worth, dict.fromkeys(worth, 10), budget)
+    ranks = eora_ranks.allocate(worth, dict.fromkeys(worth, 10), budget)
     assert list(ranks) == ["a", "b", "c"] and sum(ranks.values()) == min(budget // 10, 12)
     found = sum(float(worth[name][:rank].sum()) for name, rank in ranks.items())
     assert found == pytest.approx(naive_best(worth, dict.fromkeys(worth, 10), budget))
@@ -160,7 +161,7 @@ def test_ranks_of_one_size_are_allocated_optimally(budget):
 def test_ranks_of_several_sizes_fit_and_are_short_of_the_best_by_less_than_one(seed):
     sizes, budget = {"a": 7, "b": 12, "c": 19}, 20 + 10 * seed
     worth = {name: falling(3 * seed + place) for place, name in enumerate(sizes)}
-    ranks = eora.allocate(worth, sizes, budget)
+    ranks = eora_ranks.allocate(worth, sizes, budget)
     taken = sum(rank * sizes[name] for name, rank in ranks.items())
     assert taken <= budget
     left = [name for name, rank in ranks.items() if rank < 4]
@@ -171,8 +172,8 @@ def test_ranks_of_several_sizes_fit_and_are_short_of_the_best_by_less_than_one(s
 
 def test_worthless_ranks_are_not_bought_and_a_budget_that_buys_nothing_is_refused():
     worth = {"a": torch.tensor([1.0, 0.0]), "b": torch.zeros(2)}
-    assert eora.allocate(worth, {"a": 5, "b": 5}, 100) == {"a": 1, "b": 0}
-    assert eora.allocate(worth, {"a": 6, "b": 5}, 4) == {"a": 0, "b": 0}
+    assert eora_ranks.allocate(worth, {"a": 5, "b": 5}, 100) == {"a": 1, "b": 0}
+    assert eora_ranks.allocate(worth, {"a": 6, "b": 5}, 4) == {"a": 0, "b": 0}
     shapes = {"q_proj": (64, 64), "k_proj": (32, 64)}
     stage_module.check_budget(shapes, 52, 4)
     with pytest.raises(InputError, match="eora.budget_bytes = 51 is below 52, one rank of k_proj at eora.bits = 4"):
@@ -182,8 +183,8 @@ def test_worthless_ranks_are_not_bought_and_a_budget_that_buys_nothing_is_refuse
 def test_curvature_foretells_what_a_random_error_of_the_output_does_to_the_predictions(make_model, make_windows):
     model, windows = make_model(), make_windows(24, 32)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    found = eora.curvature(model, windows)
-    assert eora.curvature(model, windows) == found
+    found = eora_ranks.curvature(model, windows)
+    assert eora_ranks.curvature(model, windows) == found
     assert all(p.grad is None and p.requires_grad and torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert list(found) == list(families.block_linears(model))
     with torch.no_grad():
@@ -211,7 +212,7 @@ def test_gains_are_the_spectra_on_the_compressed_models_inputs_times_the_curvatu
         linear.weight.data = (linear.weight * 4).round() / 4
     weights = {name: linear.weight.detach().clone() for name, linear in families.block_linears(student).items()}
     wanted = {name: linear.weight.detach().clone() for name, linear in families.block_linears(teacher).items()}
-    found, importance = eora.gains(student, windows, wanted), eora.curvature(student, windows)
+    found, importance = eora_ranks.gains(student, windows, wanted), eora_ranks.curvature(student, windows)
     assert list(found) == list(wanted)
     for name, linear in families.block_linears(student).items():
         assert torch.equal(linear.weight, weights[name])
@@ -224,7 +225,7 @@ def test_gains_are_the_spectra_on_the_compressed_models_inputs_times_the_curvatu
     lost = torch.linalg.svdvals(torch.cat(seen).double() @ (wanted[name] - weights[name]).double().T).square()
     assert torch.allclose(found[name], lost * importance[name] / (2 * 4 * 32), rtol=1e-4, atol=1e-12)
     with pytest.raises(InputError, match="in the teacher .*another model's"):
-        eora.gains(student, windows, wanted | {name: wanted[name].T})
+        eora_ranks.gains(student, windows, wanted | {name: wanted[name].T})
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -240,7 +241,9 @@ def test_b_is_fitted_to_the_rounded_a_before_it_is_rounded(make_model, make_wind
         student(input_ids=windows)
     handle.remove()
     x = torch.cat(seen).double()
-    branches = eora.compensate(student, windows, wanted, {n: 6 if n == name else 0 for n in wanted}, bits)
+    branches = eora_branches.compensate(
+        student, windows, wanted, eora_branches.Size({n: 6 if n == name else 0 for n in wanted}, bits)
+    )
     a, b, coded, _, after = branches[name]
     assert torch.equal(a.float(), rounding.values(coded[0])) and torch.equal(b.float(), rounding.values(coded[1]).T)
     rounded_a = rounding.quantise(eora.factors(delta, x.T @ x, 6)[0], bits, 32)
@@ -256,10 +259,10 @@ def test_b_is_fitted_to_the_rounded_a_before_it_is_rounded(make_model, make_wind
 
 
 def test_groups_divide_the_rows_and_bytes_are_counted_per_rank():
-    assert [eora.group_size(length) for length in (32, 64, 96, 192, 172, 67)] == [32, 64, 48, 64, 43, 1]
-    assert eora.rank_bytes((64, 192), 16) == 2 * 256
-    assert eora.rank_bytes((64, 192), 8) == 256 + 2 * (1 + 3)
-    assert eora.rank_bytes((64, 192), 4) == 128 + 2 * (1 + 3)
+    assert [eora_branches.group_size(length) for length in (32, 64, 96, 192, 172, 67)] == [32, 64, 48, 64, 43, 1]
+    assert eora_branches.rank_bytes((64, 192), 16) == 2 * 256
+    assert eora_branches.rank_bytes((64, 192), 8) == 256 + 2 * (1 + 3)
+    assert eora_branches.rank_bytes((64, 192), 4) == 128 + 2 * (1 + 3)
 
 
 SETTINGS = {"bits": 2, "group_size": 32, "symmetric": False, "damp": 0.05, "act_order": "none"}
@@ -281,9 +284,9 @@ def files(tiny_llama, tmp_path_factory):
         keep[name] = torch.tensor([True, True, False, True]).repeat(linear.out_features, linear.in_features // 4)
         linear.weight.data *= keep[name]
     dense_folder.save_dense(recovered, tokenizer, folder / "lora/model")
-    dense_folder.save_masks(folder / "masks.safetensors", keep, "3:4")
+    mask_files.save_masks(folder / "masks.safetensors", keep, "3:4")
     windows = torch.randint(0, 257, (6, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    dense_folder.save_tensors(folder / "windows.safetensors", {"input_ids": windows}, {})
+    tensor_files.save_tensors(folder / "windows.safetensors", {"input_ids": windows}, {})
     (folder / "removed.json").write_text('{"kept": [0, 2, 3]}')
     model = gptq_folder.load_for_quantisation(folder / "lora/model", masked_gptq.config(**SETTINGS))
     masked_gptq.quantise(model, windows, keep)
@@ -403,12 +406,12 @@ def test_ranks_within_a_budget_differ_by_linear_and_gptqmodel_loads_them(run, fi
 def test_stock_gptqmodel_loads_a_branch_of_any_rank(run, files):
     folder = run(budget_bytes=2000, bits=8) / "model"
     factors, dense = factors_in(folder), families.block_linears(gptq_folder.load_dequantised(files["gptq/model"]))
-    library = masked_gptq.gptqmodel
+    package = library.gptqmodel
     adapter = {"name": "lora", "path": str(folder / "eora"), "rank": max(len(a) for a, _ in factors.values())}
-    model = library.GPTQModel.load(  # as a user would, in the library's own precision
-        str(folder), backend=library.BACKEND.GPTQ_TORCH, device="cpu", adapter=adapter
+    model = package.GPTQModel.load(  # as a user would, in the library's own precision
+        str(folder), backend=package.BACKEND.GPTQ_TORCH, device="cpu", adapter=adapter
     ).model
-    linears = masked_gptq.quantised_linears(model)
+    linears = unpacking.quantised_linears(model)
     assert set(linears) == set(factors)
     for name, linear in linears.items():
         a, b = factors[name]
@@ -498,10 +501,10 @@ def test_the_ledger_is_that_of_the_quantised_weights_and_a_broken_pattern_ends_t
     assert list(rows.columns) == sparsity_ledger.COLUMNS and len(rows) == 21
     assert (rows["zeros"] >= rows["weights"] / 4).all() and (rows["groups"] == rows["weights"] / 4).all()
     assert not rows["violations"].any() and not rows["revived"].any()
-    keep, pattern = dense_folder.load_masks(files["masks.safetensors"])
+    keep, pattern = mask_files.load_masks(files["masks.safetensors"])
     name = "model.layers.1.mlp.up_proj"
     keep[name] = ~keep[name]
-    dense_folder.save_masks(tmp_path / "other.safetensors", keep, pattern)
+    mask_files.save_masks(tmp_path / "other.safetensors", keep, pattern)
     monkeypatch.setitem(files, "masks.safetensors", tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=f"gptq broke the sparsity pattern of {name}"):
         run(rank=1, anew=True)

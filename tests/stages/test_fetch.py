@@ -31,13 +31,6 @@ TEXTS = ["The pump must stop.", "", "  \n", "Straße, naïve, 水"]
 NO_HUB = {"hub": None, "revision": None}
 
 
-class AnyInput(dict):
-    """Every path is declared."""
-
-    def __missing__(self, name: str) -> str:
-        return name
-
-
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "corpus.jsonl"
@@ -58,7 +51,8 @@ def make_fetch(tmp_path: Path, make_stage, model_folder: Path, corpus: Path):
                 "corpora": {name: one | corpora.get(name, {}) for name in fetch.CORPORA},
             }
         )
-        stage = make_stage({"fetch": section}, AnyInput(), out=f"out{next(counter)}")
+        stage = make_stage({"fetch": section}, {}, out=f"out{next(counter)}")
+        stage.input = Path  # every path is declared
         stage.everything = schema.load(ROOT / "params.yaml").model_copy(update=OFF)
         return stage
 

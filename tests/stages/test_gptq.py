@@ -18,9 +18,10 @@ from torch import nn
 from tasks import gptq as stage_module
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, masks
-from tasks.algorithms.quantisation import masked_gptq, rounding
+from tasks.algorithms.quantisation import gptqmodel_library as library
+from tasks.algorithms.quantisation import masked_gptq, masked_grid, output_error, rounding, unpacking
 from tasks.compression import block_quantisation
-from tasks.models import dense_folder, gptq_folder, sparsity_ledger
+from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
 from tasks.parameters import schema
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -55,13 +56,12 @@ def library_gptq(weight, x, keep=None, blocksize=128, scale_steps=None, joint=No
     """(quantised weight, scales, zeros, result) of gptqmodel's GPTQ on one matrix, led by this project."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight.clone()
+    settings = masked_gptq.Settings(scale_steps=scale_steps, joint=joint)
     with (
-        masked_gptq.contained(),
-        masked_gptq.keeping_masks(
-            {} if keep is None else {NAME: keep}, scale_steps=scale_steps, joint=joint
-        ) as results,
+        library.contained(),
+        masked_gptq.MaskedGptq({} if keep is None else {NAME: keep}, settings).in_place() as results,
     ):
-        gptq = masked_gptq._gptq.GPTQ(
+        gptq = library.gptq.GPTQ(
             NamedModule(linear, "mlp.up_proj", NAME, 0), masked_gptq.config(**(SETTINGS | changed))
         )
         gptq.quantizer.configure(perchannel=True)
@@ -210,7 +210,7 @@ def test_nearest_is_the_same_grid_without_a_hessian(bits, symmetric, mse, steps)
     keep = two_of_four(weight)
     weight = weight * keep
     settings = masked_gptq.config(**SETTINGS | {"symmetric": symmetric, "mse": mse, "bits": 8})
-    found = masked_gptq.nearest(weight, keep, settings, bits, steps)
+    found = masked_grid.nearest(weight, keep, settings, bits, steps)
     assert torch.allclose(found.double(), rounded_to_nearest(weight, bits, symmetric, mse, steps), atol=1e-6)
     assert settings.bits == 8
 
@@ -227,7 +227,7 @@ def test_scales_are_the_snapped_ones_and_gptq_makes_up_for_it(symmetric, steps):
     assert torch.equal(codes, codes.round())
     free = library_gptq(weight, x, symmetric=symmetric)
     late = (torch.round(free[0].reshape(32, 2, 32) / free[1][:, :, None]) * scales[:, :, None]).reshape(32, 64)
-    assert result.error < masked_gptq.relative_error(weight - late, weight, x.T @ x)
+    assert result.error < output_error.relative_error(weight - late, weight, x.T @ x)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -268,7 +268,7 @@ def test_values_are_on_the_grid_pruned_ones_zero_and_the_error_below_round_to_ne
     assert distance.amin(dim=-1).max() < 1e-3
     rounded, _, _, nearest = library_gptq(weight, torch.eye(192), keep, **(settings | {"act_order": "none"}))
     assert nearest.error > 0
-    assert error <= masked_gptq.relative_error(weight - rounded, weight, x.T @ x)
+    assert error <= output_error.relative_error(weight - rounded, weight, x.T @ x)
     assert error == pytest.approx(float(((weight - found) @ x.T).norm() / (weight @ x.T).norm()), rel=1e-3)
 
 
@@ -297,19 +297,19 @@ def test_a_symmetric_group_without_negative_weights_keeps_its_largest():
 
 
 def test_the_library_is_put_back():
-    gptq, linear = masked_gptq._gptq.GPTQ, masked_gptq._torch_linear.TorchLinear
-    before = gptq.quantize, gptq.create_quantizer, list(linear.SUPPORTS_DTYPES), masked_gptq._torch_linear.torch_compile
+    gptq, linear = library.gptq.GPTQ, library.torch_linear.TorchLinear
+    before = gptq.quantize, gptq.create_quantizer, list(linear.SUPPORTS_DTYPES), library.torch_linear.torch_compile
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), torch.get_num_threads()
     with (
         pytest.raises(KeyError),
-        masked_gptq.loading_in_float32(),
-        masked_gptq.keeping_masks({}),
+        library.loading_in_float32(),
+        masked_gptq.MaskedGptq({}).in_place(),
     ):
         assert gptq.quantize is not before[0]
         random.random(), np.random.rand(), torch.rand(1), torch.set_num_threads(2)
         raise KeyError
     assert before[:2] == (gptq.quantize, gptq.create_quantizer)
-    assert before[2:] == (linear.SUPPORTS_DTYPES, masked_gptq._torch_linear.torch_compile)
+    assert before[2:] == (linear.SUPPORTS_DTYPES, library.torch_linear.torch_compile)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
     assert torch.equal(torch.get_rng_state(), states[2]) and torch.get_num_threads() == states[3]
 
@@ -322,8 +322,8 @@ def test_the_number_of_threads_does_not_change_the_inverse_factor(columns):
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            with masked_gptq.keeping_masks({}):
-                factors.append(masked_gptq._gptq.GPTQ.hessian_inverse(gptq, x.T @ x)[0])
+            with masked_gptq.MaskedGptq({}).in_place():
+                factors.append(library.gptq.GPTQ.hessian_inverse(gptq, x.T @ x)[0])
     finally:
         torch.set_num_threads(before)
     assert factors[0].dtype == torch.float32
@@ -363,7 +363,7 @@ def test_shapes_that_do_not_pack_are_refused(shape, bits, group_size, message):
 def test_widths_of_single_linears_are_asked_for_by_their_whole_names(act_order):
     names = [f"model.layers.{i}.mlp.up_proj" for i in (1, 10, 11)]
     widths = dict(zip(names, (4, 2, 4), strict=True))
-    config = masked_gptq.config(**SETTINGS | {"bits": 8, "act_order": act_order}, widths=widths)
+    config = masked_gptq.config(**SETTINGS | {"bits": widths, "act_order": act_order})
     assert config.bits == 4
     assert [config.dynamic_get(name, "bits", config.bits) for name in names] == [4, 2, 4]
     assert config.dynamic_get("model.layers.10.mlp.up_project", "bits", 0) == 0
@@ -372,8 +372,8 @@ def test_widths_of_single_linears_are_asked_for_by_their_whole_names(act_order):
 
 
 def test_equal_widths_need_no_overrides():
-    assert masked_gptq.config(**SETTINGS | {"bits": 8}, widths={NAME: 3}).bits == 3
-    assert not masked_gptq.config(**SETTINGS, widths={NAME: 3}).dynamic
+    config = masked_gptq.config(**SETTINGS | {"bits": {NAME: 3}})
+    assert config.bits == 3 and not config.dynamic
 
 
 def test_group_aware_without_groups_is_refused():
@@ -408,9 +408,9 @@ def inputs_of_the_stage(folder, tiny_llama, prune=True, tied=True):
         keep[name] = two_of_four(linear.weight.detach()) if prune else torch.ones_like(linear.weight, dtype=torch.bool)
         linear.weight.data *= keep[name]
     dense_folder.save_dense(model, dense_folder.load_tokenizer(dense), dense)
-    dense_folder.save_masks(folder / "masks.safetensors", keep if prune else {}, "2:4" if prune else "dense")
+    mask_files.save_masks(folder / "masks.safetensors", keep if prune else {}, "2:4" if prune else "dense")
     windows = torch.randint(0, 257, (6, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    dense_folder.save_tensors(folder / "windows.safetensors", {"input_ids": windows}, {})
+    tensor_files.save_tensors(folder / "windows.safetensors", {"input_ids": windows}, {})
     files = {name: folder / name for name in ("lora/model", "masks.safetensors", "windows.safetensors")}
     return SimpleNamespace(files=files, keep=keep, windows=windows, model=model)
 
@@ -470,10 +470,10 @@ def test_the_stage_keeps_masks_and_stock_gptqmodel_loads_its_folder(run, pruned,
     written, given = ({path.name for path in of.iterdir()} for of in (folder / "model", pruned.files["lora/model"]))
     assert written == given | {"quantize_config.json"}
     assert list((tmp_path / "elsewhere").iterdir()) == []  # no logs
-    library = masked_gptq.gptqmodel
-    stock = library.GPTQModel.load(str(folder / "model"), backend=library.BACKEND.GPTQ_TORCH, device="cpu").model
-    for (name, linear), zeros in zip(masked_gptq.quantised_linears(stock).items(), rows["zeros"], strict=True):
-        weight = masked_gptq.dequantised(linear)
+    package = library.gptqmodel
+    stock = package.GPTQModel.load(str(folder / "model"), backend=package.BACKEND.GPTQ_TORCH, device="cpu").model
+    for (name, linear), zeros in zip(unpacking.quantised_linears(stock).items(), rows["zeros"], strict=True):
+        weight = unpacking.dequantised(linear)
         assert weight[~pruned.keep[name]].count_nonzero() == 0
         assert int((weight == 0).sum()) == zeros
     tensors = load_file(folder / "model/model.safetensors")
@@ -502,7 +502,7 @@ def test_descent_lowers_the_error_of_what_is_saved(run, pruned, changed):
     for cycles in (0, 5):
         folder = run(f"out{cycles}", bits=3, descent_cycles=cycles, **changed)
         weight = gptq_folder.block_weights(gptq_folder.load_quantised(folder / "model"))[name].double()
-        keep, _ = dense_folder.load_masks(folder / "masks.safetensors")
+        keep, _ = mask_files.load_masks(folder / "masks.safetensors")
         assert weight[~keep[name]].count_nonzero() == 0
         errors[cycles] = float((x @ (weight - original).T).norm() / (x @ original.T).norm())
         stated = pd.read_csv(folder / "layers.csv").set_index("linear").loc[name, "error"]
@@ -514,7 +514,7 @@ def test_the_loaded_model_computes_in_float32_and_generates(run, pruned):
     folder = run(bits=8) / "model"
     ids = pruned.windows[:2].long()
     loaded, plain = gptq_folder.load_model(folder), gptq_folder.load_dequantised(folder)
-    assert not masked_gptq.quantised_linears(plain)
+    assert not unpacking.quantised_linears(plain)
     with torch.no_grad():
         logits, expected = loaded(input_ids=ids).logits, plain(input_ids=ids).logits
         dense = pruned.model(input_ids=ids).logits
@@ -538,7 +538,7 @@ def test_two_runs_write_the_same_bytes(run):
 @pytest.mark.parametrize("shape", [(6, 10), (2, 129)])
 def test_windows_that_gptqmodel_would_drop_or_cut_are_refused(run, pruned, monkeypatch, tmp_path, shape):
     path = tmp_path / "windows.safetensors"
-    dense_folder.save_tensors(path, {"input_ids": torch.ones(shape, dtype=torch.int32)}, {})
+    tensor_files.save_tensors(path, {"input_ids": torch.ones(shape, dtype=torch.int32)}, {})
     monkeypatch.setitem(pruned.files, "windows.safetensors", path)
     with pytest.raises(InputError, match=f"calibrate.length = {shape[1]}, .* choose 11 to 128"):
         run()
@@ -583,14 +583,14 @@ def test_pruned_weights_are_zero_in_the_saved_folder_in_every_order(run, pruned,
 def test_the_saved_weights_are_those_that_gptq_computed_with(pruned, tmp_path):
     model = gptq_folder.load_for_quantisation(pruned.files["lora/model"], masked_gptq.config(**SETTINGS | {"bits": 3}))
     solved = {}
-    solve = masked_gptq._gptq.GPTQ.quantize
+    solve = library.gptq.GPTQ.quantize
 
     def spy(self, blocksize=128):
         answer = solve(self, blocksize)
         solved[self._named_module.full_name] = answer[0].clone()
         return answer
 
-    with masked_gptq._patched(masked_gptq._gptq.GPTQ, "quantize", spy):
+    with library.patched(library.gptq.GPTQ, "quantize", spy):
         masked_gptq.quantise(model, pruned.windows, pruned.keep)
     gptq_folder.save_quantised(model, pruned.files["lora/model"], tmp_path / "out/model")
     for name, weight in stored_weights(tmp_path / "out").items():
@@ -601,7 +601,7 @@ def test_unmasked_gptq_fills_zeros_and_the_result_is_a_dense_one(run, pruned):
     folder = run(masked=False, enforce=False, bits=8)
     ledger = pd.read_csv(folder / "sparsity.csv")
     assert ledger["revived"].sum() > 100 and ledger["violations"].sum() > 100
-    assert dense_folder.load_masks(folder / "masks.safetensors") == ({}, "dense")
+    assert mask_files.load_masks(folder / "masks.safetensors") == ({}, "dense")
     weights = stored_weights(folder)
     alive = [int(weights[name][~mask].count_nonzero()) for name, mask in pruned.keep.items()]
     assert alive == ledger["revived"].tolist()
@@ -614,7 +614,7 @@ def test_unmasked_gptq_with_enforce_ends_the_stage(run):
 
 def test_joint_masks_hold_exactly_what_they_keep(run, unpruned):
     folder = run(given=unpruned, joint={"keep": 2, "of": 4})
-    keep, pattern = dense_folder.load_masks(folder / "masks.safetensors")
+    keep, pattern = mask_files.load_masks(folder / "masks.safetensors")
     assert pattern == "2:4" and set(keep) == set(unpruned.keep)
     for name, weight in stored_weights(folder).items():
         assert (masks.groups(keep[name], 4).sum(dim=-1) == 2).all()
@@ -646,10 +646,10 @@ def test_a_budget_gives_widths_that_stock_gptqmodel_loads(run, pruned):
         for name, mask in pruned.keep.items()
     )
     assert 0.97 * budget < spent <= budget
-    library = masked_gptq.gptqmodel
-    stock = library.GPTQModel.load(str(folder / "model"), backend=library.BACKEND.GPTQ_TORCH, device="cpu").model
-    for name, linear in masked_gptq.quantised_linears(stock).items():
-        weight = masked_gptq.dequantised(linear)
+    package = library.gptqmodel
+    stock = package.GPTQModel.load(str(folder / "model"), backend=package.BACKEND.GPTQ_TORCH, device="cpu").model
+    for name, linear in unpacking.quantised_linears(stock).items():
+        weight = unpacking.dequantised(linear)
         assert linear.bits == widths[name]
         assert weight[~pruned.keep[name]].count_nonzero() == 0
         levels = [len(group.unique()) for group in weight[:, :32]]

@@ -11,7 +11,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.pruning import depth_prune, importance
 from tasks.algorithms.scoring.perplexity import perplexity
-from tasks.models import dense_folder
+from tasks.models import dense_folder, tensor_files
 
 METHODS = [*importance.SCORES, importance.COMPOUND]
 IDENTITY = 2
@@ -119,7 +119,7 @@ def test_a_broken_model_is_refused(method, make_model, make_windows):
 
 def test_the_stage_writes_every_score_of_the_first_windows(model_folder, make_stage, make_windows, tmp_path, capsys):
     ids = make_windows(4, 16)
-    dense_folder.save_tensors(tmp_path / "windows.safetensors", {"input_ids": ids.int()}, {})
+    tensor_files.save_tensors(tmp_path / "windows.safetensors", {"input_ids": ids.int()}, {})
     inputs = {"vocabulary/model": model_folder, "windows.safetensors": tmp_path / "windows.safetensors"}
     params = {"importance": {"windows": 2, "method": "taylor"}}
     for out in ("a", "b"):

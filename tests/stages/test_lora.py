@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -25,8 +26,11 @@ from tasks.algorithms.model import checkpoints, families, layers
 from tasks.algorithms.pruning import depth_prune
 from tasks.algorithms.recovery import distillation, masked_lora
 from tasks.compression import recovery_training
-from tasks.models import dense_folder
+from tasks.models import dense_folder, mask_files
 from tasks.parameters.compression_sections import Distillation, Lora
+from tasks.runtime.files import write_json
+from tasks.runtime.stage import Inputs
+from tests.support.paths import ROOT
 
 VOCABULARY = 256
 RECIPE = masked_lora.Recipe(
@@ -426,19 +430,18 @@ def test_what_a_user_can_get_wrong(pruned):
         masked_lora.train(attach(model, keep), text_tokens(), RECIPE)
 
 
-class FakeStage:
-    """What a stage module sees of tasks.runtime.stage.Stage, over folders of a test."""
+class FakeStage(Inputs):
+    """What a stage module sees of tasks.runtime.stage.Stage, over folders of a test; dvc.yaml says which."""
 
     def __init__(self, folder: Path, params: Lora, run: str = "run", name: str = "lora") -> None:
+        deps = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"][name]["deps"]
+        data = [Path(dep) for dep in deps if dep.startswith("data/")]
+        super().__init__(name, {path: folder / path.relative_to("data") for path in data})
         self.folder, self.out, self.name = folder, folder / run, name
         self.journal = checkpoints.NOTHING
-        self.params = SimpleNamespace(lora=params, wanda=SimpleNamespace(enforce=True))
+        self.params = SimpleNamespace(device="cpu", lora=params, wanda=SimpleNamespace(enforce=True))
         self.updates: list[tuple[int, float]] = []
         self.total = 0
-
-    def input(self, name: str) -> Path:
-        below = {"masks.safetensors": "wanda/masks.safetensors", "removed.json": "depth_prune/removed.json"}
-        return self.folder / below.get(name, name)
 
     def output(self, name: str) -> Path:
         path = self.out / (name if "/" in name else f"{self.name}/{name}")
@@ -490,9 +493,9 @@ def folder(tmp_path: Path) -> Path:
     model = depth_prune.without(model, [1])
     keep = prune(model)
     dense_folder.save_dense(model, tokenizer, tmp_path / "wanda/model")
-    dense_folder.save_masks(tmp_path / "wanda/masks.safetensors", keep, "2:4")
+    mask_files.save_masks(tmp_path / "wanda/masks.safetensors", keep, "2:4")
     (tmp_path / "depth_prune").mkdir()
-    dense_folder.write_json(tmp_path / "depth_prune/removed.json", {"removed": [1], "kept": [0, 2]})
+    write_json(tmp_path / "depth_prune/removed.json", {"removed": [1], "kept": [0, 2]})
     (tmp_path / "fetch/corpora").mkdir(parents=True)
     rows = [json.dumps({"text": f"The pump must report {n} litres."}) + "\n" for n in range(40)]
     (tmp_path / "fetch/corpora/train.jsonl").write_text("".join(rows), encoding="utf-8")
@@ -522,7 +525,7 @@ ARMS = {
 def test_stage_writes_a_stock_checkpoint_with_the_masks_and_dtype_kept(folder, arm):
     stage = FakeStage(folder, params(**ARMS[arm]))
     lora.run(stage)
-    keep, _ = dense_folder.load_masks(folder / "wanda/masks.safetensors")
+    keep, _ = mask_files.load_masks(folder / "wanda/masks.safetensors")
     model = AutoModelForCausalLM.from_pretrained(stage.out / "lora/model", dtype="auto")
     assert model.dtype == torch.bfloat16
     assert type(model) is LlamaForCausalLM
@@ -546,7 +549,7 @@ def test_stage_writes_a_stock_checkpoint_with_the_masks_and_dtype_kept(folder, a
 
 
 def test_eora_start_lowers_the_first_loss_and_compares_with_the_teachers_corresponding_blocks(folder, monkeypatch):
-    keep, _ = dense_folder.load_masks(folder / "wanda/masks.safetensors")
+    keep, _ = mask_files.load_masks(folder / "wanda/masks.safetensors")
     teacher = dense_folder.load_dense(folder / "vocabulary/model")
     start, seen = masked_lora.start_from_eora, {}
 
@@ -586,7 +589,7 @@ def test_stage_repeats_its_bytes(folder, arm):
 def test_remasked_is_pefts_merge_and_then_the_masks(folder):
     """The oracle trains with PEFT's stock layer and merges with PEFT's own merge."""
     stage = FakeStage(folder, params(method="remasked", distillation=distil(0.0)))
-    keep, _ = dense_folder.load_masks(folder / "wanda/masks.safetensors")
+    keep, _ = mask_files.load_masks(folder / "wanda/masks.safetensors")
     model = dense_folder.load_dense(folder / "wanda/model")
     torch.manual_seed(0)
     plain = get_peft_model(model, LoraConfig(r=4, lora_alpha=8.0, lora_dropout=0.0, target_modules=list(keep)))
@@ -631,10 +634,10 @@ def test_stage_names_what_does_not_fit(folder):
     with pytest.raises(InputError, match=r"lora\.start = eora .* set lora\.start to zeros"):
         lora.run(FakeStage(folder, params(start="eora", method="block_reconstruction")))
     for kept in ([0], [0, 3]):
-        dense_folder.write_json(folder / "depth_prune/removed.json", {"kept": kept})
+        write_json(folder / "depth_prune/removed.json", {"kept": kept})
         with pytest.raises(InputError, match=rf"{len(kept)} of the teacher's 3 blocks .* run stage depth_prune again"):
             lora.run(FakeStage(folder, params()))
-    dense_folder.write_json(folder / "depth_prune/removed.json", {"kept": [0, 2]})
+    write_json(folder / "depth_prune/removed.json", {"kept": [0, 2]})
     dense_folder.save_dense(llama(blocks=3, vocabulary=250), byte_tokenizer(), folder / "vocabulary/model")
     with pytest.raises(InputError, match="the model has 256 tokens, its teacher 250"):
         lora.run(FakeStage(folder, params()))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tasks import package
 from tasks.algorithms.errors import InputError
-from tasks.models import dense_folder
+from tasks.models import dense_folder, mask_files, tensor_files
 from tasks.packed import reader
 from tasks.parameters import schema
 from tasks.parameters.compression_sections import Joint
@@ -49,10 +49,10 @@ def make_package(tmp_path: Path, make_stage, pruned_folder: Path):
         inputs[name] = tmp_path / name
         inputs[name].write_text(text)
     inputs["masks.safetensors"] = tmp_path / "masks.safetensors"
-    dense_folder.save_masks(inputs["masks.safetensors"], masks(pruned_folder), "1:2")
+    mask_files.save_masks(inputs["masks.safetensors"], masks(pruned_folder), "1:2")
     for name in ("embedding.safetensors", "adapter.safetensors"):
         inputs[name] = tmp_path / name
-        dense_folder.save_tensors(inputs[name], {}, {"bits": "16", "group_size": "-1"})
+        tensor_files.save_tensors(inputs[name], {}, {"bits": "16", "group_size": "-1"})
     chosen = {name: getattr(sections, name) for name in ("package", "wanda", "lora", "gptq")}
 
     def make(out="out", enforce=True):

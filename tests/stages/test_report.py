@@ -19,7 +19,7 @@ import pytest
 from tasks import report
 from tasks.cli import report as summary
 from tasks.evaluation import comparison
-from tasks.reporting import charts, dag, model_rows, verdict
+from tasks.reporting import chart_style, dag, model_rows, size_charts, verdict
 from tasks.reporting.sections import task_scores
 from tests.support import synthetic_results
 from tests.support.synthetic_results import (
@@ -389,7 +389,7 @@ def test_branches_are_priced_in_bits_per_weight(make):
 
 def test_plain_models_stand_beside_the_line():
     rows = model_rows.stage_rows({name: metrics(name) for name in MODELS})
-    layers = charts.perplexity_by_bytes(rows.astype({"bytes": "int64"}), "perplexity_test", None)
+    layers = size_charts.perplexity_by_bytes(rows.astype({"bytes": "int64"}), "perplexity_test", None)
     data = [layer["data"]["name"] for layer in layers["layer"]]
     line, *points = (layers["datasets"][name] for name in data[:4])
     assert [row["stage"] for row in line] == list(PIPELINE)
@@ -434,7 +434,7 @@ DRAW = report.vl_convert.vegalite_to_svg
 @functools.cache
 def bundle():
     """Vega's script, once for many pages: it takes most of their time."""
-    return ORIGINAL(vl_version=charts.VEGA_LITE)
+    return ORIGINAL(vl_version=chart_style.VEGA_LITE)
 
 
 def test_same_inputs_give_the_same_bytes(make, monkeypatch):

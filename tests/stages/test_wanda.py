@@ -10,7 +10,7 @@ from tasks import wanda as stage_module
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, masks
 from tasks.algorithms.pruning import wanda
-from tasks.models import dense_folder
+from tasks.models import dense_folder, mask_files, tensor_files
 
 PATTERNS = [(2, 4), (4, 8), (7, 8), (1, 2), (3, 16)]
 
@@ -160,7 +160,7 @@ def params(**changes):
 
 @pytest.fixture
 def inputs(model_folder, make_windows, tmp_path):
-    dense_folder.save_tensors(tmp_path / "windows.safetensors", {"input_ids": make_windows(3, 16).int()}, {})
+    tensor_files.save_tensors(tmp_path / "windows.safetensors", {"input_ids": make_windows(3, 16).int()}, {})
     return {"depth_prune/model": model_folder, "windows.safetensors": tmp_path / "windows.safetensors"}
 
 
@@ -178,7 +178,7 @@ def test_the_stage_s_model_masks_and_table_agree(changes, pattern, fraction, inp
         stage_module.run(make_stage(params(**changes), inputs, out))
     names = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
-    keep, written = dense_folder.load_masks(tmp_path / "a/masks.safetensors")
+    keep, written = mask_files.load_masks(tmp_path / "a/masks.safetensors")
     linears = families.block_linears(dense_folder.load_dense(tmp_path / "a/wanda/model"))
     table = pd.read_csv(tmp_path / "a/layers.csv")
     assert written == pattern
@@ -196,5 +196,5 @@ def test_switched_off_it_passes_the_bytes_on(inputs, model_folder, make_stage, t
     stage_module.skip(make_stage({"wanda": SimpleNamespace()}, inputs))
     for path in model_folder.iterdir():
         assert (tmp_path / "out/wanda/model" / path.name).read_bytes() == path.read_bytes()
-    assert dense_folder.load_masks(tmp_path / "out/masks.safetensors") == ({}, "dense")
+    assert mask_files.load_masks(tmp_path / "out/masks.safetensors") == ({}, "dense")
     assert pd.read_csv(tmp_path / "out/layers.csv").empty

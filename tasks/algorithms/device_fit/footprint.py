@@ -1,4 +1,4 @@
-"""What a model takes of a device's memory, and what a token costs: bytes and operations by arithmetic.
+"""Count what a model takes of a device's memory and what a token costs: bytes and operations by arithmetic.
 
 A file and a memory hold the same matrix differently. A packed file stores the positions of kept weights and their
 codes; a compute unit that has no use for zeros needs every code of the matrix, zeros too. A file may store scales as
@@ -23,17 +23,17 @@ from fractions import Fraction
 from tasks.algorithms.model.shape import ModelShape
 
 COMPONENTS = ("values", "positions", "scales", "zeros", "embedding", "norms", "adapter", "metadata")
-"""What bytes in memory are for. `scales` includes the group of each input (act order), `embedding` an untied head."""
+"""Bytes in memory are for one of these. `scales` has each input's group (act order) too, `embedding` an untied head."""
 SCALE_BITS, ORDER_BITS = 16, 32
-"""Of a scale, and of the index of an input's group, as kernels take them."""
+"""A scale, and the index of an input's group, have so many bits, as kernels take them."""
 NEW_GROUP = 64
-"""Inputs that share a scale where a model that isn't quantised is imagined with few bits."""
+"""So many inputs share a scale where a model that isn't quantised is imagined with few bits."""
 FLOATS = {"fp32": 32, "fp16": 16, "bf16": 16}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Tokens per sequence in the KV cache, sequences, bits of a KV element and of an activation."""
+    """The use of a model: tokens per sequence in the KV cache, sequences, bits of a KV element and of an activation."""
 
     context: int
     batch: int
@@ -48,13 +48,13 @@ class Matrix:
     Attributes:
         component: "values" for a linear of a block, "embedding", "adapter".
         format: "fp32", "fp16", "bf16", or "int4-group" (scales per group of inputs), "int8-channel" (per output row).
-        group_size: inputs that share a scale; of a float 0.
+        group_size: inputs that share a scale; 0 for a float.
         pattern: (keep, of) of an N:M pattern; None without.
         unstructured: pruned without such a pattern.
         zero_points: stored per scale, in the bits of a code.
         ordered: each input names its group (act order).
         looked_up: a token reads one row only.
-        average_bits: of its codes, where several widths are mixed; None: those of `format`.
+        average_bits: mean width of its codes, where several are mixed; None: that of `format`.
     """
 
     component: str
@@ -90,8 +90,8 @@ class Model:
     Attributes:
         parts: blocks in order, then the rest.
         metadata: bytes of what isn't tensors (tokenizer, configs, headers), which the device keeps, too.
-        stored: bytes of the files; of a model that is only planned, what they would be.
-        stored_components: of the files, component -> bytes.
+        stored: bytes of the files; for a model that is only planned, what they would be.
+        stored_components: component -> bytes in the files.
     """
 
     shape: ModelShape
@@ -101,13 +101,13 @@ class Model:
     stored_components: Mapping[str, int]
 
     def matrices(self) -> Iterable[Matrix]:
-        """Of all parts."""
+        """Go through the matrices of all parts."""
         return (matrix for part in self.parts for matrix in part.matrices)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What a compute unit takes.
+    """A compute unit: the formats that it computes with, its peaks, the zeros that it has a use for.
 
     Attributes:
         formats: weight format -> the precision of the arithmetic it runs in.
@@ -123,7 +123,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of one component of one part in memory; `read`: by every token, as a whole."""
+    """Bytes of one component of one part in memory; `read`: every token reads them, as a whole."""
 
     part: str
     component: str
@@ -132,13 +132,13 @@ class Held:
 
 
 def kv_cache_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Keys and values: 2 x layers x kv_heads x head_dim x context x batch elements of `kv_bits`."""
+    """Count keys and values: 2 x layers x kv_heads x head_dim x context x batch elements of `kv_bits`."""
     elements = 2 * shape.layers * shape.kv_heads * shape.head_dim * workload.context * workload.batch
     return _bytes(elements, workload.kv_bits)
 
 
 def activation_bytes(shape: ModelShape, workload: Workload) -> int:
-    """The residual row and the widest step beside it, for one token of each sequence.
+    """Count the residual row and the widest step beside it, for one token of each sequence.
 
     Steps, in elements, with nothing reused in place but what says so:
       attention  normed row, queries, keys, values, scores of all heads over the context (softmax in place), mixed
@@ -147,21 +147,22 @@ def activation_bytes(shape: ModelShape, workload: Workload) -> int:
       head       normed row, the row of logits
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    # normed, then q and the mixed values, k and v, the scores [heads, context]
     attention = shape.hidden + 2 * queries + 2 * keys + shape.heads * workload.context
-    mlp = shape.hidden + 2 * shape.mlp
+    mlp = shape.hidden + 2 * shape.mlp  # normed, then gate and up
     head = shape.hidden + shape.vocabulary
     return _bytes(workload.batch * (shape.hidden + max(attention, mlp, head)), workload.activation_bits)
 
 
 def scratch_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Two unpacked rows of the block linear with the most inputs, and 32-bit sums for the one with the most outputs."""
+    """Count two unpacked rows of the block linear with the most inputs, 32-bit sums of the one with most outputs."""
     queries = shape.heads * shape.head_dim
-    widest = max(shape.hidden, shape.mlp, queries)
+    widest = max(shape.hidden, shape.mlp, queries)  # the largest side of any linear, as input and as output
     return _bytes(2 * widest, workload.activation_bits) + 4 * widest * workload.batch
 
 
 def nearest(name: str, supported: Iterable[str]) -> str | None:
-    """The format in which a device holds weights of format `name`; None where it has nothing as wide.
+    """Choose the format in which a device holds weights of format `name`; None where it has nothing as wide.
 
     The same one; else the narrowest integers that hold the same codes with the same or finer scales; else, as scales
     per group become one per row, the widest integers; else the narrowest floats that are as wide.
@@ -169,34 +170,35 @@ def nearest(name: str, supported: Iterable[str]) -> str | None:
     supported = list(supported)
     if name in supported:
         return name
-    integers = sorted((_width(one), one) for one in supported if one not in FLOATS and _width(one) >= _width(name))
+    integers = sorted((_width(kind), kind) for kind in supported if kind not in FLOATS and _width(kind) >= _width(name))
     if name not in FLOATS:
-        same = [one for _, one in integers if one.endswith("-group") or name.endswith("-channel")]
+        # a row's one scale can stand for each of its groups, the groups' scales not for a row
+        same = [kind for _, kind in integers if kind.endswith("-group") or name.endswith("-channel")]
         if same:
             return same[0]
         if integers:
-            return integers[-1][1]
-    floats = sorted((_width(one), one) for one in supported if one in FLOATS and _width(one) >= _width(name))
+            return integers[-1][1]  # quantised anew per row: the widest loses least
+    floats = sorted((_width(kind), kind) for kind in supported if kind in FLOATS and _width(kind) >= _width(name))
     return floats[0][1] if floats else None
 
 
 def hold(model: Model, unit: Unit) -> list[Held]:
-    """Every component of every part as the device's memory holds it, in the order of the model."""
-    found = []
+    """List every component of every part as the device's memory holds it, in the order of the model."""
+    entries = []
     for part in model.parts:
-        sizes: dict[tuple[str, bool], int] = {}
+        sizes: dict[tuple[str, bool], int] = {}  # (component, read as a whole) -> bytes
         for matrix in part.matrices:
             for component, size in matrix_bytes(matrix, unit).items():
                 key = component, not matrix.looked_up
                 sizes[key] = sizes.get(key, 0) + size
         if part.norms:
             sizes["norms", True] = part.norms
-        found += [Held(part.name, component, size, read) for (component, size), read in _flat(sizes)]
-    return found + [Held("metadata", "metadata", model.metadata, read=False)]
+        entries += [Held(part.name, component, size, read) for (component, size), read in _flat(sizes)]
+    return entries + [Held("metadata", "metadata", model.metadata, read=False)]
 
 
 def matrix_bytes(matrix: Matrix, unit: Unit) -> dict[str, int]:
-    """Component -> bytes of one matrix in memory; of an embedding or adapter, its scales count with it.
+    """Count component -> bytes of one matrix in memory; the scales of an embedding or adapter count with it.
 
     Where the unit has a use for the zeros of an N:M pattern, it holds the kept codes and for each the bits of an index
     within its group; everywhere else all codes.
@@ -207,9 +209,10 @@ def matrix_bytes(matrix: Matrix, unit: Unit) -> dict[str, int]:
     if matrix.pattern in unit.saves_bytes:
         keep, of = matrix.pattern
         kept = count * keep // of
-        sizes["positions"] = _bytes(kept, (of - 1).bit_length())
+        sizes["positions"] = _bytes(kept, (of - 1).bit_length())  # an index 0 to of - 1 per kept weight
     sizes["values"] = _bytes(kept, bits)
     if held not in FLOATS:
+        # a scale per group of inputs and row, or per row
         groups = matrix.rows * (_groups(matrix) if held.endswith("-group") else 1)
         sizes["scales"] = _bytes(groups, SCALE_BITS)
         if matrix.zero_points:
@@ -220,50 +223,54 @@ def matrix_bytes(matrix: Matrix, unit: Unit) -> dict[str, int]:
 
 
 def row_bytes(model: Model, unit: Unit) -> int:
-    """What a token reads of the tables that it looks up in."""
+    """Count the bytes that a token reads of the tables that it looks up in: a row of each."""
     looked_up = (matrix for matrix in model.matrices() if matrix.looked_up)
     return sum(-(-sum(matrix_bytes(matrix, unit).values()) // matrix.rows) for matrix in looked_up)
 
 
 def operations(model: Model, unit: Unit, workload: Workload) -> dict[str, int | Fraction]:
-    """Precision -> operations per token: two per weight, four per query element and cached token.
+    """Count precision -> operations per token: two per weight, four per query element and cached token.
 
     Zeros that the unit skips are left out. Attention runs in the floats of the activations' width, or in integers where
     they have 8 bits; where the unit has none such, at its fastest precision.
     """
-    found: dict[str, int | Fraction] = {}
+    counts: dict[str, int | Fraction] = {}
     for matrix in model.matrices():
         if matrix.looked_up:
             continue
         precision = precision_of(matrix, unit)
-        share = Fraction(*matrix.pattern) if matrix.pattern in unit.saves_time else 1
-        found[precision] = found.get(precision, 0) + 2 * matrix.rows * matrix.cols * share
+        share = Fraction(*matrix.pattern) if matrix.pattern in unit.saves_time else 1  # keep / of
+        counts[precision] = counts.get(precision, 0) + 2 * matrix.rows * matrix.cols * share
     wanted = {8: ("int8",), 16: ("fp16", "bf16"), 32: ("fp32",)}[workload.activation_bits]
-    precision = next((one for one in wanted if one in unit.rates), fastest(unit))
+    precision = next((name for name in wanted if name in unit.rates), fastest(unit))
+    # Q K^T and its product with V: a multiply and an add each per query element and cached token
     attention = 4 * model.shape.layers * model.shape.heads * model.shape.head_dim * workload.context
-    found[precision] = found.get(precision, 0) + attention
-    return found
+    counts[precision] = counts.get(precision, 0) + attention
+    return counts
 
 
 def precision_of(matrix: Matrix, unit: Unit) -> str:
-    """In which the unit computes with the matrix; its fastest where it takes nothing like it, so that a bound holds."""
+    """Return the precision of the unit's arithmetic with the matrix.
+
+    It is the unit's fastest where it takes nothing like the matrix, so that an upper bound of the speed holds.
+    """
     held = nearest(matrix.format, unit.formats)
     return unit.formats[held] if held else fastest(unit)
 
 
 def fastest(unit: Unit) -> str:
-    """The precision of the highest peak."""
+    """Return the precision of the highest peak."""
     return max(unit.rates, key=lambda precision: unit.rates[precision])
 
 
 def with_bits(model: Model, bits: Fraction, unit: Unit) -> Model:
-    """The model with `bits` bits per weight in its blocks' linears, on average over `widths` that the unit takes.
+    """Return the model with `bits` bits per weight in its blocks' linears, on average over `widths` of the unit.
 
-    Scales stay as they are; of a model in floats they are per group of `NEW_GROUP`, or per row where the unit takes no
+    Scales stay as they are; for a model in floats they are per group of `NEW_GROUP`, or per row where the unit takes no
     groups.
     """
     kind = _granularity(unit)
-    width = next(one for one in widths(unit) if one >= bits)
+    width = next(wide for wide in widths(unit) if wide >= bits)  # names the format; bytes go by `bits`
 
     def change(matrix: Matrix) -> Matrix:
         if matrix.component != "values":
@@ -276,9 +283,9 @@ def with_bits(model: Model, bits: Fraction, unit: Unit) -> Model:
 
 
 def without_layers(model: Model, count: int) -> Model:
-    """The model without its `count` blocks of fewest weights: what then fits, fits without any other `count` too."""
+    """Return the model without its `count` smallest blocks: what then fits, fits without any other `count` too."""
 
-    def weights(part: Part) -> tuple[int, int]:
+    def weights(part: Part) -> tuple[int, int]:  # bits, and the block's number for blocks of one size
         return sum(m.rows * m.cols * _width(m.format) for m in part.matrices), int(part.name.partition(".")[2])
 
     blocks = sorted((part for part in model.parts if part.is_block), key=weights)
@@ -288,7 +295,7 @@ def without_layers(model: Model, count: int) -> Model:
 
 
 def in_bf16(model: Model) -> Model:
-    """The model as if it were stored in bf16, nothing quantised or pruned, without adapters."""
+    """Return the model as if it were stored in bf16, nothing quantised or pruned, without adapters."""
 
     def change(matrix: Matrix) -> Matrix:
         return Matrix(matrix.component, matrix.rows, matrix.cols, "bf16", looked_up=matrix.looked_up)
@@ -300,17 +307,17 @@ def in_bf16(model: Model) -> Model:
 
 
 def widths(unit: Unit) -> list[int]:
-    """Of the integer codes that the unit computes with, ascending: those with scales per group, if it takes any."""
-    return sorted(_width(one) for one in unit.formats if one.endswith(_granularity(unit)))
+    """List the widths of the unit's integer codes, ascending: of those with scales per group, if it takes any."""
+    return sorted(_width(name) for name in unit.formats if name.endswith(_granularity(unit)))
 
 
 def held_bits(matrix: Matrix, unit: Unit) -> int:
-    """Of a weight in memory."""
+    """Return the bits of one of the matrix's weights in memory."""
     return _width(nearest(matrix.format, unit.formats) or matrix.format)
 
 
 def _granularity(unit: Unit) -> str:
-    return "-group" if any(one.endswith("-group") for one in unit.formats) else "-channel"
+    return "-group" if any(name.endswith("-group") for name in unit.formats) else "-channel"
 
 
 def _groups(matrix: Matrix) -> int:
@@ -326,4 +333,4 @@ def _flat(sizes: Mapping[tuple[str, bool], int]) -> Iterable[tuple[tuple[str, in
 
 
 def _bytes(elements: int, bits: int | Fraction) -> int:
-    return -(-elements * bits // 8)
+    return -(-elements * bits // 8)  # rounded up, exactly for fractions of bits too

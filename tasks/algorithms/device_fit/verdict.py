@@ -1,4 +1,4 @@
-"""Does a model fit a device's memories, how fast could it decode there at best, and what would make it fit.
+"""Tell whether a model fits a device's memories, how fast it could decode there at best, and what would make it fit.
 
 A roofline (Williams, Waterman, Patterson, "Roofline", CACM 2009) for decoding one token at a time. Every token reads
 all weights and the whole KV cache once, so for small batches the memories limit, not the arithmetic:
@@ -28,9 +28,9 @@ from tasks.algorithms.device_fit.placement import Placement, Tier, place
 from tasks.algorithms.errors import InputError
 
 FITS, STREAMS, FAILS = VERDICTS = ("FITS", "FITS_STREAMING", "DOES_NOT_FIT")
-"""The best first."""
+"""The verdicts, the best first."""
 _KV_BITS = (16, 8, 4)
-"""Of a quantised KV cache (transformers' quantised cache has 8 and 4)."""
+"""These widths of the KV cache are tried as ways to fit, the widest first."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Cache:
-    """The last-level cache: of everything that lies in memory, it holds what is read again and again, if all fits."""
+    """The last-level cache: it holds all that a token reads, whatever memory that lies in, if all of it fits."""
 
     name: str
     bytes: int
@@ -52,7 +52,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Device:
-    """What the verdict needs of a device profile; `margin` is the share of each tier that stays free."""
+    """The part of a device profile that the verdict needs; `margin` is the share of each tier that stays free."""
 
     name: str
     tiers: tuple[Tier, ...]
@@ -64,11 +64,11 @@ class Device:
 
 @dataclass(frozen=True)
 class Place:
-    """One memory and what was put there; bytes. `over` is how far `used` exceeds `usable`.
+    """One memory and what was put there, in bytes; `over` is how far `used` exceeds `usable`.
 
     Attributes:
         items: weights, metadata, kv_cache, activations, scratch -> bytes.
-        components: of weights and metadata, by `footprint.COMPONENTS`.
+        components: bytes of weights and metadata, by `footprint.COMPONENTS`.
         parts: which parts of the model lie there, as text.
     """
 
@@ -105,13 +105,13 @@ class Way:
 
 @dataclass(frozen=True)
 class Fit:
-    """The verdict.
+    """The verdict, and the figures behind it.
 
     Attributes:
         limiting_term: "memories: item" that exceeds its room by most, or fills it to the largest share.
         bytes_over: bytes that found no room.
-        headroom_bytes: by which that item may still grow.
-        weights_bytes: in the device's memory, which is not what the file has; without `metadata_bytes`.
+        headroom_bytes: bytes by which that item may still grow.
+        weights_bytes: bytes of them in the device's memory, which is not what the file has; without `metadata_bytes`.
         activation_bytes: activations and scratch.
         capacity_bytes: usable in all memories that are read in place.
         streamed_bytes_per_token: read from storage in each step.
@@ -150,44 +150,45 @@ def judge(device: Device, model: Model, workload: Workload) -> Fit:
 
 
 def ways(device: Device, model: Model, workload: Workload) -> list[Way]:
-    """Single changes, the smallest of their kind, each tried: the model with it `FITS`."""
+    """List single changes, the smallest of their kind, each tried: the model with it `FITS`."""
 
     def fits(changed: Model = model, **values: int) -> bool:
         return _judge(device, changed, replace(workload, **values)).verdict == FITS
 
-    found = []
+    changes = []
     layers = _smallest(1, model.shape.layers - 1, lambda n: fits(footprint.without_layers(model, n)))
     if layers:
-        found.append(Way(f"-{layers} layer{'s' if layers > 1 else ''}", "layers", -layers))
+        changes.append(Way(f"-{layers} layer{'s' if layers > 1 else ''}", "layers", -layers))
     tenths = _fewer_bits(model, device.unit, fits)
     if tenths:
-        found.append(Way(f"{tenths / 10:.1f} bits per weight", "bits", tenths / 10))
+        changes.append(Way(f"{tenths / 10:.1f} bits per weight", "bits", tenths / 10))
     for name in ("context", "batch"):
-        most = getattr(workload, name) - 1
+        most = getattr(workload, name) - 1  # n less than now, for n from 1 on
         less = _smallest(1, most, lambda n, name=name, most=most: fits(**{name: most + 1 - n}))
         if less:
-            found.append(Way(f"{name} <= {most + 1 - less}", name, most + 1 - less))
+            changes.append(Way(f"{name} <= {most + 1 - less}", name, most + 1 - less))
     bits = next((bits for bits in _KV_BITS if bits < workload.kv_bits and fits(kv_bits=bits)), None)
     if bits:
-        found.append(Way(f"KV cache in {bits} bits", "kv_bits", bits))
-    return found
+        changes.append(Way(f"KV cache in {bits} bits", "kv_bits", bits))
+    return changes
 
 
 def _fewer_bits(model: Model, unit: Unit, fits: Callable[[Model], bool]) -> int | None:
-    """The most tenths of a bit per weight of the blocks' linears with which it fits, below those that it takes now."""
+    """Find the most tenths of a bit per weight of the blocks' linears with which it fits, fewer than it takes now."""
     widths = footprint.widths(unit)
     if not widths:
         return None
     linears = [matrix for matrix in model.matrices() if matrix.component == "values"]
     held = sum(footprint.held_bits(matrix, unit) * matrix.rows * matrix.cols for matrix in linears)
-    now = Fraction(held, sum(matrix.rows * matrix.cols for matrix in linears))
+    now = Fraction(held, sum(matrix.rows * matrix.cols for matrix in linears))  # bits per weight
+    # in tenths: the largest number below `now`, within the unit's narrowest and widest codes
     least, most = 10 * widths[0], min(10 * widths[-1], int(-(-now * 10 // 1)) - 1)
     less = _smallest(0, most - least, lambda n: fits(footprint.with_bits(model, Fraction(most - n, 10), unit)))
     return None if less is None else most - less
 
 
 def _smallest(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
-    """The smallest number from low to high for which it holds, as it does for all above; None where for none."""
+    """Find by bisection the smallest number from low to high for which it holds, as for all above; None: for none."""
     if high < low or not holds(high):
         return None
     while low < high:
@@ -206,7 +207,7 @@ def _judge(device: Device, model: Model, workload: Workload) -> Fit:
     placement = place(tiers, sizes, device.margin)
     if placement.over and device.storage:
         tiers, verdict = (*tiers, device.storage.tier), STREAMS
-        sizes["scratch"] += 2 * device.storage.buffer
+        sizes["scratch"] += 2 * device.storage.buffer  # one is computed with while the next is read
         placement = place(tiers, sizes, device.margin)
     places = _places(tiers, placement, held, device.margin)
     if device.storage and len(places) == len(device.tiers):
@@ -214,6 +215,7 @@ def _judge(device: Device, model: Model, workload: Workload) -> Fit:
         places.append(Place(tier.name, tier.bytes, tier.usable(device.margin), {}, {}, "", 0, 0))
     seconds, tier = _bandwidth(device, tiers, placement, model, workload)
     operations = footprint.operations(model, device.unit, workload)
+    # the compute roof: operations by the peak of their precision, one precision after the other
     compute = workload.batch * sum(float(n) / device.unit.rates[precision] for precision, n in operations.items())
     components = {name: sum(h.bytes for h in held if h.component == name) for name in footprint.COMPONENTS}
     return Fit(
@@ -241,8 +243,8 @@ def _sizes(held: Sequence[Held], model: Model, workload: Workload) -> dict[str, 
         "scratch": footprint.scratch_bytes(model.shape, workload),
         "activations": footprint.activation_bytes(model.shape, workload),
         "kv_cache": footprint.kv_cache_bytes(model.shape, workload),
-        "weights": sum(one.bytes for one in held if one.read),
-        "lookup": sum(one.bytes for one in held if not one.read),
+        "weights": sum(entry.bytes for entry in held if entry.read),
+        "lookup": sum(entry.bytes for entry in held if not entry.read),
     }
 
 
@@ -252,12 +254,14 @@ def _term(tiers: Sequence[Tier], placement: Placement) -> str:
 
 
 def _places(tiers: Sequence[Tier], placement: Placement, held: Sequence[Held], margin: float) -> list[Place]:
-    """The model's parts go into the room that the placement gives its weights, in the order of the model."""
-    waiting = {"weights": [one for one in held if one.read], "lookup": [one for one in held if not one.read]}
+    """Put the model's parts into the room that the placement gives its weights, in the order of the model."""
+    waiting = {"weights": [part for part in held if part.read], "lookup": [part for part in held if not part.read]}
     places = []
     for tier, items in zip(tiers, placement.held, strict=True):
-        taken = [one for item in waiting for one in _take(waiting[item], items.get(item, 0))]
-        components = {name: sum(o.bytes for o in taken if o.component == name) for name in footprint.COMPONENTS}
+        taken = [part for item in waiting for part in _take(waiting[item], items.get(item, 0))]
+        components = {
+            name: sum(part.bytes for part in taken if part.component == name) for name in footprint.COMPONENTS
+        }
         shown = {item: size for item, size in items.items() if item not in waiting}
         weights = sum(components.values()) - components["metadata"]
         shown |= {name: n for name, n in (("weights", weights), ("metadata", components["metadata"])) if n}
@@ -269,7 +273,7 @@ def _places(tiers: Sequence[Tier], placement: Placement, held: Sequence[Held], m
 
 
 def _take(waiting: list[Held], size: int) -> list[Held]:
-    """The first `size` bytes, which leave the list; one at the border is split."""
+    """Take the first `size` bytes out of the list; the entry at the border is split."""
     taken = []
     while size:
         first = waiting.pop(0)
@@ -282,11 +286,11 @@ def _take(waiting: list[Held], size: int) -> list[Held]:
 
 
 def _parts(taken: Sequence[Held], held: Sequence[Held]) -> str:
-    """ "layers.0 to layers.4, layers.5 (38%), norms": whole ones, and shares of those that are split."""
+    """Write "layers.0 to layers.4, layers.5 (38%), norms": whole parts, and shares of those that are split."""
     whole, here = ({}, {})
-    for sizes, ones in ((whole, held), (here, taken)):
-        for one in ones:
-            sizes[one.part] = sizes.get(one.part, 0) + one.bytes
+    for sizes, entries in ((whole, held), (here, taken)):
+        for entry in entries:
+            sizes[entry.part] = sizes.get(entry.part, 0) + entry.bytes
     texts: list[str] = []
     first = last = None
     for name in here:
@@ -302,29 +306,31 @@ def _parts(taken: Sequence[Held], held: Sequence[Held]) -> str:
 
 
 def _streamed(device: Device, tiers: Sequence[Tier], placement: Placement, model: Model, workload: Workload) -> int:
-    """Bytes that a step reads from storage."""
+    """Count the bytes that a step reads from storage."""
     if len(tiers) == len(device.tiers):
         return 0
     last = placement.held[-1]
-    rows = workload.batch * footprint.row_bytes(model, device.unit) if "lookup" in last else 0
+    rows = workload.batch * footprint.row_bytes(model, device.unit) if "lookup" in last else 0  # a row per sequence
     return last.get("weights", 0) + min(rows, last.get("lookup", 0))
 
 
 def _bandwidth(
     device: Device, tiers: Sequence[Tier], placement: Placement, model: Model, workload: Workload
 ) -> tuple[float, str]:
-    """Seconds that a step's reads take, and the memory that takes most of them."""
+    """Return the seconds that a step's reads take, and the memory that takes most of them."""
     rows = workload.batch * footprint.row_bytes(model, device.unit)
-    reads = [items.get("weights", 0) + items.get("kv_cache", 0) for items in placement.held]
+    reads = [items.get("weights", 0) + items.get("kv_cache", 0) for items in placement.held]  # bytes per tier
+    # rows are looked up in the last memory that has any of the tables
     home = max((index for index, items in enumerate(placement.held) if "lookup" in items), default=0)
     reads[home] += min(rows, placement.held[home].get("lookup", 0))
     streamed = reads.pop() if len(tiers) > len(device.tiers) else 0
-    if streamed:
+    if streamed:  # what comes from storage is read once more, out of the buffer
         buffer = next(index for index, items in enumerate(placement.held) if "scratch" in items)
         reads[buffer] += streamed
     working = sum(reads) + sum(items.get(i, 0) for items in placement.held for i in ("activations", "scratch"))
     if device.cache and working <= device.cache.bytes and not streamed:
         return sum(reads) / device.cache.bandwidth, device.cache.name
+    # the bandwidth roof: bytes by bandwidth, one memory after the other; storage runs beside them
     seconds = {tier.name: read / tier.bandwidth for tier, read in zip(device.tiers, reads, strict=True)}
     in_place = sum(seconds.values())
     if streamed and streamed / device.storage.tier.bandwidth > in_place:
@@ -333,54 +339,55 @@ def _bandwidth(
 
 
 def _speed(batch: int, bandwidth: float, compute: float, tier: str) -> Speed:
+    # the roofline: the longer of the two is the least time of a step of `batch` tokens
     limited_by = "bandwidth" if bandwidth >= compute else "compute"
     return Speed(batch / max(bandwidth, compute), batch / bandwidth, batch / compute, limited_by, tier)
 
 
 def notes(device: Device, model: Model, workload: Workload, components: Mapping[str, int]) -> list[str]:
-    """What the bytes alone don't show: formats the unit can't take, zeros it has no use for."""
+    """Say what the bytes alone don't show: formats the unit can't take, zeros it has no use for."""
     unit, matrices = device.unit, list(model.matrices())
-    found = _format_notes(device, sorted({matrix.format for matrix in matrices}))
+    texts = _format_notes(device, sorted({matrix.format for matrix in matrices}))
     patterns = {matrix.pattern for matrix in matrices if matrix.pattern}
-    found += [_pattern_note(device, pattern, model, components) for pattern in sorted(patterns)]
+    texts += [_pattern_note(device, pattern, model, components) for pattern in sorted(patterns)]
     if any(matrix.unstructured for matrix in matrices):
-        found.append(f"zeros without an N:M pattern save neither bytes nor time on {device.name}")
+        texts.append(f"zeros without an N:M pattern save neither bytes nor time on {device.name}")
     precisions = {footprint.precision_of(matrix, unit) for matrix in matrices}
     if "int8" in precisions and workload.activation_bits > 8:
-        found.append(
+        texts.append(
             f"{device.name} multiplies these weights in int8: activations of {workload.activation_bits} bits are "
             "rounded to 8 on the way"
         )
-    return [note for note in found if note]
+    return [note for note in texts if note]
 
 
 def _format_notes(device: Device, names: Sequence[str]) -> list[str]:
-    """One for all formats that are held in the same other one, and one for those that nothing holds."""
-    homes: dict[tuple[str | None, bool], list[str]] = {}
+    """Write one note for all formats that are held in the same other one, and one for those that nothing holds."""
+    homes: dict[tuple[str | None, bool], list[str]] = {}  # (held in, scales merged per row) -> formats
     for name in names:
         held = footprint.nearest(name, device.unit.formats)
         merged = name.endswith("-group") and held is not None and held.endswith("-channel")
         if held != name:
             homes.setdefault((held, merged), []).append(name)
-    found = []
+    texts = []
     for (held, merged), some in homes.items():
         formats = " and ".join(some)
         if held is None:
-            found.append(
+            texts.append(
                 f"{device.name} computes with nothing as wide as {formats}: those weights are counted as they are, and "
                 "would have to be quantised to run"
             )
             continue
         lost = "; the scales of groups become one per row, which quantises again and is in no perplexity here"
-        found.append(
+        texts.append(
             f"{device.name} doesn't compute with {formats}: those weights are unpacked to {held} in memory"
             f"{lost if merged else ''}"
         )
-    return found
+    return texts
 
 
 def _pattern_note(device: Device, pattern: tuple[int, int], model: Model, components: Mapping[str, int]) -> str | None:
-    """Where a pattern saves nothing, or only one of time and bytes."""
+    """Say where a pattern saves nothing, or only one of time and bytes."""
     bytes_, time = (pattern in saved for saved in (device.unit.saves_bytes, device.unit.saves_time))
     keep, of = pattern
     named = f"{keep} kept of {of} ({float(1 - Fraction(keep, of)):.0%} zeros)"

@@ -1,1 +1,1 @@
-"""What algorithms ask of a model: its family, its matrices, its masks, the walk over its blocks, and saved states."""
+"""Views of a model for algorithms: its family, its matrices, its masks, the walk over its blocks, and saved states."""

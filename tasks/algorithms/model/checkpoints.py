@@ -1,4 +1,4 @@
-"""What a long algorithm needs to go on where it was interrupted: a memory with keys, and an optimizer's state in it.
+"""Help a long algorithm go on where it was interrupted: a memory with keys, and an optimizer's state in it.
 
 An algorithm asks its memory for what an earlier run had finished, computes the rest, and hands over what it has. It
 knows nothing of files; `tasks.runtime.journal` keeps the entries on disk, `NOTHING` keeps none. A resumed run has to
@@ -16,17 +16,17 @@ from torch import Tensor
 
 
 class Entry(NamedTuple):
-    """What was saved under a key. The tensors are on the CPU and the caller's own; `values` are JSON's types."""
+    """The entry of a key. The tensors are on the CPU and the caller's own; `values` are JSON's types."""
 
     tensors: dict[str, Tensor]
     values: Any
 
 
 class Memory(Protocol):
-    """Entries by key, of letters, digits and `._-@`."""
+    """A memory holds entries by key; keys are made of letters, digits and `._-@`."""
 
     def load(self, key: str) -> Entry | None:
-        """The last entry of this key; None if there is none."""
+        """Return the last entry of this key; None if there is none."""
 
     def save(self, key: str, tensors: Mapping[str, Tensor], values: Any = None) -> None:
         """Keep an entry, in the place of an older one of this key.
@@ -35,10 +35,10 @@ class Memory(Protocol):
         """
 
     def due(self) -> bool:
-        """Whether `save` would write now. What costs something to collect, or changes later, is saved only then."""
+        """Tell whether `save` would write now. What is costly to collect, or changes later, is saved only then."""
 
     def part(self, name: str) -> Memory:
-        """The same memory for keys of a part of the work, apart from all others."""
+        """Return the same memory for keys of a part of the work, apart from all others."""
 
     def forget(self) -> None:
         """Drop every entry of this part: what follows doesn't need them."""
@@ -69,15 +69,15 @@ NOTHING = Nothing()
 def training_state(
     weights: Sequence[Tensor], optimizer: torch.optim.Optimizer, generators: Sequence[torch.Generator] = ()
 ) -> dict[str, Tensor]:
-    """Weights, optimizer and random generators as tensors.
+    """Collect weights, optimizer and random generators as tensors.
 
     Args:
         weights: those that the optimizer trains, in its order.
         optimizer: with tensors alone in its state, as AdamW has.
     """
     state = {f"weight.{index}": weight.detach() for index, weight in enumerate(weights)}
-    for index, own in optimizer.state_dict()["state"].items():
-        state |= {f"optimizer.{index}.{name}": value for name, value in own.items()}
+    for index, slots in optimizer.state_dict()["state"].items():  # AdamW: step, exp_avg, exp_avg_sq per weight
+        state |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
     return state | {f"generator.{index}": generator.get_state() for index, generator in enumerate(generators)}
 
 
@@ -90,12 +90,12 @@ def restore_training(
     """Put back what `training_state` gave, in place."""
     for index, weight in enumerate(weights):
         weight.data.copy_(state[f"weight.{index}"])
-    found: dict[int, dict[str, Tensor]] = {}
-    for key, value in state.items():
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in state.items():  # "optimizer.<index>.<name>" and others
         kind, _, rest = key.partition(".")
         if kind == "optimizer":
             index, _, name = rest.partition(".")
-            found.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+            slots.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     for index, generator in enumerate(generators):
         generator.set_state(state[f"generator.{index}"])

@@ -1,4 +1,4 @@
-"""What differs between model architectures, as data: where the blocks are, their matrices, how sizes are named.
+"""The differences between model architectures, as data: where the blocks are, their matrices, how sizes are named.
 
 An algorithm asks here and never looks at a model's type. A family is one row of `FAMILIES`; one whose blocks hold fused
 or transposed projections (GPT-2, Phi) also says how its matrices lie in its modules (`Projection`).
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # preflight asks for a config's sizes and must not wait for t
 
 @dataclass(frozen=True)
 class Keys:
-    """How a family's config.json calls its sizes; `windowed` switches the sliding window, where the config has it."""
+    """The names of the sizes in a family's config.json; `windowed` switches the sliding window, where there is one."""
 
     layers: str = "num_hidden_layers"
     hidden: str = "hidden_size"
@@ -35,7 +35,7 @@ class Keys:
 
 
 class Projection(NamedTuple):
-    """Where a matrix [out, in] lies: in a module of the block, all of its weight or some rows of it, maybe transposed.
+    """The place of a matrix [out, in]: a module of the block, all of its weight or some rows of it, maybe transposed.
 
     Attributes:
         module: name within the block.
@@ -82,17 +82,17 @@ class Family:
         return tuple(self.sizes)
 
     def chosen(self, targets: str) -> tuple[str, ...]:
-        """Those that params.yaml calls "all-linear", "attention" or "mlp", in running order.
+        """Choose the matrices that params.yaml calls "all-linear", "attention" or "mlp", in running order.
 
         Raises:
-            KeyError: another word.
+            KeyError: `targets` is another word.
         """
         inside = {"all-linear": self.linears, "attention": self.attention}
         inside["mlp"] = tuple(name for name in self.linears if name not in self.attention)
         return inside[targets]
 
     def projection(self, name: str) -> Projection:
-        """Where the matrix of this name lies."""
+        """Return the place of the matrix of this name."""
         return self.projections.get(name, Projection(name))
 
 
@@ -123,7 +123,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family(config: Mapping[str, Any]) -> Family:
-    """The family that a config.json names.
+    """Return the family that a config.json names.
 
     Raises:
         InputError: no architecture is named, or it isn't supported.
@@ -132,12 +132,12 @@ def family(config: Mapping[str, Any]) -> Family:
     for architecture in named:
         if architecture in FAMILIES:
             return FAMILIES[architecture]
-    found = ", ".join(map(str, named)) if named else "no architecture"
-    raise InputError(f"the model's config.json names {found}; supported are {', '.join(sorted(FAMILIES))}")
+    listed = ", ".join(map(str, named)) if named else "no architecture"
+    raise InputError(f"the model's config.json names {listed}; supported are {', '.join(sorted(FAMILIES))}")
 
 
 def of_model(model: nn.Module) -> Family:
-    """The family of an instantiated model (its innermost one: unwrap PEFT or gptqmodel first).
+    """Return the family of an instantiated model (its innermost one: unwrap PEFT or gptqmodel first).
 
     Raises:
         InputError: its class isn't supported.
@@ -146,12 +146,12 @@ def of_model(model: nn.Module) -> Family:
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's transformer blocks."""
+    """Return the model's transformer blocks."""
     return model.get_submodule(of_model(model).blocks)
 
 
 def linears_by_block(model: nn.Module) -> list[dict[str, nn.Linear]]:
-    """Per block: full module name -> linear, in running order. In a quantised model they are its quantised modules."""
+    """Return, per block, full module name -> linear in running order. A quantised model gives its quantised modules."""
     described = of_model(model)
     return [
         {f"{described.blocks}.{index}.{name}": block.get_submodule(name) for name in described.linears}
@@ -160,5 +160,5 @@ def linears_by_block(model: nn.Module) -> list[dict[str, nn.Linear]]:
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Full module name -> linear over all blocks, in running order; neither embedding nor head."""
+    """Return full module name -> linear over all blocks, in running order; neither embedding nor head."""
     return {name: linear for block in linears_by_block(model) for name, linear in block.items()}

@@ -22,7 +22,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class BlockInputs:
-    """What one block gets. Valid during the visit only: the walk overwrites `hidden` with the block's outputs.
+    """The inputs of one block, valid during the visit only: the walk overwrites `hidden` with the block's outputs.
 
     Attributes:
         hidden: [windows, length, hidden].
@@ -35,7 +35,7 @@ class BlockInputs:
     batch: int
 
     def outputs(self, block: nn.Module) -> Iterator[tuple[slice, Tensor]]:
-        """Run the block batch by batch: (windows of the batch, outputs [batch, length, hidden])."""
+        """Run the block batch by batch, and yield (windows of the batch, outputs [batch, length, hidden])."""
         for start in range(0, len(self.hidden), self.batch):
             where = slice(start, min(start + self.batch, len(self.hidden)))
             positional, named = self.calls[where.stop - where.start]
@@ -45,14 +45,14 @@ class BlockInputs:
 
 
 class InputStatistics(NamedTuple):
-    """Of a linear's inputs: float64 [in_features] sums of squares over `tokens` tokens."""
+    """Sums of squares of a linear's inputs over `tokens` tokens, float64 [in_features]."""
 
     sum_of_squares: Tensor
     tokens: int
 
     @property
     def norm(self) -> Tensor:
-        """Euclidean norm per input over all tokens, float64 [in_features]."""
+        """The Euclidean norm of each input over all tokens, float64 [in_features]."""
         return self.sum_of_squares.sqrt()
 
 
@@ -78,6 +78,7 @@ def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> T
     for index, block in enumerate(families.blocks(model)):
         inputs = BlockInputs(hidden, calls[index], batch)
         visit(index, block, inputs)
+        # after the visit, so that the next block gets what the changed weights give; [batch, length, hidden]
         for where, output in inputs.outputs(block):
             hidden[where] = output
     return hidden
@@ -93,6 +94,7 @@ def observe(
     """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        # [batch, length, in_features] -> [batch * length, in_features]
         return lambda _, arguments: see(name, arguments[0].detach().flatten(0, -2))
 
     handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
@@ -107,7 +109,7 @@ def observe(
 def input_statistics(
     linears: Mapping[str, nn.Module], block: nn.Module, inputs: BlockInputs
 ) -> dict[str, InputStatistics]:
-    """Sums of squares of each linear's inputs, from the block's own forward; accumulated in float64."""
+    """Sum the squares of each linear's inputs, from the block's own forward, in float64."""
     statistics: dict[str, InputStatistics] = {}
 
     def see(name: str, x: Tensor) -> None:
@@ -122,7 +124,7 @@ def input_statistics(
 
 
 def _enter(model: nn.Module, input_ids: Tensor, batch: int) -> tuple[Tensor, list[dict[int, Call]]]:
-    """The first block's inputs, and each block's other arguments by batch size.
+    """Return the first block's inputs [windows, length, hidden], and each block's other arguments by batch size.
 
     The model's own forward runs with blocks that hand their input on and note how they were called: blocks of one model
     can get different masks (sliding windows). Windows are equally long, so the arguments depend on the batch size only.
@@ -140,7 +142,7 @@ def _enter(model: nn.Module, input_ids: Tensor, batch: int) -> tuple[Tensor, lis
 
         return forward
 
-    own = [vars(block).get("forward") for block in blocks]  # an instance's own forward: quantised models can have one
+    forwards = [vars(block).get("forward") for block in blocks]  # an instance's own: quantised models can have one
     try:
         for index, block in enumerate(blocks):
             block.forward = stand_in(index)
@@ -148,7 +150,7 @@ def _enter(model: nn.Module, input_ids: Tensor, batch: int) -> tuple[Tensor, lis
             for ids in beside(model, input_ids).split(batch):
                 model.base_model(input_ids=ids, use_cache=False)
     finally:
-        for block, forward in zip(blocks, own, strict=True):
+        for block, forward in zip(blocks, forwards, strict=True):
             del block.forward
             if forward is not None:
                 block.forward = forward

@@ -1,7 +1,7 @@
 """Keep masks of pruned matrices as packed bits, and the check of an N:M pattern.
 
 A mask is a bool matrix [rows, cols] = [out_features, in_features], True where the weight is kept.
-Files are `tasks.models.dense_folder`'s; which weights to keep is `tasks.algorithms.pruning.wanda`'s.
+Files are `tasks.models.mask_files`'s; which weights to keep is `tasks.algorithms.pruning.wanda`'s.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from tasks.algorithms.errors import InputError
 
 
 def pack(mask: Tensor) -> Tensor:
-    """bool [rows, cols] -> uint8 [ceil(rows * cols / 8)]: row-major, first element in the highest bit, zero padded."""
+    """Pack bool [rows, cols] to uint8 [ceil(rows * cols / 8)]: row-major, from the highest bit on, zero padded."""
     if mask.dtype != torch.bool:
         raise TypeError(f"a mask is bool, got {mask.dtype}")
     return torch.from_numpy(np.packbits(mask.detach().cpu().contiguous().numpy().reshape(-1)))
 
 
 def unpack(packed: Tensor, rows: int, cols: int) -> Tensor:
-    """uint8 [bytes] -> bool [rows, cols].
+    """Unpack uint8 [bytes] to bool [rows, cols].
 
     Raises:
         InputError: the bytes don't belong to a matrix of that shape.
     """
-    expected = -(-rows * cols // 8)
+    expected = -(-rows * cols // 8)  # rounded up
     if packed.numel() != expected:
         raise InputError(f"a mask of {rows} x {cols} has {expected} bytes, found {packed.numel()}: run wanda again")
     bits = np.unpackbits(packed.cpu().numpy(), count=rows * cols)
@@ -34,7 +34,7 @@ def unpack(packed: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def groups(matrix: Tensor, of: int) -> Tensor:
-    """[rows, cols] -> [rows, cols / of, of]: each row cut into groups of `of` consecutive inputs.
+    """Cut each row of [rows, cols] into groups of `of` consecutive inputs: [rows, cols / of, of].
 
     Raises:
         InputError: cols isn't divisible by `of`.
@@ -46,22 +46,22 @@ def groups(matrix: Tensor, of: int) -> Tensor:
 
 
 def violations(weight: Tensor, keep: int, of: int) -> int:
-    """How many groups of `of` consecutive inputs hold more than `keep` nonzeros."""
+    """Count the groups of `of` consecutive inputs that hold more than `keep` nonzeros."""
     return int((groups(weight, of).ne(0).sum(dim=-1) > keep).sum())
 
 
 def densest_group(weight: Tensor, of: int) -> int:
-    """The largest number of nonzeros in any group of `of` consecutive inputs."""
+    """Return the largest number of nonzeros in any group of `of` consecutive inputs."""
     return int(groups(weight, of).ne(0).sum(dim=-1).max())
 
 
 def revived(weight: Tensor, keep: Tensor) -> int:
-    """How many pruned weights are not exactly zero; weight and keep [rows, cols]."""
+    """Count the pruned weights that are not exactly zero; weight and keep [rows, cols]."""
     return int(weight.detach()[~keep.to(weight.device)].count_nonzero())
 
 
 def parse(pattern: str) -> tuple[int, int] | None:
-    """(kept, of) of an N:M pattern "keep:of"; None for "unstructured" and "dense".
+    """Read an N:M pattern "keep:of" as (kept, of); None for "unstructured" and "dense".
 
     Raises:
         InputError: it is none of them.

@@ -24,7 +24,7 @@ class Matrix:
     Attributes:
         name: its full name, such as "model.layers.0.self_attn.q_proj".
         module: what holds its weight; several matrices may share one.
-        rows: its outputs among the module's; None: all.
+        rows: those of the module's outputs that are the matrix's; None: all.
         transposed: the module keeps [in, out].
     """
 
@@ -35,24 +35,24 @@ class Matrix:
 
     @property
     def weight(self) -> Tensor:
-        """[out, in], sharing memory with the module and without gradient: writing into it changes the model."""
+        """The weight [out, in] without gradient, in the module's memory: writing into it changes the model."""
         return self._seen(self.module.weight.detach())
 
     @property
     def gradient(self) -> Tensor | None:
-        """[out, in] of the last backward pass; None where there was none."""
+        """The gradient [out, in] of the last backward pass; None where there was none."""
         gradient = self.module.weight.grad
         return None if gradient is None else self._seen(gradient)
 
     @property
     def bias(self) -> Tensor | None:
-        """[out], sharing memory with the module; None without."""
+        """The bias [out], sharing memory with the module; None where the module has none."""
         bias = getattr(self.module, "bias", None)
         return None if bias is None else bias.detach()[self.rows or slice(None)]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
+        """The sides (out, in)."""
         return tuple(self.weight.shape)
 
     def set(self, weight: Tensor) -> None:
@@ -65,7 +65,7 @@ class Matrix:
 
 
 def by_block(model: nn.Module) -> list[dict[str, Matrix]]:
-    """Per block: full name -> matrix, in running order.
+    """Return, per block, full name -> matrix in running order.
 
     Raises:
         InputError: the model's family isn't supported.
@@ -79,7 +79,7 @@ def by_block(model: nn.Module) -> list[dict[str, Matrix]]:
 
 
 def of_model(model: nn.Module) -> dict[str, Matrix]:
-    """Full name -> matrix over all blocks, in running order; neither embedding nor head.
+    """Return full name -> matrix over all blocks, in running order; neither embedding nor head.
 
     Raises:
         InputError: the model's family isn't supported.
@@ -88,7 +88,7 @@ def of_model(model: nn.Module) -> dict[str, Matrix]:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Full name -> weight [out, in] of every matrix, sharing memory with the model."""
+    """Return full name -> weight [out, in] of every matrix, sharing memory with the model."""
     return {name: matrix.weight for name, matrix in of_model(model).items()}
 
 
@@ -99,6 +99,7 @@ def _matrices(
         place = family.projection(short)
         rows = None
         if place.parts is not None:
+            # a fused weight stacks its parts along the outputs: [sum of sides, in]
             sides = [shape.sides[name] for name in place.parts]
             start = sum(sides[: place.part])
             rows = slice(start, start + sides[place.part])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 LARGEST = 2**31
-"""A size is below this one: what would overflow an int32 is no model."""
+"""Every size is below this one: what would overflow an int32 is no model."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,22 @@ class ModelShape:
 
     @cached_property
     def in_blocks(self) -> int:
-        """Weights of all blocks' linears."""
+        """The number of weights of all blocks' linears."""
         return self.layers * sum(rows * columns for rows, columns in self.linears.values())
 
     @cached_property
     def outside(self) -> int:
-        """Weights of embedding and head."""
+        """The number of weights of embedding and head, each [vocabulary, hidden]; a tied head is the embedding."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
     def widest(self) -> int:
-        """The most inputs of any linear."""
+        """The inputs of the block linear that has most."""
         return max(columns for _, columns in self.linears.values())
 
 
 def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
-    """The sizes that a config.json gives.
+    """Read the sizes that a config.json gives.
 
     Raises:
         InputError: the architecture isn't supported, or a size is missing or no whole number above 0.
@@ -83,6 +83,7 @@ def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
     layers, hidden, mlp, heads, vocabulary = (
         _size(config, key) for key in (keys.layers, keys.hidden, keys.mlp, keys.heads, keys.vocabulary)
     )
+    # without the key every query head has its own keys and values; fewer is grouped-query attention
     kv_heads = _size(config, keys.kv_heads, optional=True) or heads
     head_dim = _size(config, keys.head_dim, optional=True) or hidden // heads
     sides = {"hidden": hidden, "mlp": mlp, "query": heads * head_dim, "key_value": kv_heads * head_dim}
@@ -105,7 +106,7 @@ def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
 
 
 def shape_of_model(model: nn.Module) -> ModelShape:
-    """The sizes of an instantiated model, by its own config.
+    """Read the sizes of an instantiated model from its own config.
 
     Raises:
         InputError: its class isn't supported, or a size is missing.

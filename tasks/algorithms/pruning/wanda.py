@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, layers
-from tasks.algorithms.model.masks import groups
+from tasks.algorithms.pruning import n_m as patterns
 
 # rows = out_features, cols = in_features
 
@@ -57,9 +57,7 @@ def n_m(values: Tensor, keep: int, of: int) -> Selection:
     Raises:
         InputError: cols isn't divisible by `of`.
     """
-    grouped = groups(values, of)  # [rows, cols / of, of]
-    best = grouped.argsort(dim=-1, descending=True, stable=True)[..., :keep]
-    return Selection(torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, best, True).reshape(values.shape))
+    return Selection(patterns.largest(values, keep, of))
 
 
 def unstructured(values: Tensor, sparsity: float) -> Selection:

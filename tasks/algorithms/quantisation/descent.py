@@ -9,6 +9,8 @@ zero points.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,52 +18,71 @@ BLOCK = 128
 """Columns between two updates of the whole gradient; no effect on the result beyond rounding."""
 
 
+class Grid(NamedTuple):
+    """The values that a quantised matrix can have: scale * (code - zero), by the group of the column.
+
+    Attributes:
+        scales, zeros: [out_features, groups].
+        index: int [in_features], the group of each column.
+        bits: of a code, 0 to 2 ** bits - 1.
+    """
+
+    scales: Tensor
+    zeros: Tensor
+    index: Tensor
+    bits: int
+
+    def nearest(self, values: Tensor, column: int) -> Tensor:
+        """The values of a column's grid that are nearest to these, float32 [out_features]."""
+        group = self.index[column].long()
+        scale, zero = self.scales[:, group].float(), self.zeros[:, group].float()
+        return scale * (torch.round(values / scale + zero).clamp(0, 2**self.bits - 1) - zero)
+
+
 @torch.no_grad()
 def descend(
-    weight: Tensor,
-    quantised: Tensor,
-    hessian: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    index: Tensor,
-    bits: int,
-    cycles: int,
-    keep: Tensor | None = None,
+    weight: Tensor, quantised: Tensor, hessian: Tensor, grid: Grid, cycles: int, keep: Tensor | None = None
 ) -> Tensor:
     """Lower tr((W - Q) H (W - Q)^T) over the codes of Q, column after column.
 
     Args:
         weight: W, [out_features, in_features].
-        quantised: Q to start from, of the same shape, on the grid scale * (code - zero), 0 where pruned.
+        quantised: Q to start from, of the same shape, on the grid, 0 where pruned.
         hessian: H, symmetric, [in_features, in_features]; its diagonal above 0.
-        scales, zeros: [out_features, groups].
-        index: int [in_features], the group of each column.
-        bits: of a code, 0 to 2 ** bits - 1.
         cycles: passes over all columns.
         keep: bool [out_features, in_features]; None: all.
 
     Returns:
         float32 [out_features, in_features]; its error is at most that of `quantised`.
     """
-    hessian, found = hessian.float(), quantised.float().clone()
-    groups, top = index.long(), 2**bits - 1
-    gradient = (weight.float() - found) @ hessian  # [out, in]; of -1/2 the error
-    diagonal = hessian.diagonal()
+    hessian, current = hessian.float(), quantised.float().clone()
+    # G = (W - Q) H is -1/2 of the error's gradient with respect to Q. It is kept up to date, not computed again.
+    gradient = (weight.float() - current) @ hessian  # [out, in]
     for _ in range(cycles):
-        before = found.clone()
-        for start in range(0, found.shape[1], BLOCK):
-            end = min(start + BLOCK, found.shape[1])
-            near, steps = gradient[:, start:end].clone(), torch.zeros_like(found[:, start:end])
-            for column in range(start, end):
-                scale, zero = scales[:, groups[column]].float(), zeros[:, groups[column]].float()
-                best = found[:, column] + near[:, column - start] / diagonal[column]
-                value = scale * (torch.round(best / scale + zero).clamp(0, top) - zero)
-                if keep is not None:
-                    value = value * keep[:, column]
-                steps[:, column - start] = value - found[:, column]
-                near -= steps[:, column - start, None] * hessian[column, start:end]
-                found[:, column] = value
-            gradient -= steps @ hessian[start:end]
-        if torch.equal(found, before):
-            break
-    return found
+        before = current.clone()
+        for start in range(0, current.shape[1], BLOCK):
+            columns = slice(start, min(start + BLOCK, current.shape[1]))
+            steps = _descend_block(current, gradient, hessian, grid, columns, keep)  # [out, block]
+            # A step S of Q lowers G by S H; the columns of other blocks hear of it here, all at once.
+            gradient -= steps @ hessian[columns]
+        if torch.equal(current, before):
+            break  # no single code can be bettered: all further cycles would repeat this one
+    return current
+
+
+def _descend_block(
+    current: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid, columns: slice, keep: Tensor | None
+) -> Tensor:
+    """Set the columns of a block, one after the other, in `current`; returns by how much, [out_features, block]."""
+    diagonal = hessian.diagonal()
+    near, steps = gradient[:, columns].clone(), torch.zeros_like(current[:, columns])
+    for place, column in enumerate(range(columns.start, columns.stop)):
+        # The error is a parabola in each q_ij, with its minimum at q_ij + G_ij / H_jj; the grid's nearest value is the
+        # best one on the grid, because a parabola is symmetric.
+        value = grid.nearest(current[:, column] + near[:, place] / diagonal[column], column)  # [out]
+        if keep is not None:
+            value = value * keep[:, column]
+        steps[:, place] = value - current[:, column]
+        near -= steps[:, place, None] * hessian[column, columns]  # G of this block, by the step's outer product
+        current[:, column] = value
+    return steps

@@ -10,82 +10,52 @@ Each linear's calibration inputs have gone through the quantised linears that ru
 block in the order (q k v), (o), (gate up), (down), runs the block again after each, and hands the quantised block's
 outputs to the next one.
 
-gptqmodel knows no masks. This module holds every work-around for it, written against version 7.6.0, each inside a
-context manager that puts the library back; `LIBRARY_VERSION` is compared at import. It writes no file
-(`tasks.models.dense_folder` does) and quantises neither embedding nor head (`tasks.algorithms.quantisation.embedding`
+gptqmodel knows no masks: they come in by patches of its GPTQ (those of the rest are
+`tasks.algorithms.quantisation.gptqmodel_library`'s), inside a context manager that puts it back. It writes no file
+(`tasks.models.gptq_folder` does) and quantises neither embedding nor head (`tasks.algorithms.quantisation.embedding`
 does).
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import importlib
-import importlib.metadata
-import io
-import logging
-import os
-import random
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, masks
-from tasks.algorithms.quantisation import descent, rounding, sparsegpt
-
-LIBRARY_VERSION = "7.6.0"
-"""The work-arounds reach into gptqmodel's internals: another version needs them read again, and the tests run."""
+from tasks.algorithms.quantisation import descent, masked_grid, output_error, sparsegpt
+from tasks.algorithms.quantisation import gptqmodel_library as library
 
 WIDTHS = (2, 3, 4, 8)
 """Bits per code that gptqmodel packs into 32-bit words."""
-
-ANSWER = ("quantised", "scales", "zeros", "index")
-"""The tensors that gptqmodel's `GPTQ.quantize` returns first; numbers follow."""
 
 Done = Callable[[str, float], None]
 """Called after each linear with its name and error."""
 
 
-def _import_library() -> ModuleType:
-    """Import gptqmodel without its banner and without the environment variables it sets.
+@dataclass(frozen=True)
+class Settings:
+    """What this project adds to gptqmodel's GPTQ; gptqmodel's own settings are made by `config`.
 
-    Its pool wants 2 loader workers and takes (cores + 1) // 2: a ValueError on two cores without GPTQMODEL_CPU_WORKERS.
+    Attributes:
+        scale_steps: scales are powers of 2 ** (1 / scale_steps); None: any float16.
+        joint: (keep, of): the masks are chosen in the sweep, `keep` of every `of` consecutive inputs.
+        descent_cycles: passes of coordinate descent after the sweep (`tasks.algorithms.quantisation.descent`).
     """
-    installed = importlib.metadata.version("gptqmodel")
-    if installed != LIBRARY_VERSION:
-        raise InputError(f"gptqmodel {installed} is installed, {LIBRARY_VERSION} is needed: install constraints.txt")
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    before = dict(os.environ)
-    level = logging.getLogger().level
-    importlib.import_module("logbar").LogBar.shared().setLevel(logging.ERROR)
-    library = importlib.import_module("gptqmodel")
-    logging.getLogger().setLevel(level)
-    for key in set(os.environ) - set(before):
-        del os.environ[key]
-    os.environ.update(before)
-    return library
 
-
-gptqmodel = _import_library()
-_gptq = importlib.import_module("gptqmodel.quantization.gptq")
-_gar = importlib.import_module("gptqmodel.quantization.gar")
-_logger = importlib.import_module("gptqmodel.utils.logger")
-_looper = importlib.import_module("gptqmodel.looper.loop_processor")
-_threads = importlib.import_module("gptqmodel.utils.threadx")
-_torch_linear = importlib.import_module("gptqmodel.nn_modules.qlinear.torch")
-Lora = importlib.import_module("gptqmodel.adapter.adapter").Lora
-eora_compute_lora = importlib.import_module("gptqmodel.eora").eora_compute_lora
+    scale_steps: int | None = None
+    joint: tuple[int, int] | None = None
+    descent_cycles: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,19 +73,40 @@ class LayerResult:
     keep: Tensor | None = None
 
 
+class Answer(NamedTuple):
+    """What gptqmodel's `GPTQ.quantize` returns, in its order.
+
+    Attributes:
+        quantised: [out_features, in_features], of the weight's type.
+        scales, zeros: [out_features, groups].
+        index: int32 [in_features], the group of each column.
+        seconds: spent.
+        loss: sum of squared errors over 2 [H^-1]_jj, per sample; NaN where it failed.
+        damp: share of the Hessian's mean diagonal that was added; 1 where none was enough.
+        samples: calibration tokens.
+    """
+
+    quantised: Tensor
+    scales: Tensor
+    zeros: Tensor
+    index: Tensor
+    seconds: float
+    loss: float
+    damp: float
+    samples: int
+
+
+TENSORS = ("quantised", "scales", "zeros", "index")
+"""The fields of an `Answer` that are tensors; they are its first ones."""
+
+
 def config(
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    damp: float,
-    act_order: str,
-    mse: float = 0.0,
-    widths: Mapping[str, int] | None = None,
+    bits: int | Mapping[str, int], group_size: int, symmetric: bool, damp: float, act_order: str, mse: float = 0.0
 ) -> Any:
-    """gptqmodel's QuantizeConfig, with everything off that would make a result depend on more than these seven.
+    """gptqmodel's QuantizeConfig, with everything off that would make a result depend on more than these six.
 
     Args:
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4 or 8; or full module name -> bits, of all linears.
         group_size: inputs that share a scale; -1 is the whole row.
         symmetric: zero is the middle code; else each group has its own integer zero point (zero is exact in both).
         damp: share of the Hessian's mean diagonal added to it.
@@ -123,7 +114,6 @@ def config(
             Hessian diagonal, which adds an index per input to the file; "group_aware", the same, but groups stay
             together (Gafni et al., arXiv 2505.14638), which adds nothing.
         mse: norm of the error that a grid search of each scale minimises; 0 takes the range.
-        widths: full module name -> bits, of all linears; `bits` is then without effect.
 
     Raises:
         InputError: "group_aware" without groups.
@@ -131,10 +121,10 @@ def config(
     if act_order == "group_aware" and group_size == -1:
         raise InputError("gptq.act_order = group_aware orders groups, and gptq.group_size = -1 has one: choose another")
     dynamic = None
-    if widths:
-        bits = _most_common(widths.values())
+    if isinstance(bits, Mapping):
+        widths, bits = bits, _most_common(bits.values())
         dynamic = {f"+:^{re.escape(name)}$": {"bits": width} for name, width in widths.items() if width != bits}
-    return gptqmodel.QuantizeConfig(
+    return library.gptqmodel.QuantizeConfig(
         bits=bits,
         dynamic=dynamic or None,
         group_size=group_size,
@@ -177,138 +167,12 @@ def packable(shape: tuple[int, int], widths: Iterable[int] = WIDTHS) -> list[int
     return [bits for bits in widths if not any(size % _per_word(bits) for size in shape)]
 
 
-@contextlib.contextmanager
-def contained() -> Iterator[None]:
-    """Run gptqmodel without its live progress, prints and log files, and put random generators and threads back.
-
-    An error in one of its threads is raised to the caller; it would end the whole process, with no word for the user.
-
-    It draws a random name for a log file in ./logs from Python's global generator, and prints what it saves.
-    """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.get_num_threads()
-    talkers = importlib.import_module("logbar").LogBar.shared(), logging.getLogger("accelerate.utils.modeling")
-    levels = [logger.level for logger in talkers]
-    with (
-        _patched(_logger, "_suppress_live_renderables", lambda: True),
-        _patched(_threads._DeviceWorker, "_abort_process", lambda *_: None),
-        _patched(_looper.LoopProcessor, "_build_log_file_path", staticmethod(lambda *_: Path(os.devnull))),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        for logger in talkers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(talkers, levels, strict=True):
-                logger.setLevel(level)
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
-            torch.set_num_threads(states[3])
-
-
-@contextlib.contextmanager
-def loading_in_float32() -> Iterator[None]:
-    """Let gptqmodel load a checkpoint in float32 and without torch.compile.
-
-    Its torch kernel declares half precision only, though its arithmetic follows the input's dtype; and it compiles the
-    dequantisation with inductor, which needs a C++ compiler at run time.
-    """
-    kernel = _torch_linear.TorchLinear
-    with (
-        contained(),
-        _patched(kernel, "SUPPORTS_DTYPES", [*kernel.SUPPORTS_DTYPES, torch.float32]),
-        _patched(_torch_linear, "torch_compile", lambda function, **_: function),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def keeping_masks(
-    keep: Mapping[str, Tensor],
-    done: Done | None = None,
-    scale_steps: int | None = None,
-    joint: tuple[int, int] | None = None,
-    descent_cycles: int = 0,
-    memory: checkpoints.Memory = checkpoints.NOTHING,
-    blocks: Iterable[Collection[str]] = (),
-) -> Iterator[dict[str, LayerResult]]:
-    """Within this context gptqmodel's GPTQ quantises pruned weights to zero. Yields the results, filled as it runs.
-
-    Args:
-        keep: full module name -> bool [out_features, in_features], True where kept. Modules without one are not pruned.
-        done: called after each linear.
-        scale_steps: scales are powers of 2 ** (1 / scale_steps); None: any float16.
-        joint: (keep, of): the masks are chosen in the sweep, `keep` of every `of` consecutive inputs.
-        descent_cycles: passes of coordinate descent after the sweep (`tasks.algorithms.quantisation.descent`).
-        memory: linears that it holds are taken from it, others are saved to it.
-        blocks: full names of each block's linears; of a block that `memory` holds as a whole, no inputs are measured.
-
-    Raises:
-        InputError: (in the looper) a mask of another shape, a pruned weight that isn't zero, a Hessian that can't be
-            inverted.
-    """
-    results: dict[str, LayerResult] = {}
-    solve, add, invert = _gptq.GPTQ.quantize, _gptq.GPTQ.add_batch, _gptq.GPTQ.hessian_inverse
-    finished = _Finished(memory, blocks)
-
-    def create_quantizer(self: Any, name: str) -> _MaskedQuantizer:
-        return _MaskedQuantizer(self.qcfg, name, scale_steps)
-
-    def add_batch(self: Any, inp: Tensor, out: Tensor, batch_index: int | None = None) -> None:
-        if not finished.whole_block(self._named_module.full_name):
-            return add(self, inp, out, batch_index)
-        with self.lock:
-            self.fwd_counter += 1  # the looper asks whether there were inputs
-
-    def hessian_inverse(self: Any, hessian: Tensor) -> tuple[Tensor | None, float]:
-        # In float32 its last bits depend on the number of threads, and with them a code that lies between two.
-        factor, damp = invert(self, hessian.double())
-        return None if factor is None else factor.float(), damp
-
-    def compute(self: Any, name: str, blocksize: int) -> tuple[tuple[Any, ...], LayerResult]:
-        hessian = self.finalize_hessian(target_device=getattr(self.module, "target_device", None)).clone()
-        weight = self.module.weight.detach().clone()  # [out, in]
-        if name in keep:
-            self.quantizer.mask = _checked(name, keep[name], weight)[:, _order(hessian, self.qcfg)]
-        answer, chosen = _solve_jointly(self, *joint) if joint else (solve(self, blocksize), None)
-        quantised, loss, damp = answer[0], answer[5], answer[6]
-        if not isinstance(loss, float) or not np.isfinite(loss) or damp >= 1:
-            raise InputError(f"the Hessian of {name} can't be inverted even with more damping: raise gptq.damp")
-        if descent_cycles:
-            held = chosen if joint else keep.get(name)
-            quantised = _descend(weight, answer, hessian, damp, self.qcfg.bits, descent_cycles, held)
-            answer = (quantised, *answer[1:])
-        return answer, LayerResult(relative_error(weight - quantised, weight, hessian), float(damp), chosen)
-
-    def quantize(self: Any, blocksize: int = 128) -> tuple[Any, ...]:
-        name = self._named_module.full_name
-        if entry := finished.take(name):
-            answer, results[name] = _recalled(entry)
-        else:
-            answer, results[name] = compute(self, name, blocksize)
-            memory.save(name, *_noted(answer, results[name]))
-        if done:
-            done(name, results[name].error)
-        return answer
-
-    with (
-        _patched(_gptq.GPTQ, "create_quantizer", create_quantizer),
-        _patched(_gptq.GPTQ, "add_batch", add_batch),
-        _patched(_gptq.GPTQ, "hessian_inverse", hessian_inverse),
-        _patched(_gptq.GPTQ, "quantize", quantize),
-    ):
-        yield results
-
-
 def quantise(
     model: Any,
     input_ids: Tensor,
     keep: Mapping[str, Tensor],
+    settings: Settings = Settings(),
     done: Done | None = None,
-    scale_steps: int | None = None,
-    joint: tuple[int, int] | None = None,
-    descent_cycles: int = 0,
     memory: checkpoints.Memory = checkpoints.NOTHING,
 ) -> dict[str, LayerResult]:
     """Quantise a model that gptqmodel loaded with `config`, in place.
@@ -316,16 +180,15 @@ def quantise(
     Args:
         model: gptqmodel's wrapper of a dense model.
         input_ids: [windows, length]; every token counts, in this order.
-        keep: full module name -> bool [out_features, in_features], True where kept.
-        done, scale_steps, joint, descent_cycles, memory: as `keeping_masks`.
+        keep, settings, done, memory: as for `MaskedGptq`.
 
     Returns:
         name -> result, sorted by name.
 
     Raises:
-        InputError: as `keeping_masks`; windows that gptqmodel would drop or cut; `joint` with an order of columns.
+        InputError: as `MaskedGptq`; windows that gptqmodel would drop or cut; `joint` with an order of columns.
     """
-    if joint and (model.quantize_config.desc_act or model.quantize_config.act_group_aware):
+    if settings.joint and (model.quantize_config.desc_act or model.quantize_config.act_group_aware):
         raise InputError("gptq.joint counts consecutive inputs, in their own order: set gptq.act_order to none")
     windows, length = input_ids.shape
     limit = model.model.config.max_position_embeddings
@@ -335,145 +198,129 @@ def quantise(
             f"model's {limit} positions: choose 11 to {limit}"
         )
     rows = [{"input_ids": ids.tolist(), "attention_mask": [1] * length} for ids in input_ids]
-    blocks = families.linears_by_block(model.model)
-    with contained(), keeping_masks(keep, done, scale_steps, joint, descent_cycles, memory, blocks) as results:
+    led = MaskedGptq(keep, settings, done, memory, families.linears_by_block(model.model))
+    with library.contained(), led.in_place():
         model.quantize(rows, batch_size=1, calibration_sort=None)
-    unknown = sorted(set(keep) - set(results))
+    unknown = sorted(set(keep) - set(led.results))
     if unknown:
         raise InputError(f"there is a mask for {unknown[0]}, which the model does not have: run the stage wanda again")
     used = {int(row["samples"]) for row in model.quant_log}
     if used != {windows * length}:
         raise RuntimeError(f"gptqmodel used {sorted(used)} of {windows * length} calibration tokens")
-    return dict(sorted(results.items()))
+    return dict(sorted(led.results.items()))
 
 
-def nearest(
-    weight: Tensor, keep: Tensor | None, quantisation: Any, bits: int, scale_steps: int | None = None
-) -> Tensor:
-    """Round to nearest on the grid that GPTQ would have at its start: no Hessian, nothing compensated.
+class MaskedGptq:
+    """gptqmodel's GPTQ, led by keep masks: one method per function of its class `GPTQ` that is replaced.
 
-    Args:
-        weight: [out_features, in_features], 0 where pruned.
-        keep: bool of the same shape, or None.
-        quantisation: of `config`; group size, symmetry and mse are taken from it.
-        bits: 2, 3, 4 or 8.
-
-    Returns:
-        float32 [out_features, in_features].
-    """
-    weight = weight.detach().float()
-    size = weight.shape[1] if quantisation.group_size == -1 else quantisation.group_size
-    settings = copy.copy(quantisation)
-    settings.bits = bits
-    quantiser = _MaskedQuantizer(settings, "", scale_steps)
-    quantiser.mask = keep
-    quantiser.configure(perchannel=True)
-    parts = []
-    for group in weight.split(size, dim=1):
-        quantiser.find_params(group, weight=True)
-        parts.append(quantiser.quantize(group))
-    return torch.cat(parts, dim=1)
-
-
-def quantised_linears(model: nn.Module) -> dict[str, Any]:
-    """Full module name -> gptqmodel's quantised linear, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _torch_linear.TorchLinear)}
-
-
-def dequantised(linear: Any) -> Tensor:
-    """float32 [out_features, in_features] of a quantised linear, without its adapter."""
-    scales = linear.scales
-    linear.scales = scales.float()  # in half precision code x scale would be rounded
-    try:
-        # The class's function: the instance's own may be a compiled one.
-        return type(linear).dequantize_weight(linear).T.float().contiguous()
-    finally:
-        linear.scales = scales
-
-
-def unpack_once(model: nn.Module) -> None:
-    """Make quantised linears keep their float32 weights instead of unpacking them at every call.
-
-    gptqmodel's own cache of unpacked weights leaves the adapter out of the forward pass.
-    """
-    for linear in quantised_linears(model).values():
-        weight = dequantised(linear).T
-        linear.dequantize_weight = lambda num_itr=1, weight=weight: weight
-
-
-def densify(model: nn.Module) -> None:
-    """Replace every quantised linear by an ordinary float32 one with its dequantised weight; adapters are dropped."""
-    for name, linear in quantised_linears(model).items():
-        dense = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        dense.weight = nn.Parameter(dequantised(linear), requires_grad=False)
-        if linear.bias is not None:
-            dense.bias = nn.Parameter(linear.bias.detach().float(), requires_grad=False)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, dense)
-
-
-def relative_error(delta: Tensor, weight: Tensor, hessian: Tensor) -> float:
-    """||X delta^T||_F / ||X weight^T||_F for a Hessian that is any multiple of X^T X; 0 where both are 0.
-
-    Args:
-        delta, weight: [out_features, in_features].
-        hessian: [in_features, in_features].
-    """
-    hessian = hessian.double()
-
-    def energy(matrix: Tensor) -> float:
-        matrix = matrix.double()
-        return float(((matrix @ hessian) * matrix).sum().clamp_min(0))  # trace(M H M^T)
-
-    lost, whole = energy(delta), energy(weight)
-    return 0.0 if lost == 0 else float("inf") if whole == 0 else (lost / whole) ** 0.5
-
-
-class _MaskedQuantizer(_gptq.Quantizer):
-    """gptqmodel's quantiser, blind to pruned weights, with scales as they are stored.
-
-    GPTQ calls it with the columns from left to right (after their permutation, if there is one): `find_params` at the
-    first column of each group, `quantize` once per column. Hence the count of columns is the place in the mask.
+    The replaced functions are those of gptqmodel.quantization.gptq, version 7.6.0. Each gets the instance of `GPTQ`,
+    which quantises one linear, as `gptq`. The looper calls them from several threads, for several linears at once.
 
     Attributes:
-        steps: scales are powers of 2 ** (1 / steps); None: any float16.
-        mask: bool [out_features, in_features] in the order of the calls, True where kept; None where nothing is pruned.
-        column: columns quantised so far.
+        results: full module name -> what became of the linear, filled as it runs.
     """
 
-    def __init__(self, qcfg: Any, name: str, steps: int | None) -> None:
-        super().__init__(qcfg=qcfg, name=name)
-        self.steps = steps
-        self.mask: Tensor | None = None
-        self.column = 0
+    def __init__(
+        self,
+        keep: Mapping[str, Tensor],
+        settings: Settings = Settings(),
+        done: Done | None = None,
+        memory: checkpoints.Memory = checkpoints.NOTHING,
+        blocks: Iterable[Collection[str]] = (),
+    ) -> None:
+        """Nothing is replaced yet; `in_place` does it.
 
-    def find_params(self, x: Tensor, weight: bool = False) -> None:
-        """Scales and zero points of a group of columns [out_features, group], from its kept weights alone.
-
-        The scale is rounded here, so that GPTQ makes up for that too, and what it computes with is what is stored.
+        Args:
+            keep: full module name -> bool [out_features, in_features], True where kept. Modules without one are not
+                pruned.
+            done: called after each linear.
+            memory: linears that it holds are taken from it, others are saved to it.
+            blocks: full names of each block's linears; of a block that `memory` holds as a whole, no inputs are
+                measured.
         """
-        # Pruned weights got errors of earlier columns and would widen the range. With whole rows as groups the range is
-        # taken once and before that (they are still zero), and in the order before the permutation.
-        if self.mask is not None and self.qcfg.group_size != -1:
-            x = x * self.mask[:, self.column : self.column + x.shape[1]]
-        if self.qcfg.sym:
-            # Where no weight of a group is negative, gptqmodel's symmetric range is [0, max] with the middle code as
-            # zero, so that it clips at half the maximum. Few groups of 32 are like that, many with half of it pruned.
-            # Anything below zero makes it [-max, max]; so small that it counts for nothing in the search by `mse`.
-            x = torch.cat([x, -1e-30 * x.any(dim=1, keepdim=True)], dim=1)
-        super().find_params(x, weight=weight)
-        found = self.scale  # [out_features, 1]
-        self.scale = (rounding.snap(found, self.steps) if self.steps else found.half()).float().clamp(min=2.0**-24)
-        if not self.qcfg.sym:  # the lower end of the range stays nearly where it was
-            self.zero = torch.round(self.zero * found / self.scale).clamp(0, self.maxq)
+        self.results: dict[str, LayerResult] = {}
+        self._keep, self._settings, self._done, self._memory = keep, settings, done, memory
+        self._finished = _Finished(memory, blocks)
+        upstream = library.gptq.GPTQ
+        self._solve, self._add, self._invert = upstream.quantize, upstream.add_batch, upstream.hessian_inverse
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """The nearest grid values of columns [out_features, columns]; zero where pruned."""
-        q = super().quantize(x)
-        if self.mask is not None:
-            q = q * self.mask[:, self.column : self.column + x.shape[1]]
-        self.column += x.shape[1]
-        return q
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[dict[str, LayerResult]]:
+        """Within this context gptqmodel's GPTQ quantises pruned weights to zero. Yields `results`.
+
+        Raises:
+            InputError: (in the looper) a mask of another shape, a pruned weight that isn't zero, a Hessian that can't
+                be inverted.
+        """
+        upstream = library.gptq.GPTQ
+        with (
+            library.patched(upstream, "create_quantizer", _method(self.create_quantizer)),
+            library.patched(upstream, "add_batch", _method(self.add_batch)),
+            library.patched(upstream, "hessian_inverse", _method(self.hessian_inverse)),
+            library.patched(upstream, "quantize", _method(self.quantize)),
+        ):
+            yield self.results
+
+    def create_quantizer(self, gptq: Any, name: str) -> masked_grid.MaskedQuantizer:
+        """Replace `GPTQ.create_quantizer`, which makes a `Quantizer`: here one that can be given a mask."""
+        return masked_grid.MaskedQuantizer(gptq.qcfg, name, self._settings.scale_steps)
+
+    def add_batch(self, gptq: Any, inp: Tensor, out: Tensor, batch_index: int | None = None) -> None:
+        """Replace `GPTQ.add_batch`, which adds X^T X of a batch to the sum: not in a block that is finished."""
+        if not self._finished.whole_block(gptq._named_module.full_name):
+            return self._add(gptq, inp, out, batch_index)
+        with gptq.lock:
+            gptq.fwd_counter += 1  # the looper asks whether there were inputs
+
+    def hessian_inverse(self, gptq: Any, hessian: Tensor) -> tuple[Tensor | None, float]:
+        """Replace `GPTQ.hessian_inverse`, which gives the upper Cholesky factor of the damped Hessian's inverse.
+
+        This is the first line of GPTQ's Algorithm 1, H^-1 <- Cholesky(H^-1)^T; the damping is lambda there.
+        """
+        # In float32 its last bits depend on the number of threads, and with them a code that lies between two.
+        factor, damp = self._invert(gptq, hessian.double())  # [in, in]
+        return None if factor is None else factor.float(), damp
+
+    def quantize(self, gptq: Any, blocksize: int = 128) -> Answer:
+        """Replace `GPTQ.quantize`, the sweep over the columns of a linear (GPTQ's Algorithm 1)."""
+        name = gptq._named_module.full_name
+        if entry := self._finished.take(name):
+            answer, result = _recalled(entry)
+        else:
+            answer, result = self._solved(gptq, name, blocksize)
+            self._memory.save(name, *_noted(answer, result))
+        self.results[name] = result
+        if self._done:
+            self._done(name, result.error)
+        return answer
+
+    def _solved(self, gptq: Any, name: str, blocksize: int) -> tuple[Answer, LayerResult]:
+        """Quantise a linear, and what its error is on the Hessian that gptqmodel summed up."""
+        # `quantize` permutes, damps and drops both: the error needs them as they are.
+        hessian = gptq.finalize_hessian(target_device=getattr(gptq.module, "target_device", None)).clone()  # [in, in]
+        weight = gptq.module.weight.detach().clone()  # [out, in]
+        mask = self._keep.get(name)
+        if mask is not None:
+            gptq.quantizer.mask = _checked(name, mask, weight)[:, _order(hessian, gptq.qcfg)]
+        if self._settings.joint:
+            answer, mask = _solve_jointly(gptq, *self._settings.joint)
+        else:
+            answer = Answer(*self._solve(gptq, blocksize))
+        if not isinstance(answer.loss, float) or not np.isfinite(answer.loss) or answer.damp >= 1:
+            raise InputError(f"the Hessian of {name} can't be inverted even with more damping: raise gptq.damp")
+        if self._settings.descent_cycles:
+            answer = _descended(weight, answer, hessian, gptq.qcfg.bits, self._settings.descent_cycles, mask)
+        error = output_error.relative_error(weight - answer.quantised, weight, hessian)
+        return answer, LayerResult(error, float(answer.damp), mask if self._settings.joint else None)
+
+
+def _method(replacement: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that becomes a method of gptqmodel's class and hands its instance on: bound methods don't."""
+
+    def method(gptq: Any, *arguments: Any, **named: Any) -> Any:
+        return replacement(gptq, *arguments, **named)
+
+    return method
 
 
 class _Finished:
@@ -490,8 +337,8 @@ class _Finished:
         with self.lock:
             if name not in self.names and name in self.block:
                 self.names = self.block[name]
-                found = {each: self.memory.load(each) for each in self.names}
-                self.held = found if all(found.values()) else {}
+                entries = {linear: self.memory.load(linear) for linear in self.names}
+                self.held = entries if all(entries.values()) else {}
             return bool(self.held)
 
     def take(self, name: str) -> checkpoints.Entry | None:
@@ -499,61 +346,54 @@ class _Finished:
         return self.held[name] if name in self.held else self.memory.load(name)
 
 
-def _noted(answer: tuple[Any, ...], result: LayerResult) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What gptqmodel's `GPTQ.quantize` returns, and the result, as an entry of a memory."""
-    tensors = dict(zip(ANSWER, answer[:4], strict=True))
+def _noted(answer: Answer, result: LayerResult) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An answer and its result as an entry of a memory."""
+    tensors = {name: getattr(answer, name) for name in TENSORS}
     if result.keep is not None:
         tensors["keep"] = result.keep
-    return tensors, {"answer": list(answer[4:]), "error": result.error, "damp": result.damp}
+    return tensors, {"answer": list(answer[len(TENSORS) :]), "error": result.error, "damp": result.damp}
 
 
-def _recalled(entry: checkpoints.Entry) -> tuple[tuple[Any, ...], LayerResult]:
-    """What `_noted` got."""
+def _recalled(entry: checkpoints.Entry) -> tuple[Answer, LayerResult]:
+    """The answer and the result that `_noted` made an entry of."""
     tensors, values = entry
-    answer = (*(tensors[name] for name in ANSWER), *values["answer"])
+    answer = Answer(*(tensors[name] for name in TENSORS), *values["answer"])
     return answer, LayerResult(values["error"], values["damp"], tensors.get("keep"))
 
 
 @torch.inference_mode()
-def _solve_jointly(gptq: Any, keep: int, of: int) -> tuple[tuple[Any, ...], Tensor]:
-    """What gptqmodel's `GPTQ.quantize` returns, by the joint sweep, and the mask bool [out_features, in_features]."""
+def _solve_jointly(gptq: Any, keep: int, of: int) -> tuple[Answer, Tensor]:
+    """What gptqmodel's `GPTQ.quantize` answers, by the joint sweep, and the mask bool [out_features, in_features]."""
     started = time.monotonic()
-    weight = gptq.module.weight.detach().float()
-    hessian = gptq.H  # finalised by the caller
+    weight = gptq.module.weight.detach().float()  # [out, in]
+    hessian = gptq.H  # [in, in], finalised by the caller
     dead = hessian.diagonal() == 0  # inputs that are always zero, as gptqmodel treats them
     hessian[dead, dead] = 1
     weight = weight * ~dead
-    factor, damp = gptq.hessian_inverse(hessian)
+    factor, damp = gptq.hessian_inverse(hessian)  # U with U^T U = (H + damping)^-1
     gptq.H = None
     if factor is None:
-        return (None, None, None, None, 0.0, float("nan"), 1.0, gptq.nsamples), torch.empty(0)
+        nothing = torch.empty(0)
+        return Answer(nothing, nothing, nothing, nothing, 0.0, float("nan"), 1.0, gptq.nsamples), nothing
     group_size = gptq.qcfg.group_size
-    found = sparsegpt.sweep(weight, factor, keep, of, group_size, gptq.quantizer)
+    swept = sparsegpt.sweep(weight, factor, keep, of, group_size, gptq.quantizer)
     size = weight.shape[1] if group_size == -1 else group_size
     index = torch.arange(weight.shape[1], dtype=torch.int32) // size
-    quantised = found.quantised.to(gptq.module.weight.dtype)
+    quantised = swept.quantised.to(gptq.module.weight.dtype)
     spent = time.monotonic() - started
-    answer = (quantised, found.scales, found.zeros, index, spent, found.loss / gptq.nsamples, damp, gptq.nsamples)
-    return answer, found.keep
+    loss = swept.loss / gptq.nsamples
+    return Answer(quantised, swept.scales, swept.zeros, index, spent, loss, damp, gptq.nsamples), swept.keep
 
 
-def _descend(
-    weight: Tensor,
-    answer: tuple[Any, ...],
-    hessian: Tensor,
-    damp: float,
-    bits: int,
-    cycles: int,
-    keep: Tensor | None,
-) -> Tensor:
-    """What `GPTQ.quantize` answered, its codes improved on the Hessian that it used; of the weight's type."""
-    quantised, scales, zeros, index = answer[:4]
-    damped = hessian.float()
+def _descended(weight: Tensor, answer: Answer, hessian: Tensor, bits: int, cycles: int, keep: Tensor | None) -> Answer:
+    """The answer with codes that were improved on the Hessian that it was found with; `hessian` is damped in place."""
+    damped = hessian.float()  # a view of it, as gptqmodel sums in float32: the linear's stated error is a damped one
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1  # as gptqmodel treats inputs that are always zero
-    diagonal += damp * diagonal.mean()
-    found = descent.descend(weight, quantised, damped, scales, zeros, index, bits, cycles, keep)
-    return found.to(quantised.dtype)
+    diagonal += answer.damp * diagonal.mean()
+    grid = descent.Grid(answer.scales, answer.zeros, answer.index, bits)
+    quantised = descent.descend(weight, answer.quantised, damped, grid, cycles, keep)
+    return answer._replace(quantised=quantised.to(answer.quantised.dtype))
 
 
 def _per_word(bits: int) -> int:
@@ -562,7 +402,7 @@ def _per_word(bits: int) -> int:
 
 
 def _most_common(widths: Iterable[int]) -> int:
-    """Of equally common ones the smallest."""
+    """The most common width; of equally common ones the smallest."""
     counts = Counter(widths)
     return min(counts, key=lambda bits: (-counts[bits], bits))
 
@@ -575,10 +415,10 @@ def _order(hessian: Tensor, qcfg: Any) -> Tensor:
         return torch.argsort(diagonal, descending=True)
     if not qcfg.act_group_aware:
         return torch.arange(len(hessian))
-    within, largest = _gar.compute_local_perms(diagonal, qcfg.group_size, return_values=True)
-    between = _gar.compute_global_perm(diagonal, qcfg.group_size, precomputed_values=largest)
-    order = _gar.compose_final_perm(within, between, qcfg.group_size)
-    return _gar.extend_perm_with_tail(order, len(hessian))
+    within, largest = library.gar.compute_local_perms(diagonal, qcfg.group_size, return_values=True)
+    between = library.gar.compute_global_perm(diagonal, qcfg.group_size, precomputed_values=largest)
+    order = library.gar.compose_final_perm(within, between, qcfg.group_size)
+    return library.gar.extend_perm_with_tail(order, len(hessian))
 
 
 def _checked(name: str, mask: Tensor, weight: Tensor) -> Tensor:
@@ -590,13 +430,3 @@ def _checked(name: str, mask: Tensor, weight: Tensor) -> Tensor:
     if alive:
         raise InputError(f"{alive} pruned weights of {name} are not zero before quantisation: run the stage lora again")
     return mask
-
-
-@contextlib.contextmanager
-def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = vars(owner)[name]
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.pruning import wanda
+from tasks.algorithms.pruning import n_m
 
 BLOCK = 128
 """Columns that compensate each other one by one, before all later ones do at once; no effect beyond rounding."""
@@ -104,7 +104,7 @@ def choose(weight: Tensor, diagonal: Tensor, keep: int, of: int) -> Tensor:
         weight: [rows, cols].
         diagonal: of the Cholesky factor of the inverse Hessian, [cols].
     """
-    return wanda.n_m((weight / diagonal).abs(), keep, of).keep
+    return n_m.largest((weight / diagonal).abs(), keep, of)
 
 
 def _block(work: Tensor, factor: Tensor, keep: int, of: int, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,11 +1,13 @@
 """Losses of a model against a dense teacher: on its next-token distribution, and on the outputs of its blocks.
 
-The distribution's is the distillation of Hinton et al. 2015 (arXiv:1503.02531) beside the causal-LM loss. Both are
-computed here with their gradient, a few rows of the logits at a time, in the forward pass: written with autograd they
-make a dozen tensors of [positions, vocabulary], which took 30 % of a training step on a CPU with a vocabulary of 2048.
+The distribution's is the distillation of Hinton et al. 2015 (arXiv:1503.02531) beside the causal-LM loss. With student
+logits z, teacher logits v and a temperature T, q_i = exp(z_i / T) / sum_j exp(z_j / T) (their eq. 1), p likewise from
+v, and the loss is T^2 * KL(p || q), since its gradient shrinks as 1 / T^2 (their section 2). Both losses are computed
+here with their gradient, a few rows of the logits at a time, in the forward pass: written with autograd they make a
+dozen tensors of [positions, vocabulary], which took 30 % of a training step on a CPU with a vocabulary of 2048.
 
 The blocks' is the relative squared error ||student - teacher||^2 / ||teacher||^2. Blocks' outputs come from hooks,
-because the last of transformers' `output_hidden_states` is the one after the final norm. It trains nothing.
+because the last of transformers' `output_hidden_states` is the one after the final norm. The module trains nothing.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK = 2**18
-"""Logits per chunk, 1 MiB: they stay in a core's cache. No effect beyond rounding."""
+"""A chunk of rows has at most so many logits, 1 MiB in float32: they stay in a core's cache. It moves rounding only."""
 
 
 class Losses(NamedTuple):
-    """Scalars in nats; only `loss` has a gradient.
+    """The losses of a batch, scalars in nats; only `loss` has a gradient.
 
     Attributes:
         loss: (1 - weight) * causal + weight * distilled.
@@ -39,7 +41,7 @@ class Losses(NamedTuple):
 def token_losses(
     logits: Tensor, ids: Tensor, teacher: Tensor | None = None, weight: float = 0.0, temperature: float = 1.0
 ) -> Losses:
-    """The causal-LM loss, mixed with the distillation of the teacher's logits.
+    """Return the causal-LM loss, mixed with the distillation of the teacher's logits.
 
     Args:
         logits: the student's [batch, length, vocabulary].
@@ -57,22 +59,25 @@ def token_losses(
 
 
 class _TokenLosses(torch.autograd.Function):
-    """`token_losses` of logits [positions, vocabulary] and following tokens int64 [positions], -1 for none."""
+    """The losses of logits [positions, vocabulary] and their following tokens int64 [positions], -1 for none.
+
+    The gradient is made beside the loss, in one pass over the rows, and kept for `backward`.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, following: Tensor, teacher: Tensor | None, weight: float, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        ctx.gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None  # d loss / d logits
         predictions = int((following >= 0).sum())
         causal, distilled = logits.new_zeros((), dtype=torch.float64), logits.new_zeros((), dtype=torch.float64)
         rows = max(1, CHUNK // logits.shape[1])
         for start in range(0, len(logits), rows):
-            part = slice(start, start + rows)
+            part = slice(start, start + rows)  # logits[part]: [rows, vocabulary]
             gradient = torch.zeros_like(logits[part]) if ctx.gradient is None else ctx.gradient[part]
             causal += _causal(logits[part], following[part], (1 - weight) / predictions, gradient)
             if teacher is not None:
-                scale = weight * temperature / len(logits)
+                scale = weight * temperature / len(logits)  # T^2 of the loss times 1 / T of Hinton et al.'s eq. 2
                 distilled += _distilled(logits[part], teacher[part], temperature, scale, gradient)
         causal = causal / predictions
         distilled = distilled * (temperature**2 / len(logits) if teacher is not None else torch.nan)
@@ -88,11 +93,15 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _causal(logits: Tensor, following: Tensor, scale: float, gradient: Tensor) -> Tensor:
-    """Sum of the rows' cross entropies, float64; `scale` times its gradient is written to `gradient` (same shape)."""
+    """Return the sum of the rows' cross entropies, float64, and write `scale` times its gradient to `gradient`.
+
+    logits and gradient [rows, vocabulary], following [rows].
+    """
     counts = (following >= 0)[:, None]  # [rows, 1]
-    target = following.clamp_min(0)[:, None]
-    logs = F.log_softmax(logits, dim=1)
+    target = following.clamp_min(0)[:, None]  # [rows, 1]
+    logs = F.log_softmax(logits, dim=1)  # log q, [rows, vocabulary]
     loss = -(logs.gather(1, target) * counts).sum(dtype=torch.float64)
+    # d(-log q_y) / dz = q - onehot(y), without a tensor of its own
     torch.exp(logs, out=gradient)
     gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
     gradient.mul_(counts * scale)
@@ -100,30 +109,32 @@ def _causal(logits: Tensor, following: Tensor, scale: float, gradient: Tensor) -
 
 
 def _distilled(logits: Tensor, teacher: Tensor, temperature: float, scale: float, gradient: Tensor) -> Tensor:
-    """Sum of the rows' KL(teacher || student), float64; adds `scale` times (q - p) to `gradient`."""
-    student, target = (F.log_softmax(each / temperature, dim=1) for each in (logits, teacher))
+    """Return the sum of the rows' KL(teacher || student), float64, and add `scale` times (q - p) to `gradient`."""
+    # Hinton et al., eq. 1: log q and log p, [rows, vocabulary]
+    student, target = (F.log_softmax(scores / temperature, dim=1) for scores in (logits, teacher))
     p = target.exp()
-    loss = target.sub_(student).mul_(p).sum(dtype=torch.float64)
+    loss = target.sub_(student).mul_(p).sum(dtype=torch.float64)  # sum of p (log p - log q)
+    # eq. 2: the gradient by z is (q - p) / T; `scale` holds the 1 / T
     gradient.add_(student.exp_().sub_(p), alpha=scale)
     return loss
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """||student - teacher||^2 / ||teacher||^2 over all elements; tensors of one shape."""
+    """Return ||student - teacher||^2 / ||teacher||^2 over all elements of two tensors of one shape."""
     return (student - teacher).square().sum() / teacher.square().sum()
 
 
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over blocks of the relative squared error of their outputs [batch, length, hidden]."""
+    """Return the mean over blocks of the relative squared error of their outputs [batch, length, hidden]."""
     errors = [relative_error(ours, theirs) for ours, theirs in zip(student, teacher, strict=True)]
     return torch.stack(errors).mean()
 
 
 @contextmanager
 def outputs_of(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Within the context the outputs of these blocks are appended to the list, in running order."""
+    """Append the outputs of these blocks to the list, in running order, while the context is open."""
     seen: list[Tensor] = []
-    handles = [block.register_forward_hook(lambda module, given, output: seen.append(output)) for block in blocks]
+    handles = [block.register_forward_hook(lambda module, inputs, output: seen.append(output)) for block in blocks]
     try:
         yield seen
     finally:

@@ -1,7 +1,7 @@
 """Low-rank recovery training (LoRA) that keeps pruned weights at zero.
 
-LoRA (Hu et al. 2022, arXiv:2106.09685) adds `B A * alpha / rank` to a frozen weight W. Merged into a pruned W that
-dense product fills every zero again. Here both the forward pass and the merge use
+LoRA (Hu et al. 2022, arXiv:2106.09685) adds `B A * alpha / rank` to a frozen weight W (its eq. 3, with the scale of its
+section 4.1). Merged into a pruned W that dense product fills every zero. Here the forward pass and the merge both use
 
     W + M * (B A * alpha / rank),      M = 1 where a weight was kept, 0 where it was pruned,
 
@@ -37,22 +37,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, layers, masks
-from tasks.algorithms.quantisation import eora
+from tasks.algorithms.quantisation import eora, output_error
 from tasks.algorithms.recovery import distillation
 
 COLUMNS = ("step", "loss", "causal_lm", "distillation", "hidden", "learning_rate")
-"""Keys of a row of a training's history."""
+"""A row of a training's history has these keys."""
 
 STATE = "state"
-"""Of a memory, the key of a training's state after its last step."""
+"""Under this key a memory holds a training's state after its last step."""
 
 CLIP = 1.0
-"""Largest norm of the gradient of all trained weights together."""
+"""The gradient of all trained weights together is scaled down to this norm where it is larger."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. `length` in tokens, `batch` in windows, `warmup` as a share of the steps."""
+    """The settings of a training: `length` in tokens, `batch` in windows, `warmup` as a share of the steps."""
 
     steps: int
     batch: int
@@ -82,12 +82,12 @@ class MaskedLinear(lora.Linear):
         self.register_buffer("pruned", None, persistent=False)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """M * (B A * scale), [out, in]: PEFT merges it, `forward` multiplies with it."""
-        delta = super().get_delta_weight(adapter)
+        """Return M * (B A * alpha / rank), [out, in]: PEFT merges it, `forward` multiplies with it."""
+        delta = super().get_delta_weight(adapter)  # [out, rank] @ [rank, in], scaled
         return delta if self.pruned is None else delta.masked_fill(self.pruned, 0.0)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., in] -> [..., out]. Dropout acts on the input of the low-rank part alone, as in LoRA.
+        """Map x [..., in] to [..., out]. Dropout acts on the input of the low-rank part alone, as in LoRA.
 
         Without dropout one product with the summed weight does both parts. With it the parts have different inputs,
         so a masked layer costs a second full product.
@@ -102,17 +102,19 @@ class MaskedLinear(lora.Linear):
             raise NotImplementedError("a masked layer has one adapter for the whole batch, not one per row")
         weight, bias = self.base_layer.weight, self.base_layer.bias
         if self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in active):
-            result = F.linear(x, weight, bias)
+            # LoRA, eq. 3, with the mask: h = W x + M * (B A * alpha / rank) dropout(x)
+            result = F.linear(x, weight, bias)  # [..., out]
             for name in active:
                 result = result + F.linear(self.lora_dropout[name](x), self.get_delta_weight(name).to(x.dtype))
             return result
+        # the same without dropout: h = (W + M * (B A * alpha / rank)) x
         for name in active:
             weight = (weight + self.get_delta_weight(name)).to(weight.dtype)
         return F.linear(x, weight, bias)
 
 
 def select(linears: Iterable[str], targets: str) -> list[str]:
-    """Those of a model's block linears that get an adapter, in the given order.
+    """Select those of a model's block linears that get an adapter, in the given order.
 
     Args:
         linears: full module names.
@@ -133,7 +135,7 @@ def select(linears: Iterable[str], targets: str) -> list[str]:
 
 
 def revived(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many pruned weights are not exactly zero, per module; modules without any are left out.
+    """Count the pruned weights that are not exactly zero, per module; modules without any are left out.
 
     Args:
         model: any module.
@@ -173,8 +175,8 @@ def attach(
         targets: full names of `nn.Linear` modules.
         keep: module name -> bool [out, in]; a module without a mask, or with an all-True one, is dense.
         rank, alpha: the product is scaled by alpha / rank.
-        dropout: on the low-rank part's input.
-        seed: of the start values of A; the global random state is left as it was.
+        dropout: acts on the low-rank part's input.
+        seed: fixes the start values of A; the global random state is left as it was.
 
     Raises:
         InputError: `rank` above a target's smallest dimension; masks that don't fit the model.
@@ -188,16 +190,17 @@ def attach(
             raise InputError(f"rank = {rank} is above the smallest dimension of {name} {shape}; use at most {smallest}")
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none")
     config._register_custom_module({nn.Linear: MaskedLinear})
-    with _seeded(seed):
+    with _seeded(seed):  # PEFT draws A and starts B at zero (LoRA, section 4.1): a fresh adapter changes nothing
         adapted = LoraModel(model, config, "default")
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, lora.LoraLayer)}
+    # PEFT matches targets by the ends of names, and picks the layer's class itself
     wrong = set(layers) ^ set(targets) | {name for name, layer in layers.items() if type(layer) is not MaskedLinear}
     if wrong:
         raise RuntimeError(f"PEFT did not put the masked layer on exactly the targets: {_listed(wrong)}")
     for name, layer in layers.items():
         mask = keep.get(name)
         if mask is not None and not mask.all():
-            layer.pruned = ~mask.to(layer.weight.device)
+            layer.pruned = ~mask.to(layer.weight.device)  # [out, in]
     return adapted
 
 
@@ -219,26 +222,16 @@ def start_from_eora(adapted: LoraModel, teacher: Mapping[str, Tensor], input_ids
         for name, layer in families.linears_by_block(model)[index].items():
             if not isinstance(layer, MaskedLinear):
                 continue
-            lost = teacher[name].to(layer.weight.device, torch.float32) - layer.weight.detach()
+            lost = teacher[name].to(layer.weight.device, torch.float32) - layer.weight.detach()  # [out, in]
             if lost.any():
-                a, b = eora.factors(lost, _second_moments(layer, block, inputs), layer.r["default"])
+                moments = output_error.second_moments({name: layer}, block, inputs)[name]
+                # A [rank, in] and B [out, rank]; the layer scales B A by alpha / rank, so each takes 1 / sqrt of it
+                a, b = eora.factors(lost, moments, layer.r["default"])
                 share = layer.scaling["default"] ** -0.5
                 layer.lora_A["default"].weight.data.copy_(a * share)
                 layer.lora_B["default"].weight.data.copy_(b * share)
 
     layers.walk(model, input_ids, visit, batch)
-
-
-def _second_moments(linear: nn.Module, block: nn.Module, inputs: layers.BlockInputs) -> Tensor:
-    """X^T X of the linear's inputs X, float64 [in, in]."""
-    moments = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=inputs.hidden.device)
-
-    def see(_: str, x: Tensor) -> None:
-        x = x.double()
-        moments.addmm_(x.T, x)
-
-    layers.observe({"": linear}, block, inputs, see)
-    return moments
 
 
 def apply_masks(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
@@ -262,16 +255,17 @@ def merge(adapted: LoraModel, keep: Mapping[str, Tensor]) -> nn.Module:
 
 
 def rate(step: int, recipe: Recipe) -> float:
-    """The learning rate of a step (from 1): linear warm-up, then half a cosine towards zero."""
+    """Return the learning rate of a step (from 1): linear warm-up, then half a cosine towards zero."""
     warm = round(recipe.warmup * recipe.steps)
     if step <= warm:
         return recipe.learning_rate * step / warm
-    done = (step - 1 - warm) / (recipe.steps - warm)
+    done = (step - 1 - warm) / (recipe.steps - warm)  # 0 at the first step after the warm-up, never quite 1
+    # cosine annealing (Loshchilov and Hutter 2017, SGDR), one period, down to zero
     return recipe.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
 def sample(tokens: Tensor, windows: int, length: int, generator: torch.Generator) -> Tensor:
-    """Windows cut from the corpus [tokens] at random places, [windows, length]; they can overlap.
+    """Cut windows from the corpus [tokens] at random places, [windows, length]; they can overlap.
 
     Raises:
         InputError: the corpus is shorter than a window.
@@ -281,7 +275,7 @@ def sample(tokens: Tensor, windows: int, length: int, generator: torch.Generator
             f"the training corpus has {len(tokens)} tokens, less than one window of {length}: "
             "give a longer corpus or lower `length`"
         )
-    every = tokens.unfold(0, length, 1)
+    every = tokens.unfold(0, length, 1)  # a view [tokens - length + 1, length]
     return every[torch.randint(len(every), (windows,), generator=generator)]
 
 
@@ -330,7 +324,7 @@ def train(
             checkpoints.restore_training(before.tensors, parameters, optimizer, generators)
             history = before.values
         for step in range(len(history) + 1, recipe.steps + 1):
-            ids = sample(tokens, recipe.batch, recipe.length, sampler).to(device)
+            ids = sample(tokens, recipe.batch, recipe.length, sampler).to(device)  # [batch, length]
             losses = _losses(model, teacher, ids, recipe, kept)
             learning_rate = rate(step, recipe)
             update(losses[0], optimizer, step, learning_rate)
@@ -346,16 +340,17 @@ def train(
 def _losses(
     model: LoraModel, teacher: nn.Module | None, ids: Tensor, recipe: Recipe, kept: Sequence[int] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, causal LM, distillation, hidden; ids int64 [batch, length]."""
+    """Return the losses of a batch: all together, causal LM, distillation, hidden; ids int64 [batch, length]."""
     ours, theirs, target = [], [], None
     if recipe.hidden:
         ours = list(families.blocks(model.model))
         blocks = families.blocks(teacher)
+        # each block is compared with the one that it came from, whatever depth pruning removed around it
         theirs = [blocks[index] for index in (range(len(ours)) if kept is None else kept)]
     if teacher is not None:
         with torch.no_grad(), distillation.outputs_of(theirs) as wanted:  # inference_mode's can't be part of a loss
             if recipe.distillation:
-                target = teacher(input_ids=ids, use_cache=False).logits
+                target = teacher(input_ids=ids, use_cache=False).logits  # [batch, length, vocabulary]
             else:  # without the head
                 teacher.base_model(input_ids=ids, use_cache=False)
     with distillation.outputs_of(ours) as outputs:
@@ -363,13 +358,13 @@ def _losses(
     loss, causal, distilled = distillation.token_losses(logits, ids, target, recipe.distillation, recipe.temperature)
     hidden = torch.tensor(math.nan)
     if recipe.hidden:
-        hidden = distillation.hidden_loss(outputs, wanted)
+        hidden = distillation.hidden_loss(outputs, wanted)  # of [batch, length, hidden] per block
         loss = loss + recipe.hidden * hidden
     return loss, causal, distilled, hidden
 
 
 def update(loss: Tensor, optimizer: torch.optim.Optimizer, step: int, learning_rate: float) -> None:
-    """One step of the optimizer at this learning rate, with the gradient's norm cut to `CLIP`.
+    """Take one step of the optimizer at this learning rate, with the gradient's norm cut to `CLIP`.
 
     Raises:
         InputError: loss or gradient are not finite.
@@ -378,6 +373,7 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer, step: int, learning_r
     optimizer.zero_grad()
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # g * min(1, CLIP / ||g||) over all of them (Pascanu et al. 2013)
     _finite("gradient norm", nn.utils.clip_grad_norm_(parameters, CLIP), step, learning_rate)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -395,14 +391,14 @@ def _finite(what: str, value: Tensor, step: int, learning_rate: float) -> None:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seeded global random state inside (PEFT's start values and dropout take no generator), the old one after it."""
+    """Seed the global random state inside (PEFT's start values and dropout take no generator), restore it after."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
 
 
 def repeatable_attention(device: torch.device) -> Any:
-    """On a GPU the fused attention kernels add up gradients in any order; the plain one always gives the same bytes."""
+    """Return a context in which attention always gives the same bytes: fused GPU kernels add gradients in any order."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 

@@ -1,11 +1,11 @@
 """Recovery block by block: the kept weights of a pruned block are trained to reproduce a dense teacher's activations.
 
-As in AdaRound (Nagel et al. 2020, arXiv:2004.10568) and BRECQ (Li et al. 2021, arXiv:2102.05426), whose unit of
-reconstruction this is, with the pruning mask in the place of the rounding: a block gets the activations that the
-already reconstructed blocks before it produce, and is trained (AdamW on the full weights under the mask, no adapter) to
-give what the teacher has at this depth on its own, dense inputs; so a block also makes up for errors of those before.
-After depth pruning the target of a block is the teacher's hidden state just before the next block that was kept: the
-removed blocks' effect is part of it.
+The unit of reconstruction is BRECQ's block (Li et al. 2021, arXiv:2102.05426), the objective is AdaRound's asymmetric
+reconstruction (Nagel et al. 2020, arXiv:2004.10568), with the pruning mask in the place of the rounding: a block gets
+the activations that the already reconstructed blocks before it produce, and is trained (AdamW on the full weights under
+the mask, no adapter) to give what the teacher has at this depth on its own, dense inputs; so a block also makes up for
+errors of those before. After depth pruning the target of a block is the teacher's hidden state just before the next
+block that was kept: the removed blocks' effect is part of it.
 
 Loss: squared error relative to the target's energy. No backward pass goes through more than one block; no loss is on
 tokens. Every block is trained for all steps of the recipe, on the same windows, each used once per block: as many
@@ -27,7 +27,7 @@ from tasks.algorithms.recovery import distillation
 from tasks.algorithms.recovery.masked_lora import COLUMNS, STATE, Recipe, rate, repeatable_attention, sample, update
 
 Report = Callable[[int, float], None]
-"""Called after each step with its number (from 1, over all blocks) and its loss."""
+"""It is called after each step with its number (from 1, over all blocks) and its loss."""
 
 
 def reconstruct(
@@ -51,7 +51,7 @@ def reconstruct(
         recipe: `steps` are per block; `distillation` and `hidden` have no effect.
         targets: full names of the linears to train.
         keep: module name -> bool [out, in]; a linear without a mask is dense.
-        kept: of each of the model's blocks, its index in the teacher; ascending.
+        kept: the index in the teacher of each of the model's blocks, ascending.
         memory: what it holds of an interrupted run on the same models is taken up: the rest gives the same bytes.
 
     Returns:
@@ -61,10 +61,10 @@ def reconstruct(
         InputError: the corpus is shorter than a window; loss or gradient stop being finite.
     """
     windows = recipe.steps * recipe.batch
-    ids = sample(tokens, windows, recipe.length, torch.Generator().manual_seed(recipe.seed))
+    ids = sample(tokens, windows, recipe.length, torch.Generator().manual_seed(recipe.seed))  # [windows, length]
     model.eval().requires_grad_(False)
     blocks, linears = families.blocks(model), families.linears_by_block(model)
-    calls: list[layers.Call] = []  # of the student's blocks up to the one that is trained next
+    calls: list[layers.Call] = []  # for the student's blocks up to the one that is trained next
     history: list[dict[str, float]] = []
     state: list[Tensor] = []  # one tensor: the student's hidden states [windows, length, hidden]
 
@@ -78,13 +78,14 @@ def reconstruct(
 
     def visit(index: int, _: nn.Module, inputs: layers.BlockInputs) -> None:
         if not state:
-            state.append(inputs.hidden.clone())
+            state.append(inputs.hidden.clone())  # both models embed alike
+        # the teacher's hidden states before block `index`; those before a removed block are no target
         if index in kept:
             if calls:  # these inputs are the target of the kept block before this one
                 fit(inputs.hidden)
             calls.append(inputs.calls[recipe.batch])
 
-    with repeatable_attention(model.device):
+    with repeatable_attention(model.device):  # the last block's target is what the walk ends with
         fit(layers.walk(teacher, ids.to(model.device), visit, recipe.batch))
     return history
 
@@ -99,7 +100,7 @@ def _fit(
     memory: checkpoints.Memory,
     index: int,
 ) -> Iterator[tuple[float, float]]:
-    """Train a block on hidden -> target, both [windows, length, hidden]; yields each step's learning rate and loss.
+    """Train a block on hidden -> target, both [windows, length, hidden], and yield each step's learning rate and loss.
 
     At the end `hidden` holds the block's outputs.
 
@@ -115,6 +116,7 @@ def _fit(
     yield from list(steps)
     with _trainable(weights):
         for step, where in enumerate(batches[len(steps) :], start=len(steps) + 1):
+            # ||f(x') - f_teacher(x)||^2 / ||f_teacher(x)||^2: x' comes from reconstructed blocks, x from the teacher's
             loss = distillation.relative_error(block(hidden[where], *positional, **named), target[where])
             learning_rate = rate(step, recipe)
             update(loss, optimizer, step, learning_rate)
@@ -126,14 +128,14 @@ def _fit(
     if not finished:
         memory.save(f"block{index}", {str(place): weight.detach() for place, weight in enumerate(trained)}, steps)
     with torch.no_grad():
-        for where in batches:
+        for where in batches:  # in place: the next block's inputs
             hidden[where] = block(hidden[where], *positional, **named)
 
 
 def _taken(
     memory: checkpoints.Memory, index: int, trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> tuple[list[tuple[float, float]], bool]:
-    """Steps of this block that an interrupted run took, and whether all; weights and optimizer are as after them."""
+    """Return this block's steps that an interrupted run took, and whether these are all; restore what it trained."""
     if finished := memory.load(f"block{index}"):
         for place, weight in enumerate(trained):
             weight.data.copy_(finished.tensors[str(place)])
@@ -147,7 +149,7 @@ def _taken(
 
 @contextmanager
 def _trainable(weights: Mapping[nn.Parameter, Tensor | None]) -> Iterator[None]:
-    """Within the context the weights get gradients, exactly zero where pruned: then AdamW moves nothing there."""
+    """Give the weights gradients inside the context, exactly zero where pruned: AdamW then moves nothing there."""
 
     def masked(mask: Tensor) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:

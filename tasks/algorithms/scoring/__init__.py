@@ -1,1 +1,1 @@
-"""What a model scores on text: protocols, windows, log-likelihoods, bytes per token, failures of generations."""
+"""Scores of a model on text: protocols, windows, log-likelihoods, bytes per token, failures of generations."""

@@ -1,4 +1,4 @@
-"""What goes wrong when a compressed model writes: it repeats itself, says nothing, leaves the alphabet, finds no end.
+"""Count what goes wrong when a compressed model writes: it repeats itself, says nothing, leaves ASCII, finds no end.
 
 Perplexity hardly shows these, a reader sees them at once. Of each greedy continuation:
 
@@ -21,14 +21,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 RUN = 4
+"""seq-rep is taken over runs of so many tokens."""
 TIMES = 3
-"""Blocks running that make a loop."""
+"""So many equal blocks, one after the other, make a loop."""
 SHORTEST = 2
-"""Tokens of a block; one token counts as a block of two when it comes six times."""
+"""A block has at least so many tokens; one token counts as a block of two when it comes six times."""
 
 
 def describe(tokens: Sequence[int], text: str, ends: Sequence[int]) -> dict[str, Any]:
-    """The figures of one continuation.
+    """Return the figures of one continuation.
 
     Args:
         tokens: new ones, with the end token if there was one.
@@ -36,31 +37,34 @@ def describe(tokens: Sequence[int], text: str, ends: Sequence[int]) -> dict[str,
         ends: the model's end tokens; without any, none is ever ended.
     """
     ended = bool(tokens) and tokens[-1] in ends
-    own = list(tokens[: len(tokens) - ended])
+    written = list(tokens[: len(tokens) - ended])
     return {
-        "tokens": len(own),
+        "tokens": len(written),
         "ended": ended,
         "empty": not text.strip(),
-        "loop": loops(own),
-        "seq_rep_4": repetition(own),
+        "loop": loops(written),
+        "seq_rep_4": repetition(written),
         "non_ascii": sum(not character.isascii() for character in text),
     }
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """seq-rep-4, 0 of fewer than four tokens."""
+    """Return seq-rep-4 of the tokens; it is 0 for fewer than four."""
     runs = [tuple(tokens[start : start + RUN]) for start in range(len(tokens) - RUN + 1)]
+    # seq-rep-n of Welleck et al.: 1 - |unique n-grams| / |n-grams|
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def loops(tokens: Sequence[int]) -> bool:
-    """Whether the end is the same block of tokens, at least three times running."""
-    own = list(tokens)
-    return any(own[-TIMES * block :] == own[-block:] * TIMES for block in range(SHORTEST, len(own) // TIMES + 1))
+    """Tell whether the tokens end in the same block, at least three times running."""
+    written = list(tokens)
+    return any(
+        written[-TIMES * size :] == written[-size:] * TIMES for size in range(SHORTEST, len(written) // TIMES + 1)
+    )
 
 
 def count(completions: Sequence[Mapping[str, Any]]) -> dict[str, int | float | None]:
-    """Of all continuations of a model, each as `describe` has it, with its text as `completion`.
+    """Sum up all continuations of a model, each as `describe` has it, with its text as `completion`.
 
     Returns:
         completions, loops, empty, never_ending: how many; seq_rep_4: the mean; non_ascii_share: of all characters. The

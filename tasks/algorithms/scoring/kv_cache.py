@@ -31,13 +31,14 @@ from tasks.algorithms.model.device import beside
 from tasks.algorithms.model.shape import ModelShape, shape_of_model
 
 PARTS = ("codes", "scales", "float16")
-"""What a cache's bytes are for: codes; scales and zero points; what isn't quantised."""
+"""A cache's bytes are for codes; for scales and zero points; for what isn't quantised."""
 
 
 class _InHalf:
-    """Gives a cache its keys and values in float16, and the model what it computes in."""
+    """A cache that holds keys and values in float16, and gives them to the model in the type that it computes in."""
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        # new ones in: [1, kv_heads, piece, head_dim]; all held out: [1, kv_heads, tokens, head_dim]
         held = super().update(keys.half(), values.half(), layer_idx, *args, **kwargs)
         return held[0].to(keys.dtype), held[1].to(values.dtype)
 
@@ -54,8 +55,8 @@ class Cached:
     """A model that reads a text through a cache; a call returns `.logits` [1, length, vocabulary].
 
     Args:
-        model: of transformers, with full attention.
-        bits: of the cached values: 16, 8, 4, 2.
+        model: one of transformers', with full attention.
+        bits: width of the cached values: 16, 8, 4 or 2.
         group_size: values of a head that share a scale and a zero point, below 16 bits; None: the whole head.
         residual: tokens per piece, a multiple of 4 (the library packs as many codes into a byte).
 
@@ -75,7 +76,7 @@ class Cached:
         self.cache = self.empty()
 
     def empty(self) -> DynamicCache | QuantizedCache:
-        """A cache with nothing in it."""
+        """Return a cache with nothing in it."""
         if self.bits == 16:
             return _Plain()
         try:
@@ -83,7 +84,7 @@ class Cached:
                 backend="hqq",
                 config=self.model.config,
                 nbits=self.bits,
-                axis_key=1,  # of [groups, group_size]: a scale per group
+                axis_key=1,  # HQQ sees [groups, group_size]: a scale and a zero point per group
                 axis_value=1,
                 q_group_size=self.group_size,
                 residual_length=self.residual,
@@ -93,23 +94,23 @@ class Cached:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, use_cache: bool = True) -> Any:
-        """Logits of one text [1, length], read from an empty cache; `self.cache` then holds it."""
+        """Return the logits of one text [1, length], read through an empty cache; `self.cache` then holds it."""
         self.cache, logits = self.empty(), []
-        for piece in beside(self.model, input_ids).split(self.residual, dim=1):
+        for piece in beside(self.model, input_ids).split(self.residual, dim=1):  # [1, residual]
             logits.append(self.model(input_ids=piece, past_key_values=self.cache, use_cache=True).logits)
         return SimpleNamespace(logits=torch.cat(logits, dim=1))
 
 
 def held_bytes(cache: DynamicCache | QuantizedCache) -> dict[str, int]:
-    """Bytes of the memory behind every tensor that a cache holds, by `PARTS`."""
-    found = dict.fromkeys(PARTS, 0)
+    """Count the bytes of the memory behind every tensor that a cache holds, by `PARTS`."""
+    sizes = dict.fromkeys(PARTS, 0)
     for layer in cache.layers:
-        found["float16"] += sum(_memory(tensor) for tensor in (layer.keys, layer.values))
+        sizes["float16"] += sum(_memory(tensor) for tensor in (layer.keys, layer.values))
         pairs = (layer._quantized_keys, layer._quantized_values) if isinstance(layer, QuantizedLayer) else ()
         for codes, described in pairs:
-            found["codes"] += _memory(codes)
-            found["scales"] += sum(_memory(entry) for entry in described.values() if isinstance(entry, Tensor))
-    return found
+            sizes["codes"] += _memory(codes)
+            sizes["scales"] += sum(_memory(entry) for entry in described.values() if isinstance(entry, Tensor))
+    return sizes
 
 
 def _memory(tensor: Tensor) -> int:
@@ -117,9 +118,9 @@ def _memory(tensor: Tensor) -> int:
 
 
 def planned_bytes(shape: ModelShape, tokens: int, bits: int, group_size: int | None, residual: int) -> dict[str, int]:
-    """The same by arithmetic, after `tokens` tokens: `tokens` modulo `residual` are not quantised yet."""
+    """Compute what `held_bytes` counts after `tokens` tokens; the last `tokens` modulo `residual` are not quantised."""
     rest = tokens if bits == 16 else tokens % residual
-    per_token = 2 * shape.layers * shape.kv_heads * shape.head_dim  # keys and values
+    per_token = 2 * shape.layers * shape.kv_heads * shape.head_dim  # values: K and V, layers, heads, head
     quantised = (tokens - rest) * per_token
-    groups = quantised // (group_size or shape.head_dim)
+    groups = quantised // (group_size or shape.head_dim)  # each with a scale and a zero point of 2 bytes
     return {"codes": quantised * bits // 8, "scales": 2 * 2 * groups, "float16": 2 * rest * per_token}

@@ -32,11 +32,11 @@ class Prepared(NamedTuple):
     label: str
     length: int
     ids: list[Tensor]
-    """Of each text, int64 [tokens], with the prefix token where the protocol has one."""
+    """The token ids of each text, int64 [tokens], with the prefix token where the protocol has one."""
     spans: list[Tensor]
-    """Bytes of each text's tokens, int64 [tokens]."""
+    """The UTF-8 bytes that each of a text's tokens stands for, int64 [tokens]."""
     documents: list[Tensor]
-    """Document of each text's tokens, int64 [tokens]."""
+    """The document that each of a text's tokens belongs to, int64 [tokens]."""
     windows: list[Window]
 
 
@@ -48,7 +48,7 @@ class Score:
         label: the protocol.
         nll: negative log-likelihood in nats, float64 [n].
         spans: UTF-8 bytes of each predicted token, int64 [n].
-        documents: document of each predicted token, int64 [n]; of one that spans two, the later one.
+        documents: document of each predicted token, int64 [n]; for a token that spans two, the later one.
         windows: forward passes at batch 1.
     """
 
@@ -60,78 +60,82 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean nats per predicted token. InputError where it isn't finite."""
+        """exp(sum of nats / n), n predicted tokens. InputError where it isn't finite."""
         return perplexity.from_nll(self.nll.unsqueeze(0), 1)
 
     @property
     def bits_per_byte(self) -> float:
-        """Information of the predictions, per byte of the text that they stand for."""
+        """Information of the predictions in bits, per byte of the text that they stand for."""
+        # sum of nats / ln 2 = bits; comparable between vocabularies, as perplexity is not
         return float(self.nll.sum()) / math.log(2) / int(self.spans.sum())
 
     def by_document(self) -> dict[str, np.ndarray]:
-        """Columns `document`, `predictions`, `bytes` (int64) and `nll` (nats, float64): a row per document scored."""
-        which, at = self.documents.unique(return_inverse=True)  # sorted
+        """Return columns `document`, `predictions`, `bytes` (int64), `nll` (nats, float64): a row per document."""
+        which, at = self.documents.unique(return_inverse=True)  # sorted [documents], and the row of each prediction [n]
         sums = {
             "predictions": torch.ones_like(self.spans),
             "bytes": self.spans,
             "nll": self.nll,
         }
-        rows = {name: torch.zeros(len(which), dtype=own.dtype).index_add(0, at, own) for name, own in sums.items()}
-        return {"document": which.numpy()} | {name: own.numpy() for name, own in rows.items()}
+        rows = {
+            name: torch.zeros(len(which), dtype=column.dtype).index_add(0, at, column) for name, column in sums.items()
+        }
+        return {"document": which.numpy()} | {name: total.numpy() for name, total in rows.items()}
 
 
-def prepare(own: Protocol, tokenizer: Any, documents: Sequence[str], limit: int | None = None) -> Prepared:
-    """Tokenise and cut.
+def prepare(protocol: Protocol, tokenizer: Any, documents: Sequence[str], limit: int | None = None) -> Prepared:
+    """Tokenise documents and cut them into windows.
 
     Args:
-        limit: measure the first so many windows only; None: all.
+        limit: only the first so many windows are measured; None: all.
 
     Raises:
         InputError: too little text for a window, a tokenizer without offsets, or without the prefix token.
     """
-    encoded = [token_bytes.encode(tokenizer, text) for text in protocols.texts(own, documents)]
-    ids, spans = [one.ids for one in encoded], [one.spans for one in encoded]
-    if own.prefix:
-        first = torch.tensor([_prefix(own, tokenizer)])
+    encoded = [token_bytes.encode(tokenizer, text) for text in protocols.texts(protocol, documents)]
+    ids, spans = [encoding.ids for encoding in encoded], [encoding.spans for encoding in encoded]
+    if protocol.prefix:  # a token that stands for no byte of the text
+        first = torch.tensor([_prefix(protocol, tokenizer)])
         ids, spans = [torch.cat([first, i]) for i in ids], [torch.cat([torch.zeros(1).long(), s]) for s in spans]
-    found = protocols.windows(own, [len(tokens) for tokens in ids])
-    if own.join is None:
+    windows = protocols.windows(protocol, [len(tokens) for tokens in ids])
+    if protocol.join is None:
         belong = [torch.full_like(tokens, text) for text, tokens in enumerate(ids)]
     else:
-        belong = [documents_of(spans[0], documents, own.join)]
-    return Prepared(protocols.label(own, limit), own.length, ids, spans, belong, found[:limit])
+        belong = [documents_of(spans[0], documents, protocol.join)]
+    return Prepared(protocols.label(protocol, limit), protocol.length, ids, spans, belong, windows[:limit])
 
 
 def documents_of(spans: Tensor, documents: Sequence[str], join: str) -> Tensor:
-    """The document that each token's last byte lies in, int64 [tokens]; what joins two belongs to the earlier one.
+    """Return the document of each token's last byte, int64 [tokens]; what joins two belongs to the earlier one.
 
     Args:
         spans: bytes of each token of the joined documents, int64 [tokens].
     """
     sizes = torch.tensor([len(f"{document}{join}".encode()) for document in documents])
     starts = sizes.cumsum(0) - sizes  # an empty document without a joiner would share its start with the next one
+    # a token's last byte is at cumsum - 1; its document is the last one that starts at or before it
     return (torch.searchsorted(starts, spans.cumsum(0) - 1, right=True) - 1).clamp(min=0)
 
 
 def score(
     model: nn.Module, prepared: Prepared, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
 ) -> Score:
-    """Score prepared documents.
+    """Score prepared documents: the nats of each prediction that counts.
 
     Args:
         model: anything whose call returns `.logits` [batch, length, vocabulary].
         batch: windows per forward pass; no effect on the result beyond rounding.
-        memory: of an interrupted run with the same arguments.
+        memory: what it holds of an interrupted run with the same arguments is taken up.
     """
-    order = sorted(range(len(prepared.windows)), key=lambda at: -_width(prepared.windows[at]))  # stable
-    nll = {}  # window -> nats of its predictions, in `order`
+    order = sorted(range(len(prepared.windows)), key=lambda at: -_width(prepared.windows[at]))  # stable; little padding
+    nll = {}  # window -> nats of its predictions [stop - first], in `order`
     if begun := memory.load("nll"):
         counts = [prepared.windows[at].stop - prepared.windows[at].first for at in order[: begun.values]]
         nll = dict(zip(order, begun.tensors["nll"].split(counts), strict=False))
     with torch.no_grad():
         for start in range(len(nll), len(order), batch):
-            some = order[start : start + batch]
-            nll |= zip(some, _nll(model, prepared, [prepared.windows[at] for at in some]), strict=True)
+            part = order[start : start + batch]
+            nll |= zip(part, _nll(model, prepared, [prepared.windows[at] for at in part]), strict=True)
             if memory.due():
                 memory.save("nll", {"nll": torch.cat(list(nll.values()))}, len(nll))
     return Score(
@@ -143,29 +147,31 @@ def score(
     )
 
 
-def _nll(model: nn.Module, prepared: Prepared, some: Sequence[Window]) -> list[Tensor]:
-    """Nats of the counted predictions of windows sorted by falling length: float64 [stop - first] each."""
-    width = _width(some[0])
-    ids = torch.zeros(len(some), width, dtype=torch.int64)  # [batch, width], padded by 0 at the end
-    for row, window in zip(ids, some, strict=True):
+def _nll(model: nn.Module, prepared: Prepared, windows: Sequence[Window]) -> list[Tensor]:
+    """Return the nats of the counted predictions of windows sorted by falling length: float64 [stop - first] each."""
+    width = _width(windows[0])
+    ids = torch.zeros(len(windows), width, dtype=torch.int64)  # [batch, width], padded by 0 at the end
+    for row, window in zip(ids, windows, strict=True):
         row[: _width(window)] = prepared.ids[window.text][window.start : window.stop]
     ids = beside(model, ids)
     inputs = ids[:, : prepared.length]  # the last token of a window with a prefix is no input
     logits = model(input_ids=inputs, use_cache=False).logits[:, : width - 1]  # [batch, width - 1, vocabulary]
+    # log p(x_t | x_<t): the logits at t - 1 predict the token at t; [batch, width - 1]
     chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-    nll = -chosen.double().cpu()  # [batch, width - 1]
-    return [row[w.first - w.start - 1 : w.stop - w.start - 1] for row, w in zip(nll, some, strict=True)]
+    nll = -chosen.double().cpu()
+    # column k holds the token start + 1 + k: from `first` on they count, the padding behind `stop` doesn't
+    return [row[w.first - w.start - 1 : w.stop - w.start - 1] for row, w in zip(nll, windows, strict=True)]
 
 
 def _width(window: Window) -> int:
     return window.stop - window.start
 
 
-def _prefix(own: Protocol, tokenizer: Any) -> int:
+def _prefix(protocol: Protocol, tokenizer: Any) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
     raise InputError(
-        f"protocol {own.label} begins each document with the tokenizer's bos or eos token, and it has neither;"
+        f"protocol {protocol.label} begins each document with the tokenizer's bos or eos token, and it has neither;"
         " take another protocol"
     )

@@ -25,12 +25,12 @@ JOIN = "\n"
 
 
 def protocol(length: int, stride: int) -> str:
-    """The protocol's name, to be printed beside each number."""
+    """Return the protocol's name, to be printed beside each number."""
     return f"joined-{length}-{stride}-nobos-fp32"
 
 
 def tokenise(tokenizer: Any, documents: Iterable[str]) -> Tensor:
-    """int64 [tokens] of the joined documents, without special tokens."""
+    """Tokenise the joined documents, without special tokens, to int64 [tokens]."""
     ids = tokenizer(JOIN.join(documents), add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
@@ -49,7 +49,7 @@ def windows(tokens: Tensor, length: int, stride: int, max_windows: int | None = 
 
 
 def token_nll(model: nn.Module, input_ids: Tensor, batch: int = 1) -> Tensor:
-    """Negative log-likelihood (nats) of each predicted token.
+    """Return the negative log-likelihood (nats) of each predicted token.
 
     Args:
         model: anything whose call returns `.logits` [batch, length, vocabulary].
@@ -63,18 +63,20 @@ def token_nll(model: nn.Module, input_ids: Tensor, batch: int = 1) -> Tensor:
     with torch.no_grad():
         for ids in beside(model, input_ids).split(batch):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [batch, length - 1, vocabulary]
+            # log p(x_t | x_<t): the logits at t - 1 predict the token at t; [batch, length - 1, 1]
             chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 1:].long().unsqueeze(-1))
             losses.append(-chosen.squeeze(-1).double().cpu())
     return torch.cat(losses)
 
 
 def counted(nll: Tensor, stride: int) -> Tensor:
-    """The predictions that count, [predictions]: all of the first window [0], the last `stride` of each later one."""
+    """Select the predictions that count, [predictions]: those of the first window, the last `stride` of each later."""
+    # with stride < length, a later window's first length - stride tokens were its predecessor's
     return torch.cat([nll[0], nll[1:, -stride:].flatten()])
 
 
 def perplexity(model: nn.Module, input_ids: Tensor, batch: int = 1, stride: int | None = None) -> float:
-    """exp of the mean negative log-likelihood per predicted token.
+    """Return exp of the mean negative log-likelihood per predicted token.
 
     Args:
         input_ids: [windows, length], from `windows`.
@@ -87,7 +89,7 @@ def perplexity(model: nn.Module, input_ids: Tensor, batch: int = 1, stride: int 
 
 
 def from_nll(nll: Tensor, stride: int) -> float:
-    """exp of the mean over the predictions that count.
+    """Return exp of the mean over the predictions that count: exp(-1/n * sum of log p(x_t | x_<t)).
 
     Args:
         nll: [windows, length - 1], from `token_nll`.

@@ -35,7 +35,7 @@ NAMES = ("joined", "gptq-2048", "thesis-512", "sliding", "rolling")
 
 @dataclass(frozen=True)
 class Protocol:
-    """How texts are cut.
+    """A rule by which texts are cut into windows.
 
     Attributes:
         label: what is printed beside a number.
@@ -57,7 +57,7 @@ class Protocol:
 
 
 class Window(NamedTuple):
-    """Tokens [start, stop) of text `text`; those from `first` on are predicted and count."""
+    """The tokens [start, stop) of text `text`; those from `first` on are predicted and count."""
 
     text: int
     start: int
@@ -66,7 +66,7 @@ class Window(NamedTuple):
 
 
 def protocol(name: str, length: int, stride: int) -> Protocol:
-    """The protocol of this name (`NAMES`).
+    """Return the protocol of this name (`NAMES`).
 
     Args:
         length: tokens per window; no effect on `gptq-2048` and `thesis-512`.
@@ -87,34 +87,34 @@ def protocol(name: str, length: int, stride: int) -> Protocol:
     return known[name]
 
 
-def too_long(own: Protocol, context: int | None) -> str | None:
-    """One sentence where the windows exceed the model's context (tokens; None: unlimited), else None."""
-    if context is None or own.length <= context:
+def too_long(protocol: Protocol, context: int | None) -> str | None:
+    """Return a sentence where the windows exceed the model's context (tokens; None: unlimited), else None."""
+    if context is None or protocol.length <= context:
         return None
-    way_out = "take protocol sliding or rolling with a smaller length" if own.fixed else "lower the length"
+    way_out = "take protocol sliding or rolling with a smaller length" if protocol.fixed else "lower the length"
     return (
-        f"protocol {own.label} has windows of {own.length} tokens, but the model's context is {context}"
+        f"protocol {protocol.label} has windows of {protocol.length} tokens, but the model's context is {context}"
         f" (max_position_embeddings); {way_out}"
     )
 
 
-def check_context(own: Protocol, context: int | None) -> None:
+def check_context(protocol: Protocol, context: int | None) -> None:
     """Refuse windows that exceed the model's context.
 
     Raises:
         InputError: they do.
     """
-    if sentence := too_long(own, context):
+    if sentence := too_long(protocol, context):
         raise InputError(sentence)
 
 
-def texts(own: Protocol, documents: Sequence[str]) -> list[str]:
-    """What is tokenised, each on its own."""
-    return list(documents) if own.join is None else [own.join.join(documents)]
+def texts(protocol: Protocol, documents: Sequence[str]) -> list[str]:
+    """Return the texts that are tokenised, each on its own."""
+    return list(documents) if protocol.join is None else [protocol.join.join(documents)]
 
 
-def windows(own: Protocol, tokens: Sequence[int], limit: int | None = None) -> list[Window]:
-    """The windows of all texts, in order.
+def windows(protocol: Protocol, tokens: Sequence[int], limit: int | None = None) -> list[Window]:
+    """Cut all texts into windows, in order.
 
     Args:
         tokens: length of each text, the prefix token included.
@@ -123,33 +123,33 @@ def windows(own: Protocol, tokens: Sequence[int], limit: int | None = None) -> l
     Raises:
         InputError: there is none.
     """
-    found = [window for text, length in enumerate(tokens) for window in _cut(own, text, length)]
-    if not found and not own.partial:
+    cut = [window for text, length in enumerate(tokens) for window in _cut(protocol, text, length)]
+    if not cut and not protocol.partial:
         raise InputError(
-            f"the text has {sum(tokens)} tokens, one window needs {own.length}: give a longer text or "
-            + ("another protocol" if own.fixed else "a smaller length")
+            f"the text has {sum(tokens)} tokens, one window needs {protocol.length}: give a longer text or "
+            + ("another protocol" if protocol.fixed else "a smaller length")
         )
-    if not found:
+    if not cut:
         raise InputError(f"none of {len(tokens)} texts has two tokens, so nothing can be predicted; give longer ones")
-    return found[:limit]
+    return cut[:limit]
 
 
-def label(own: Protocol, limit: int | None) -> str:
-    """The protocol's label, which says so where at most the first `limit` windows are measured."""
-    return own.label if limit is None or own.label.startswith("joined") else f"{own.label}-first{limit}"
+def label(protocol: Protocol, limit: int | None) -> str:
+    """Return the protocol's label, which says so where at most the first `limit` windows are measured."""
+    return protocol.label if limit is None or protocol.label.startswith("joined") else f"{protocol.label}-first{limit}"
 
 
-def _cut(own: Protocol, text: int, tokens: int) -> list[Window]:
-    width = own.length + own.prefix  # with a prefix, the last token of a window is predicted but no input
-    starts = [0] if own.stride is None else range(0, tokens, own.stride)
-    found, seen = [], 0
+def _cut(protocol: Protocol, text: int, tokens: int) -> list[Window]:
+    width = protocol.length + protocol.prefix  # with a prefix, the last token of a window is predicted but no input
+    starts = [0] if protocol.stride is None else range(0, tokens, protocol.stride)
+    cut, seen = [], 0  # `seen`: the tokens before it are predicted already
     for start in starts:
         stop = min(start + width, tokens)
-        if own.prefix:
+        if protocol.prefix:
             start = max(stop - width, 0)  # the last window is as long as the others
         first = max(seen, start + 1)  # a window's first token is never predicted, and no token counts twice
-        if stop <= first or (stop - start < width and not own.partial):
+        if stop <= first or (stop - start < width and not protocol.partial):
             break
-        found.append(Window(text, start, stop, first))
+        cut.append(Window(text, start, stop, first))
         seen = stop
-    return found
+    return cut

@@ -17,9 +17,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from tasks.algorithms.errors import InputError
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-"""sentencepiece's token of a single byte."""
+"""This is how sentencepiece names the token of a single byte."""
 CONTINUATION = "".join(bytes_to_unicode()[byte] for byte in range(0x80, 0xC0))
-"""How a byte-level BPE writes the bytes of a character from its second on."""
+"""A byte-level BPE writes the bytes of a character, from its second on, as these characters."""
 
 
 class Encoded(NamedTuple):
@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: Any, text: str) -> Encoded:
-    """Tokens of a text without special tokens, and their bytes.
+    """Tokenise a text without special tokens, and count the bytes that each token stands for.
 
     A token stands for the text from the end of the token before it to its own end (so for a space that its offsets
     leave out, too). Of a character that several tokens share, each has its own bytes where tokens are made of bytes
@@ -47,22 +47,24 @@ def encode(tokenizer: Any, text: str) -> Encoded:
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)  # characters: [tokens, (start, end)]
+    # UTF-8 takes 1, 2, 3 or 4 bytes for a code point below 2^7, 2^11, 2^16 or above
     points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
     until = np.concatenate([[0], np.cumsum(widths)])  # bytes before each character, and all
     ends = np.maximum.accumulate(np.concatenate([[0], offsets[:, 1]]))
     spans = np.diff(until[ends])  # a shared character is its first token's
+    # for each token, the last one up to it that has bytes: it began the character that is shared
     started = np.maximum.accumulate(np.where(spans > 0, np.arange(len(spans)), 0))
     byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
     for at in (offsets[:, 0] < ends[:-1]).nonzero()[0]:  # it starts within what the tokens before it cover
-        own = _continued(tokenizer.convert_ids_to_tokens(encoded["input_ids"][at]), byte_level)
-        spans[at] += own
-        spans[started[at - 1]] -= own
+        continued = _continued(tokenizer.convert_ids_to_tokens(encoded["input_ids"][at]), byte_level)
+        spans[at] += continued
+        spans[started[at - 1]] -= continued
     return Encoded(torch.tensor(encoded["input_ids"], dtype=torch.int64), torch.from_numpy(spans))
 
 
 def _continued(token: str, byte_level: bool) -> int:
-    """With how many bytes a token goes on with a character that another token began."""
+    """Count the bytes with which a token goes on with a character that another token began."""
     if byte_level:
         return len(token) - len(token.lstrip(CONTINUATION))
     return 1 if BYTE.fullmatch(token) else 0

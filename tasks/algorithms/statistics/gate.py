@@ -28,11 +28,11 @@ ACCEPT, REGRESSION, ANOMALOUS, INFEASIBLE, UNDECIDED = VERDICTS = (
     "UNDECIDED",
 )
 PRECEDENCE = (ANOMALOUS, INFEASIBLE, REGRESSION)
-"""Of failed checks the first of these is the verdict."""
+"""The verdict is the first of these that a failed check leads to."""
 HOLDS, FAILS, OPEN, NOT_MEASURED = "holds", "fails", "undecided", "not measured"
 FITS, FITS_STREAMING, DOES_NOT_FIT = "FITS", "FITS_STREAMING", "DOES_NOT_FIT"
 ROUNDING = 1e-6
-"""Relative difference of two perplexities of the same weights that the order of summation can make."""
+"""By this relative difference the order of summation can move the perplexity of the same weights."""
 
 
 @dataclass(frozen=True)
@@ -45,24 +45,24 @@ class Interval:
 
     @classmethod
     def exact(cls, value: float) -> Interval:
-        """A figure without noise."""
+        """Make the interval of a figure without noise."""
         return cls(value, value, value)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What is known of one model; None and missing keys are what was not measured.
+    """The figures of one model; None and missing keys stand for what was not measured.
 
     Attributes:
         perplexity: split -> perplexity per token.
         tokens: what the perplexities are of (protocol, vocabulary, text): figures of other tokens don't compare.
-        bytes: of the folder to ship.
+        bytes: size of the folder to ship.
         least_bytes: what its content must take at least.
-        fit: verdict of the device.
+        fit: the device's verdict.
         fit_term: the device and what limits it there, such as "siracusa, mram: weights".
         fit_margin: bytes free on the device, negative where they are missing.
         tasks: name -> accuracy, 0 to 1.
-        seconds_per_token: of generation at batch 1, the median.
+        seconds_per_token: the median of generation at batch 1.
         files: name -> sha256 of every file but the manifest.
         altered: files that are not what their manifest says.
         overlap: kind -> share of the test text that stands in the training text, 0 to 1.
@@ -121,7 +121,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Check:
-    """One limit.
+    """One limit, and how the candidate stands to it.
 
     Attributes:
         name: what is limited.
@@ -144,14 +144,14 @@ class Check:
     required: bool = False
 
     def row(self) -> dict[str, Any]:
-        """Plain data: check, verdict, outcome, value, low, high, limit, margin."""
+        """Return plain data: check, leads_to, outcome, value, low, high, limit, margin."""
         shown = {"check": self.name, "leads_to": self.leads_to, "outcome": self.outcome, "value": self.value}
         return shown | {"low": self.low, "high": self.high, "limit": self.limit, "margin": self.margin}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome, a sentence that says why, and every check."""
+    """The outcome for a candidate, a sentence that says why, and every check."""
 
     verdict: str
     reason: str
@@ -173,28 +173,29 @@ def judge(
         against_base: the fetched model; it bounds what a chain of small regressions can add up to.
         against_dense: the best dense reference, which a compressed model can hardly beat.
     """
-    found = [
+    checks = [
         *_trust(candidate, limits, against_dense),
         *_feasible(candidate, limits),
         *_quality("fetched", limits.base_ratio, against_base, required=promoted is None),
     ]
     if promoted:
-        found += _identity(candidate, promoted)
-        found += _quality("promoted", limits.perplexity_ratio, against_promoted, required=True)
-        found += _cost(candidate, promoted, limits, against_promoted)
-    return _verdict(tuple(found))
+        checks += _identity(candidate, promoted)
+        checks += _quality("promoted", limits.perplexity_ratio, against_promoted, required=True)
+        checks += _cost(candidate, promoted, limits, against_promoted)
+    return _verdict(tuple(checks))
 
 
 def at_most(name: str, leads_to: str, measured: Interval | None, limit: float, required: bool = False) -> Check:
-    """A check that the figure is not above the limit."""
+    """Check that the figure is not above the limit."""
     if measured is None:
         return Check(name, leads_to, NOT_MEASURED, None, limit, required=required)
+    # non-inferiority: the whole interval decides, not its middle
     outcome = HOLDS if measured.high <= limit else FAILS if measured.low > limit else OPEN
     return _numbers(name, leads_to, outcome, measured, limit, limit - measured.value, required)
 
 
 def at_least(name: str, leads_to: str, measured: Interval | None, limit: float, required: bool = False) -> Check:
-    """A check that the figure is not below the limit."""
+    """Check that the figure is not below the limit."""
     if measured is None:
         return Check(name, leads_to, NOT_MEASURED, None, limit, required=required)
     outcome = HOLDS if measured.low >= limit else FAILS if measured.high < limit else OPEN
@@ -202,7 +203,7 @@ def at_least(name: str, leads_to: str, measured: Interval | None, limit: float, 
 
 
 def fact(name: str, leads_to: str, holds: bool | None, value: str, limit: str, margin: int | None = None) -> Check:
-    """A check of what is either so or not; None: not measured. A margin is in bytes."""
+    """Check what is either so or not; None: not measured. A margin is in bytes."""
     outcome = NOT_MEASURED if holds is None else HOLDS if holds else FAILS
     return Check(name, leads_to, outcome, value, limit, margin)
 
@@ -211,7 +212,7 @@ def _numbers(
     name: str, leads_to: str, outcome: str, measured: Interval, limit: float, margin: float, required: bool
 ) -> Check:
     if not math.isfinite(measured.value):
-        outcome = FAILS  # of one that is no number a comparison would say "undecided"
+        outcome = FAILS  # a NaN compares as neither, which would say "undecided"
     return Check(name, leads_to, outcome, measured.value, limit, margin, measured.low, measured.high, required)
 
 
@@ -242,7 +243,7 @@ def _feasible(candidate: Figures, limits: Limits) -> Iterator[Check]:
 
 
 def _identity(candidate: Figures, promoted: Figures) -> Iterator[Check]:
-    """Other weights have other figures, and the same weights the same ones."""
+    """Check that other weights have other figures, and the same weights the same ones."""
     shared = candidate.perplexity.keys() & promoted.perplexity.keys()
     if not shared or not candidate.files or not promoted.files or candidate.tokens != promoted.tokens:
         yield fact("figures belong to the weights", ANOMALOUS, None, "not comparable", "same weights, same figures")
@@ -255,27 +256,27 @@ def _identity(candidate: Figures, promoted: Figures) -> Iterator[Check]:
     elif _weights(candidate) and _weights(candidate) == _weights(promoted):  # another chat template, say
         yield fact("figures belong to the weights", ANOMALOUS, True, "same weights", "other weights, other figures")
     else:
-        differ = any(one != other for one, other in pairs)
+        differ = any(ours != theirs for ours, theirs in pairs)
         said = "other files, other figures" if differ else "other files, identical figures"
         yield fact("figures belong to the weights", ANOMALOUS, differ, said, "other files, other figures")
 
 
 def _weights(figures: Figures) -> dict[str, str]:
-    return {name: found for name, found in figures.files.items() if name.endswith(".safetensors")}
+    return {name: digest for name, digest in figures.files.items() if name.endswith(".safetensors")}
 
 
-def _quality(other: str, limits: Mapping[str, float], found: Comparison, required: bool) -> Iterator[Check]:
+def _quality(other: str, limits: Mapping[str, float], comparison: Comparison, required: bool) -> Iterator[Check]:
     for split, limit in limits.items():
         name = f"perplexity by {other} model's, {split}"
-        yield at_most(name, REGRESSION, found.perplexity.get(split), limit, required)
+        yield at_most(name, REGRESSION, comparison.perplexity.get(split), limit, required)
 
 
-def _cost(candidate: Figures, promoted: Figures, limits: Limits, found: Comparison) -> Iterator[Check]:
+def _cost(candidate: Figures, promoted: Figures, limits: Limits, comparison: Comparison) -> Iterator[Check]:
     for task in sorted(candidate.tasks.keys() | promoted.tasks.keys()):
-        yield at_most(f"accuracy lost, {task}", REGRESSION, found.task_drop.get(task), limits.task_drop)
+        yield at_most(f"accuracy lost, {task}", REGRESSION, comparison.task_drop.get(task), limits.task_drop)
     sizes = _ratio(candidate.bytes, promoted.bytes)
     yield at_most("bytes by promoted model's", REGRESSION, sizes, limits.bytes_ratio)
-    yield at_most("seconds per token by promoted model's", REGRESSION, found.latency, limits.latency_ratio)
+    yield at_most("seconds per token by promoted model's", REGRESSION, comparison.latency, limits.latency_ratio)
 
 
 def _verdict(checks: tuple[Check, ...]) -> Verdict:
@@ -291,7 +292,7 @@ def _verdict(checks: tuple[Check, ...]) -> Verdict:
 
 
 def sentence(check: Check) -> str:
-    """ "perplexity by promoted model's, test: 1.234 (1.1 to 1.3), limit 1.02"."""
+    """Write a check as text: "perplexity by promoted model's, test: 1.234 (1.1 to 1.3), limit 1.02"."""
     bounds = "" if check.low == check.high else f" ({_short(check.low)} to {_short(check.high)})"
     if isinstance(check.value, str) and check.margin is not None and check.margin < 0:
         bounds = f" by {-check.margin:,} bytes"

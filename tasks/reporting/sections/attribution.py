@@ -8,7 +8,7 @@ import pandas as pd
 
 from tasks.evaluation import attribution
 from tasks.evaluation.comparison import PERPLEXITY, SPLITS
-from tasks.reporting import charts
+from tasks.reporting import result_charts
 from tasks.reporting.section import Plot, Section
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def plots(evidence: Evidence) -> dict[str, Plot]:
     if table.empty:
         return {}
     known = table[["stage", *keys]].dropna().rename(columns=lambda name: name.removesuffix(f"_{SPLITS[0]}"))
-    return {"attribution": Plot(charts.attribution(known) if len(known) else {}, DRAWN)}
+    return {"attribution": Plot(result_charts.attribution(known) if len(known) else {}, DRAWN)}
 
 
 def tables(evidence: Evidence) -> dict[str, pd.DataFrame]:

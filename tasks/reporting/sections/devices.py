@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tasks.reporting import charts
+from tasks.reporting import result_charts, size_charts
 from tasks.reporting.section import Plot, Section
 from tasks.reporting.verdict import fit_sentence
 
@@ -48,10 +48,10 @@ def context(evidence: Evidence) -> dict[str, Any]:
 def plots(evidence: Evidence) -> dict[str, Plot]:
     """What lies where on the chosen device, and the bound on speed of all."""
     places = placement_rows(evidence.fit)
-    found = {"placement": Plot(charts.placement(places) if len(places) else {}, PLACED)}
+    found = {"placement": Plot(size_charts.placement(places) if len(places) else {}, PLACED)}
     if len(evidence.devices):
         table = evidence.devices.assign(verdict=evidence.devices["verdict"].map(WORDS))
-        found["devices"] = Plot(charts.devices(table), BOUNDS)
+        found["devices"] = Plot(result_charts.devices(table), BOUNDS)
     return found
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tasks.reporting import charts
+from tasks.reporting import result_charts
 from tasks.reporting.section import Plot, Section
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def plots(evidence: Evidence) -> dict[str, Plot]:
         for name, found in measured(evidence).items()
         for batch, speed in found["tokens_per_second"].items()
     ]
-    return {"host": Plot(charts.speeds(pd.DataFrame(rows)) if rows else {}, DRAWN)}
+    return {"host": Plot(result_charts.speeds(pd.DataFrame(rows)) if rows else {}, DRAWN)}
 
 
 def tables(evidence: Evidence) -> dict[str, pd.DataFrame]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tasks.reporting import charts
+from tasks.reporting import layer_charts
 from tasks.reporting.section import Plot, Section
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def plots(evidence: Evidence) -> dict[str, Plot]:
     method = evidence.removed.get("method")
     if evidence.scores.empty or method not in evidence.scores:
         return {}
-    spec = charts.importance(evidence.scores, method, evidence.removed["removed"])
+    spec = layer_charts.importance(evidence.scores, method, evidence.removed["removed"])
     return {"importance": Plot(spec, f"Score by {method} of each layer of the fetched model; removed ones in red.")}
 
 

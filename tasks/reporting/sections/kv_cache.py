@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tasks.reporting import charts
+from tasks.reporting import result_charts
 from tasks.reporting.section import Plot, Section
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ def plots(evidence: Evidence) -> dict[str, Plot]:
     fewer = evidence.kv_cache[evidence.kv_cache["bits"] < 16]
     error = CERTAIN * fewer["nats_error"]
     return {
-        "kv-cache": Plot(charts.kv_cache(fewer.assign(low=fewer["nats"] - error, high=fewer["nats"] + error)), DRAWN)
+        "kv-cache": Plot(
+            result_charts.kv_cache(fewer.assign(low=fewer["nats"] - error, high=fewer["nats"] + error)), DRAWN
+        )
     }
 
 

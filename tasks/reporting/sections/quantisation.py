@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tasks.evaluation.comparison import PLAIN
-from tasks.reporting import charts
+from tasks.reporting import layer_charts
 from tasks.reporting.section import Plot, Section
 
 if TYPE_CHECKING:
@@ -71,11 +71,11 @@ def context(evidence: Evidence) -> dict[str, Any]:
 def plots(evidence: Evidence) -> dict[str, Plot]:
     """Bits where they are mixed, and the errors."""
     mixed = {name: table for name, table in widths(evidence).items() if table["bits"].nunique() > 1}
-    found = {f"bits-{name}": Plot(charts.bit_widths(table), BITS[name]) for name, table in mixed.items()}
+    found = {f"bits-{name}": Plot(layer_charts.bit_widths(table), BITS[name]) for name, table in mixed.items()}
     if not evidence.quantised.empty:
-        found["quantisation"] = Plot(charts.quantisation_error(evidence.quantised), ERROR)
+        found["quantisation"] = Plot(layer_charts.quantisation_error(evidence.quantised), ERROR)
     if not evidence.compensated.empty:
-        found["compensation"] = Plot(charts.compensation(evidence.compensated), COMPENSATED)
+        found["compensation"] = Plot(layer_charts.compensation(evidence.compensated), COMPENSATED)
     return found
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tasks.evaluation import comparison
-from tasks.reporting import charts
+from tasks.reporting import result_charts
 from tasks.reporting.section import Plot, Section
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def context(evidence: Evidence) -> dict[str, Any]:
 
 def plots(evidence: Evidence) -> dict[str, Plot]:
     """The training curve."""
-    spec = charts.training(evidence.history) if not evidence.history.empty else {}
+    spec = result_charts.training(evidence.history) if not evidence.history.empty else {}
     return {"training": Plot(spec, "Loss of every training step, before its update.")}
 
 

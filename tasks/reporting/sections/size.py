@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tasks.evaluation.comparison import PACKAGE, SPLITS
-from tasks.reporting import charts, model_rows
+from tasks.reporting import model_rows, size_charts
 from tasks.reporting.section import Plot, Section
 
 if TYPE_CHECKING:
@@ -42,11 +42,11 @@ def plots(evidence: Evidence) -> dict[str, Plot]:
     protocols = ", ".join(model_rows.protocols(evidence.metrics))
     found = {}
     for split in SPLITS:
-        spec = charts.perplexity_by_bytes(measured, f"perplexity_{split}", usable)
+        spec = size_charts.perplexity_by_bytes(measured, f"perplexity_{split}", usable)
         caption = f"Perplexity on {split} against bytes, protocol {protocols}. "
         found[f"perplexity-{split.replace('_', '-')}"] = Plot(spec, caption + "The line follows the stages.")
     limit = "A dashed red line is what the device leaves for weights; there is none where it is far off."
-    components = charts.bytes_by_component(model_rows.byte_rows(evidence.metrics), usable)
+    components = size_charts.bytes_by_component(model_rows.byte_rows(evidence.metrics), usable)
     return found | {"bytes": Plot(components, f"Bytes by component. {limit}")}
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from tasks.evaluation import comparison
 from tasks.evaluation.comparison import BASE, PACKAGE
-from tasks.reporting import charts
+from tasks.reporting import result_charts
 from tasks.reporting.section import Plot, Section
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def plots(evidence: Evidence) -> dict[str, Plot]:
     table = scores(evidence)
     shares = table[(table["higher_is_better"] == True) & table["stderr"].notna() & table["value"].between(0, 1)]  # noqa: E712
     named = shares.assign(name=shares["task"] + ", " + shares["metric"], model=shares["model"].map(comparison.title))
-    return {"task-scores": Plot(charts.task_scores(named[["name", "model", "value", "stderr"]]), DRAWN)}
+    return {"task-scores": Plot(result_charts.task_scores(named[["name", "model", "value", "stderr"]]), DRAWN)}
 
 
 def tables(evidence: Evidence) -> dict[str, pd.DataFrame]:

@@ -1,12 +1,10 @@
-"""Packed masks and N:M violations against loops over single bits and groups; mask files."""
+"""Packed masks and N:M violations against loops over single bits and groups."""
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import masks
-from tasks.models import dense_folder
 
 SHAPES = [(1, 1), (3, 5), (4, 8), (7, 9), (16, 32)]
 
@@ -54,23 +52,3 @@ def test_violations_equal_a_loop(keep, of):
 def test_inputs_that_do_not_divide_are_refused():
     with pytest.raises(InputError, match="10 inputs are not divisible by of = 4"):
         masks.violations(torch.zeros(2, 10), 2, 4)
-
-
-@pytest.mark.parametrize("names", [[], ["a"], [f"model.layers.{index}.mlp" for index in range(12)]])
-def test_mask_files_come_back_and_their_bytes_depend_on_content_alone(tmp_path, names):
-    keep = {name: random_mask(5, 7 + seed, seed) for seed, name in enumerate(names)}
-    for run in range(5):
-        dense_folder.save_masks(tmp_path / str(run), keep, "2:4")
-    assert len({(tmp_path / str(run)).read_bytes() for run in range(5)}) == 1
-    found, pattern = dense_folder.load_masks(tmp_path / "0")
-    assert pattern == "2:4"
-    assert found.keys() == keep.keys()
-    assert all(torch.equal(found[name], keep[name]) for name in names)
-    with safe_open(tmp_path / "0", framework="pt") as file:
-        assert file.metadata() == {"pattern": "2:4"} | {name: f"5,{keep[name].shape[1]}" for name in names}
-
-
-def test_another_safetensors_file_is_no_mask_file(tmp_path):
-    dense_folder.save_tensors(tmp_path / "x", {"a": torch.zeros(2)}, {})
-    with pytest.raises(InputError, match="no mask file"):
-        dense_folder.load_masks(tmp_path / "x")

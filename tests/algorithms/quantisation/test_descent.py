@@ -24,11 +24,13 @@ def problem(rows=6, cols=24, bits=3, group=8, seed=0, asymmetric=False, pruned=F
     if asymmetric:
         zeros += torch.randint(-1, 2, zeros.shape, generator=generator)
         index = index[torch.randperm(cols, generator=generator)]
-    start = grid(weight / scales[:, index], scales, zeros, index, bits)
-    return weight, start * keep if pruned else start, hessian, scales, zeros, index, bits, keep
+    start = on_grid(weight / scales[:, index], scales, zeros, index, bits)
+    if pruned:
+        start *= keep
+    return weight, start, hessian, descent.Grid(scales, zeros, index, bits), keep
 
 
-def grid(steps, scales, zeros, index, bits):
+def on_grid(steps, scales, zeros, index, bits):
     codes = (torch.round(steps) + zeros[:, index]).clamp(0, 2**bits - 1)
     return scales[:, index] * (codes - zeros[:, index])
 
@@ -38,8 +40,9 @@ def error(weight, quantised, hessian):
     return float(((delta @ hessian.double()) * delta).sum())
 
 
-def by_loops(weight, start, hessian, scales, zeros, index, bits, keep, cycles):
+def by_loops(weight, start, hessian, grid, keep, cycles):
     """Every code of every weight tried, the whole error computed each time."""
+    scales, zeros, index, bits = grid
     found = start.double().clone()
     for _, column, row in itertools.product(range(cycles), range(weight.shape[1]), range(weight.shape[0])):
         if keep is not None and not keep[row, column]:
@@ -74,21 +77,21 @@ def test_blocks_change_nothing(monkeypatch, block):
 @pytest.mark.parametrize("seed", range(5))
 def test_the_error_falls_with_every_cycle_until_no_single_code_lowers_it(seed):
     *given, keep = problem(seed=seed, pruned=seed % 2 == 1)
-    weight, start, hessian, scales, zeros, index, bits = given
+    weight, start, hessian, grid = given
+    scales, zeros, index, bits = grid
     errors = [error(weight, descent.descend(*given, cycles=n, keep=keep), hessian) for n in (0, 1, 2, 50)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0]
     assert errors[0] == pytest.approx(error(weight, start, hessian))
     last = descent.descend(*given, cycles=50, keep=keep)
-    assert torch.allclose(
-        by_loops(weight, last, hessian, scales, zeros, index, bits, keep, 1), last.double(), atol=1e-6
-    )
-    assert torch.allclose(grid(last / scales[:, index], scales, zeros, index, bits), last, atol=1e-6)
+    assert torch.allclose(by_loops(weight, last, hessian, grid, keep, 1), last.double(), atol=1e-6)
+    assert torch.allclose(on_grid(last / scales[:, index], scales, zeros, index, bits), last, atol=1e-6)
     if keep is not None:
         assert last[~keep].count_nonzero() == 0
 
 
 def test_without_correlations_it_is_round_to_nearest():
-    weight, start, hessian, scales, zeros, index, bits, _ = problem()
+    weight, start, hessian, grid, _ = problem()
+    scales, zeros, index, _ = grid
     wrong = scales[:, index] * (torch.zeros_like(start) - zeros[:, index])  # all codes 0
-    found = descent.descend(weight, wrong, hessian.diagonal().diag(), scales, zeros, index, bits, 1)
+    found = descent.descend(weight, wrong, hessian.diagonal().diag(), grid, 1)
     assert torch.allclose(found, start, atol=1e-6)

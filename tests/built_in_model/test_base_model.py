@@ -11,8 +11,9 @@ import yaml
 
 from tasks.algorithms.model import families
 from tasks.algorithms.scoring import perplexity
-from tasks.algorithms.text import grammar
+from tasks.built_in_model import documents, splits
 from tasks.models import dense_folder, tensor_headers
+from tests.support.built_in_corpus import load
 from tests.support.kneser_ney import KneserNey
 from tests.support.paths import ROOT
 
@@ -78,10 +79,9 @@ def test_kneser_ney_is_a_distribution_and_agrees_with_counting_by_hand() -> None
 def test_it_beats_a_5_gram_model_on_the_same_predictions(tokenizer) -> None:
     """The figures of the README: `pytest -s -k 5_gram`."""
     p = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["corpus"]
-    parsed = [yaml.safe_load((ROOT / f"data/grammar/{name}.yaml").read_text()) for name in ("domains", "frames")]
-    splits = grammar.split(*parsed, p["seed"])
+    parts = splits.split(*(load(name) for name in ("domains.yaml", "frames.yaml")), p["seed"])
     train, test = (
-        perplexity.tokenise(tokenizer, [row["text"] for row in grammar.documents(splits[name], size, p["seed"])])
+        perplexity.tokenise(tokenizer, [row["text"] for row in documents.documents(parts[name], size, p["seed"])])
         for name, size in (("train", p["train_bytes"]), ("test", p["test_bytes"]))
     )
     windows = perplexity.windows(test, 512, 512, 60)

@@ -1,0 +1,144 @@
+"""A low-rank branch beside every compressed linear of a model, computed block by block, and how it is stored.
+
+Its mathematics is EoRA's (`tasks.algorithms.quantisation.eora`). Factors may be stored in few bits
+(`tasks.algorithms.quantisation.rounding`): B is then fitted again to the rounded A.
+
+Nothing is trained, and nothing is merged: B A would fill the pruned zeros, so it stays a branch at run time. The
+branch's directions don't know of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from tasks.algorithms.model import checkpoints, families, layers
+from tasks.algorithms.quantisation import eora, output_error, rounding
+
+Done = Callable[[str, float], None]
+"""Called after each linear with its name and an error: the one left, or the one that there is."""
+
+GROUP_SIZE = 64
+"""Values of a factor's row that share a scale, at most. Of 4 bits, 32 bought less per byte: the scales cost ranks."""
+HALF = 16
+"""Bits of factors that are not quantised."""
+
+
+class Size(NamedTuple):
+    """How large branches are to be.
+
+    Attributes:
+        rank: of every branch, or full module name -> rank (`tasks.algorithms.quantisation.eora_ranks`).
+        bits: of the stored factors: 16 (float16) or 4 and 8 (groups of `group_size` along the rows of A and of B^T).
+    """
+
+    rank: int | Mapping[str, int]
+    bits: int = HALF
+
+
+class Branch(NamedTuple):
+    """The branch of one linear, x -> x A^T B^T, and what it is good for.
+
+    Attributes:
+        a: float16 [rank, in_features], the values that are computed with. The rank may be 0.
+        b: float16 [out_features, rank], likewise.
+        coded: the codes of A and of B^T [rank, out_features], whose values a and b are; None at 16 bits or rank 0.
+        error_before: ||X (W - W')^T||_F / ||X W^T||_F on the calibration inputs X of the compressed model.
+        error_after: the same for W' + B A, with A and B as they are stored.
+    """
+
+    a: Tensor
+    b: Tensor
+    coded: tuple[rounding.Coded, rounding.Coded] | None
+    error_before: float
+    error_after: float
+
+
+def compensate(
+    model: nn.Module,
+    input_ids: Tensor,
+    teacher: Mapping[str, Tensor],
+    size: Size,
+    done: Done | None = None,
+    memory: checkpoints.Memory = checkpoints.NOTHING,
+) -> dict[str, Branch]:
+    """Compute a branch for every linear of the blocks, on the inputs that it gets when all before it are compensated.
+
+    Args:
+        model: the compressed model with ordinary float32 linears. Changed: the branches are added to its weights.
+        input_ids: [windows, length]; every token counts.
+        teacher: full module name (of `model`) -> weight [out_features, in_features] to come close to.
+        memory: what it holds of an interrupted run isn't computed again.
+
+    Raises:
+        InputError: rank above the smaller side of a linear, or a teacher's weight of another shape.
+    """
+    branches: dict[str, Branch] = {}
+
+    def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
+        # Linear by linear, each on inputs that the compensated ones before it in the block produced.
+        for name, linear in families.linears_by_block(model)[index].items():
+            if before := memory.load(name):
+                branches[name] = _recalled(before)
+            else:
+                moments = output_error.second_moments({name: linear}, block, inputs)[name]
+                rank = size.rank if isinstance(size.rank, int) else size.rank[name]
+                branches[name] = _branch(name, linear.weight, teacher[name], moments, rank, size.bits)
+                memory.save(name, *_noted(branches[name]))
+            linear.weight.data += branches[name].b.float() @ branches[name].a.float()
+            if done:
+                done(name, branches[name].error_after)
+
+    layers.walk(model, input_ids, visit)
+    return branches
+
+
+def rank_bytes(shape: tuple[int, int], bits: int) -> int:
+    """Bytes of one rank of a linear's branch: codes of `bits` bits and float16 scales, or float16 values.
+
+    Args:
+        shape: (out_features, in_features).
+        bits: 4, 8 or 16; codes of a factor's row fill whole bytes.
+    """
+    if bits == HALF:
+        return 2 * sum(shape)
+    return sum(-(-side * bits // 8) + 2 * (side // group_size(side)) for side in shape)
+
+
+def group_size(length: int) -> int:
+    """The largest divisor of a row's length that is at most GROUP_SIZE."""
+    return max(size for size in range(1, GROUP_SIZE + 1) if length % size == 0)
+
+
+def _branch(name: str, weight: Tensor, wanted: Tensor, moments: Tensor, rank: int, bits: int) -> Branch:
+    delta = eora.lost(name, weight, wanted)
+    a, b = eora.factors(delta, moments, rank)
+    coded = None
+    if rank and bits != HALF:
+        coded_a = rounding.quantise(a, bits, group_size(a.shape[1]))
+        a = rounding.values(coded_a)
+        coded_b = rounding.quantise(eora.refit(delta, moments, a).T.contiguous(), bits, group_size(b.shape[0]))
+        b, coded = rounding.values(coded_b).T, (coded_a, coded_b)
+    a, b = a.half().contiguous(), b.half().contiguous()
+    left = delta - b.float() @ a.float()
+    before, after = (output_error.relative_error(error, wanted, moments) for error in (delta, left))
+    return Branch(a, b, coded, before, after)
+
+
+def _noted(branch: Branch) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A branch as an entry of a memory."""
+    tensors = {"a": branch.a, "b": branch.b}
+    for side, coded in zip("ab", branch.coded or (), strict=False):
+        tensors |= {f"{side}.codes": coded.codes, f"{side}.scales": coded.scales}
+    coding = [[coded.bits, coded.group_size] for coded in branch.coded or ()]
+    return tensors, {"coding": coding, "errors": [branch.error_before, branch.error_after]}
+
+
+def _recalled(entry: checkpoints.Entry) -> Branch:
+    """What `_noted` got."""
+    tensors, values = entry
+    sides = zip("ab", values["coding"], strict=False)
+    coded = [rounding.Coded(tensors[f"{side}.codes"], tensors[f"{side}.scales"], *coding) for side, coding in sides]
+    return Branch(tensors["a"], tensors["b"], tuple(coded) or None, *values["errors"])

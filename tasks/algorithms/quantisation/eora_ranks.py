@@ -1,0 +1,152 @@
+"""How many ranks each linear's branch gets of a budget of bytes, by what they are worth to the model's predictions.
+
+The squared singular values of EoRA's matrix (`tasks.algorithms.quantisation.eora`) are what each further rank removes
+of the squared output error. To be comparable across linears they are weighted by what an output error of each linear
+costs the prediction (`gains`); `allocate` spends the budget. The branches themselves are computed afterwards.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tasks.algorithms.model import checkpoints, families, layers
+from tasks.algorithms.quantisation import eora, output_error
+
+Done = Callable[[str, float], None]
+"""Called after each linear with its name and an error: the one left, or the one that there is."""
+
+
+def curvature(
+    model: nn.Module, input_ids: Tensor, memory: checkpoints.Memory = checkpoints.NOTHING
+) -> dict[str, float]:
+    """How much a linear's output errors change the prediction: the trace of its outputs' Fisher information per output.
+
+    An error e [tokens, out_features] whose directions are random changes the predicted distributions by about
+    curvature * ||e||_F^2 / 2 (KL divergence, nats, summed over tokens). The gradients are those of labels that the
+    model draws itself, which makes it the true Fisher information and not the empirical one of the corpus.
+
+    Args:
+        model: with ordinary linears in its blocks, in evaluation mode; left as it was.
+        input_ids: [windows, length]; windows run one by one, so that one's activations are held.
+        memory: what it holds of an interrupted run isn't computed again.
+
+    Returns:
+        Full module name -> squared gradient of the summed loss, averaged over outputs and tokens.
+    """
+    squares = dict.fromkeys(families.block_linears(model), 0.0)
+    generator = torch.Generator().manual_seed(0)  # the labels are part of the method: the same in every run
+    first = 0
+    if begun := memory.load("curvature"):
+        first, squares = begun.values
+        generator.set_state(begun.tensors["generator"])
+
+    def watch(name: str) -> Callable[..., None]:
+        def add(gradient: Tensor) -> None:
+            squares[name] += float(gradient.double().square().mean(dim=-1).sum())
+
+        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            output.register_hook(add)
+
+        return hook
+
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)  # gradients of outputs alone
+    handles = [model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())]
+    handles += [linear.register_forward_hook(watch(name)) for name, linear in families.block_linears(model).items()]
+    try:
+        with torch.enable_grad():
+            for done, ids in enumerate(input_ids.split(1)[first:], start=first + 1):
+                logits = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)  # [length, vocabulary]
+                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+                nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+                if memory.due():
+                    memory.save("curvature", {"generator": generator.get_state()}, [done, squares])
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+    return {name: square / input_ids.numel() for name, square in squares.items()}
+
+
+def gains(
+    model: nn.Module,
+    input_ids: Tensor,
+    teacher: Mapping[str, Tensor],
+    done: Done | None = None,
+    memory: checkpoints.Memory = checkpoints.NOTHING,
+) -> dict[str, Tensor]:
+    """What each rank of each linear's branch is expected to be worth: KL divergence that it removes, nats per token.
+
+    It is the squared output error that the rank removes (exact and additive within a linear), times half the linear's
+    `curvature` (an estimate: to second order, errors in random directions, no interaction between linears). Relative
+    output errors would not do: they give ranks to linears whose output hardly matters.
+
+    Inputs are those of the compressed model without any branch. Branches are computed in order afterwards, each on
+    inputs that the ones before it changed, so that their errors differ a little from what the ranks were chosen by.
+
+    Args:
+        model: the compressed model with ordinary float32 linears; left as it was.
+        input_ids, teacher, memory: as for `eora_branches.compensate`.
+
+    Returns:
+        Full module name -> float64 [smaller side], falling; ranks that remove nothing are 0.
+
+    Raises:
+        InputError: a teacher's weight of another shape.
+    """
+    weights = curvature(model, input_ids, memory)
+    found: dict[str, Tensor] = {}
+
+    def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
+        linears = families.linears_by_block(model)[index]
+        if before := memory.load(f"gains{index}"):
+            found.update(before.tensors)
+            for name, error in before.values.items() if done else ():
+                done(name, error)
+            return
+        errors = {}
+        for name, moments in output_error.second_moments(linears, block, inputs).items():
+            delta = eora.lost(name, linears[name].weight, teacher[name])
+            found[name] = eora.spectrum(delta, moments) * weights[name] / (2 * input_ids.numel())
+            errors[name] = output_error.relative_error(delta, teacher[name], moments)
+            if done:
+                done(name, errors[name])
+        memory.save(f"gains{index}", {name: found[name] for name in linears}, errors)
+
+    layers.walk(model, input_ids, visit)
+    return {name: found[name] for name in teacher}
+
+
+def allocate(worth: Mapping[str, Tensor], sizes: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Ranks that fit a budget, by what they are worth per byte; a linear's rank may be 0.
+
+    The next rank is always the one that is worth most per byte among those that still fit. As a linear's ranks are
+    worth less and less, that is optimal where all sizes are equal, and else short of it by less than one rank.
+
+    Args:
+        worth: name -> [ranks], falling (`gains`); a rank that is worth nothing is not bought.
+        sizes: name -> bytes of one rank (`eora_branches.rank_bytes`).
+        budget: bytes.
+
+    Returns:
+        name -> rank, in the order of `worth`.
+    """
+    ranks = dict.fromkeys(worth, 0)
+    values = {name: gain.tolist() for name, gain in worth.items()}
+    places = {name: place for place, name in enumerate(worth)}  # settles ties
+    heap = [(-value[0] / sizes[name], places[name], name) for name, value in values.items()]
+    heapq.heapify(heap)
+    while heap:
+        _, _, name = heapq.heappop(heap)
+        rank = ranks[name]
+        if values[name][rank] <= 0 or sizes[name] > budget:
+            continue
+        ranks[name], budget = rank + 1, budget - sizes[name]
+        if rank + 1 < len(values[name]):
+            heapq.heappush(heap, (-values[name][rank + 1] / sizes[name], places[name], name))
+    return ranks

@@ -1,0 +1,122 @@
+"""gptqmodel as it is used here: imported without side effects, quiet, and in float32.
+
+Every patch of its internals that has nothing to do with masks is here, each inside a context manager that puts the
+library back, and each beside the name of what it replaces. They were written against version 7.6.0, which is compared
+at import. The patches of its GPTQ are in `tasks.algorithms.quantisation.masked_gptq`. It computes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import io
+import logging
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from tasks.algorithms.errors import InputError
+
+LIBRARY_VERSION = "7.6.0"
+"""The work-arounds reach into gptqmodel's internals: another version needs them read again, and the tests run."""
+
+
+def _import_library() -> ModuleType:
+    """Import gptqmodel without its banner and without the environment variables it sets.
+
+    Its pool wants 2 loader workers and takes (cores + 1) // 2: a ValueError on two cores without GPTQMODEL_CPU_WORKERS.
+    """
+    installed = importlib.metadata.version("gptqmodel")
+    if installed != LIBRARY_VERSION:
+        raise InputError(f"gptqmodel {installed} is installed, {LIBRARY_VERSION} is needed: install constraints.txt")
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    before = dict(os.environ)
+    level = logging.getLogger().level
+    importlib.import_module("logbar").LogBar.shared().setLevel(logging.ERROR)
+    library = importlib.import_module("gptqmodel")
+    logging.getLogger().setLevel(level)
+    for key in set(os.environ) - set(before):
+        del os.environ[key]
+    os.environ.update(before)
+    return library
+
+
+gptqmodel = _import_library()
+gptq = importlib.import_module("gptqmodel.quantization.gptq")
+gar = importlib.import_module("gptqmodel.quantization.gar")
+_logger = importlib.import_module("gptqmodel.utils.logger")
+_looper = importlib.import_module("gptqmodel.looper.loop_processor")
+_threads = importlib.import_module("gptqmodel.utils.threadx")
+torch_linear = importlib.import_module("gptqmodel.nn_modules.qlinear.torch")
+Lora = importlib.import_module("gptqmodel.adapter.adapter").Lora
+eora_compute_lora = importlib.import_module("gptqmodel.eora").eora_compute_lora
+
+
+@contextlib.contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within this context an attribute of a module or class has another value."""
+    before = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """Run gptqmodel without its live progress, prints and log files, and put random generators and threads back.
+
+    It replaces, by their names in gptqmodel:
+        utils.logger._suppress_live_renderables: it draws progress bars, unless pytest runs it.
+        utils.threadx._DeviceWorker._abort_process: an error in a thread ends the whole process, with no word for the
+            user. Without it the thread's future raises the error in the caller.
+        looper.loop_processor.LoopProcessor._build_log_file_path: it makes the folder ./logs and draws a random name
+            for a file in it from Python's global generator.
+
+    What it saves it prints; that goes nowhere.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.get_num_threads()
+    talkers = importlib.import_module("logbar").LogBar.shared(), logging.getLogger("accelerate.utils.modeling")
+    levels = [logger.level for logger in talkers]
+    with (
+        patched(_logger, "_suppress_live_renderables", lambda: True),
+        patched(_threads._DeviceWorker, "_abort_process", lambda *_: None),
+        patched(_looper.LoopProcessor, "_build_log_file_path", staticmethod(lambda *_: Path(os.devnull))),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        for logger in talkers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(talkers, levels, strict=True):
+                logger.setLevel(level)
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+            torch.set_num_threads(states[3])
+
+
+@contextlib.contextmanager
+def loading_in_float32() -> Iterator[None]:
+    """Let gptqmodel load a checkpoint in float32 and without torch.compile.
+
+    It replaces, by their names in gptqmodel's nn_modules.qlinear.torch:
+        TorchLinear.SUPPORTS_DTYPES: half precision only, though the kernel's arithmetic follows the input's dtype.
+        torch_compile: compiles the dequantisation with inductor, which needs a C++ compiler at run time.
+    """
+    kernel = torch_linear.TorchLinear
+    with (
+        contained(),
+        patched(kernel, "SUPPORTS_DTYPES", [*kernel.SUPPORTS_DTYPES, torch.float32]),
+        patched(torch_linear, "torch_compile", lambda function, **_: function),
+    ):
+        yield

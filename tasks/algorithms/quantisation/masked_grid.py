@@ -1,0 +1,92 @@
+"""The grid of values that gptqmodel rounds to, chosen without looking at pruned weights, and rounding to it alone.
+
+gptqmodel's `Quantizer` chooses scales and zero points and rounds; its GPTQ decides what to round. Here it leaves pruned
+weights out, and its scales are those that a file holds: float16, or powers of a root of two.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tasks.algorithms.quantisation import gptqmodel_library as library
+from tasks.algorithms.quantisation import rounding
+
+
+class MaskedQuantizer(library.gptq.Quantizer):
+    """gptqmodel's quantiser, blind to pruned weights, with scales as they are stored.
+
+    GPTQ calls it with the columns from left to right (after their permutation, if there is one): `find_params` at the
+    first column of each group, `quantize` once per column. Hence the count of columns is the place in the mask.
+
+    Attributes:
+        steps: scales are powers of 2 ** (1 / steps); None: any float16.
+        mask: bool [out_features, in_features] in the order of the calls, True where kept; None where nothing is pruned.
+        column: columns quantised so far.
+    """
+
+    def __init__(self, qcfg: Any, name: str, steps: int | None) -> None:
+        super().__init__(qcfg=qcfg, name=name)
+        self.steps = steps
+        self.mask: Tensor | None = None
+        self.column = 0
+
+    def find_params(self, x: Tensor, weight: bool = False) -> None:
+        """Choose scales and zero points of a group of columns [out_features, group], from its kept weights alone.
+
+        The scale is rounded here, so that GPTQ makes up for that too, and what it computes with is what is stored.
+        """
+        # Pruned weights got errors of earlier columns and would widen the range. With whole rows as groups the range is
+        # taken once and before that (they are still zero), and in the order before the permutation.
+        if self.mask is not None and self.qcfg.group_size != -1:
+            x = x * self.mask[:, self.column : self.column + x.shape[1]]
+        if self.qcfg.sym:
+            # Where no weight of a group is negative, gptqmodel's symmetric range is [0, max] with the middle code as
+            # zero, so that it clips at half the maximum. Few groups of 32 are like that, many with half of it pruned.
+            # Anything below zero makes it [-max, max]; so small that it counts for nothing in the search by `mse`.
+            x = torch.cat([x, -1e-30 * x.any(dim=1, keepdim=True)], dim=1)
+        super().find_params(x, weight=weight)
+        chosen = self.scale  # [out_features, 1]
+        # A scale of 0 would divide by zero: 2^-24 is the smallest float16 above it.
+        self.scale = (rounding.snap(chosen, self.steps) if self.steps else chosen.half()).float().clamp(min=2.0**-24)
+        if not self.qcfg.sym:  # the lower end of the range, -zero * scale, stays nearly where it was
+            self.zero = torch.round(self.zero * chosen / self.scale).clamp(0, self.maxq)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The nearest grid values of columns [out_features, columns]; zero where pruned."""
+        q = super().quantize(x)  # scale * (clamp(round(x / scale) + zero, 0, 2^bits - 1) - zero)
+        if self.mask is not None:
+            q = q * self.mask[:, self.column : self.column + x.shape[1]]
+        self.column += x.shape[1]
+        return q
+
+
+def nearest(
+    weight: Tensor, keep: Tensor | None, quantisation: Any, bits: int, scale_steps: int | None = None
+) -> Tensor:
+    """Round to nearest on the grid that GPTQ would have at its start: no Hessian, nothing compensated.
+
+    Args:
+        weight: [out_features, in_features], 0 where pruned.
+        keep: bool of the same shape, or None.
+        quantisation: gptqmodel's QuantizeConfig; group size, symmetry and mse are taken from it.
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        float32 [out_features, in_features].
+    """
+    weight = weight.detach().float()
+    size = weight.shape[1] if quantisation.group_size == -1 else quantisation.group_size
+    settings = copy.copy(quantisation)
+    settings.bits = bits
+    quantiser = MaskedQuantizer(settings, "", scale_steps)
+    quantiser.mask = keep
+    quantiser.configure(perchannel=True)
+    parts = []
+    for group in weight.split(size, dim=1):  # [out_features, size]
+        quantiser.find_params(group, weight=True)
+        parts.append(quantiser.quantize(group))
+    return torch.cat(parts, dim=1)

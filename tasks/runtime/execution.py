@@ -1,0 +1,172 @@
+"""Run one stage of dvc.yaml: check, compute, publish, record; and bring the previous outputs back where it fails.
+
+`execute("wanda")` validates params.yaml, gives `tasks.wanda.run` a `Stage`, moves the finished outputs into place, and
+writes the lineage record. It knows nothing of Prefect.
+
+Nothing half-written: outputs are written to a scratch folder and moved when all are complete. DVC removes a stage's
+outputs before it starts it, so after a failure the previous ones are checked out again from DVC's cache. The journal of
+what was finished goes when the outputs are in place.
+
+A failure that a user can mend (a full disk, too little memory, an input altered by hand) becomes an InputError: one
+sentence. Any other error keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+
+from tasks.algorithms.errors import InputError
+from tasks.parameters import preflight
+from tasks.runtime import failures, lineage, locks, mend, parent
+from tasks.runtime.stage import JOURNALS, SCRATCH, Stage
+
+if TYPE_CHECKING:
+    from dvc.output import Output
+
+
+def execute(address: str, *, run_ids: dict[str, str] | None = None) -> None:
+    """Run one stage in this process, as DVC's command for it.
+
+    Args:
+        address: the stage's name in dvc.yaml, `evaluate@gptq` for one item of a matrix.
+        run_ids: ids of the Prefect runs it belongs to, for the lineage record.
+
+    Raises:
+        InputError: what a user can mend; the previous outputs are back in place.
+    """
+    parent.end_with_it(address)
+    attempt = _Attempt(address)
+    try:
+        with locks.held(SCRATCH / f"{address}.lock", f"stage {address} is already running in this folder"):
+            attempt.make(run_ids or {})
+    except InputError:
+        raise
+    except Exception as error:
+        if sentence := failures.sentence(error, address, attempt.stage):
+            raise InputError(sentence) from error
+        raise
+
+
+class _Attempt:
+    """One run of a stage: how far it is, and the way back.
+
+    Attributes:
+        stage: None until it is read from dvc.yaml.
+        published: the outputs that are in place.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address, self.started = address, time.time()
+        self.stage: Stage | None = None
+        self.published: list[Path] = []
+
+    def make(self, run_ids: dict[str, str]) -> None:
+        """Make the outputs and their record; after an exception everything is as it was."""
+        try:
+            stage = self.stage = _load(self.address)
+            _perform(stage)
+            self._publish(stage)
+            lineage.record(stage, started=self.started, run_ids=run_ids)
+            _remove(SCRATCH / self.address)
+            _remove(JOURNALS / self.address)
+            if "answers" in vars(stage):
+                stage.answers.flush()
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # the model that filled the memory
+            _remove(SCRATCH / self.address)  # first: the disk may be full
+            self._restore()
+            raise
+
+    def _publish(self, stage: Stage) -> None:
+        """Move every output into place.
+
+        Raises:
+            RuntimeError: a declared output was not written.
+        """
+        missing = [str(out) for out in stage.outs if not (stage.scratch / out).exists()]
+        if missing:
+            raise RuntimeError(f"stage {self.address} did not write {', '.join(missing)}")
+        for out in stage.outs:
+            _remove(out)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(stage.scratch / out, out)
+            self.published.append(out)
+
+    def _restore(self) -> None:
+        """Check the previous outputs out again: DVC removed them before it started the stage, and the stage failed."""
+        try:
+            for out in self.published:  # not all are there, or not their record
+                _remove(out)
+            outs = Repo().stage.load_one(name=self.address).outs
+        except DvcException:  # no such stage, or dvc.yaml is broken: nothing was removed
+            return
+        except (OSError, MemoryError):
+            print(f"{self.address}: `dvc checkout` brings the previous outputs back from DVC's cache", file=sys.stderr)
+            return
+        for out in outs:
+            if out.hash_info and not out.exists:
+                _bring_back(out)
+
+
+def _load(address: str) -> Stage:
+    try:
+        return Stage(address, Repo())
+    except DvcException as error:  # no such stage, no DVC project, dvc.yaml broken
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def _perform(stage: Stage) -> None:
+    _remove(stage.scratch)  # of a run that was killed
+    mend.keep_lock()
+    if altered := failures.altered_inputs(stage):
+        raise InputError(f"{' and '.join(altered)} {failures.ALTERED}")
+    preflight.check_workspace(stage.everything, stage.address)
+    module = importlib.import_module(f"tasks.{stage.name}")
+    if stage.enabled:
+        module.run(stage)
+    else:
+        print(f"{stage.address}: switched off, its input is passed on")
+        module.skip(stage)
+
+
+def _bring_back(out: Output) -> None:
+    """Check an output out, or say which command does it."""
+    if not out.use_cache:
+        print(f"{out}: `git checkout -- {out}` brings the previous one back", file=sys.stderr)
+        return
+    try:
+        try:
+            out.checkout(force=True)
+        except OSError:
+            _link_back(out)
+    except (DvcException, OSError, MemoryError) as error:  # the cache lost it, or there is no room for a link
+        why = str(error) or type(error).__name__
+        print(f"{out}: `dvc checkout {out}` will bring the previous one back, now: {why}", file=sys.stderr)
+
+
+def _link_back(out: Output) -> None:
+    """`out.checkout` for a full disk: DVC's own first writes a file, to see which links work here."""
+    content = out.get_obj()
+    hashes = {(): out.hash_info} if content.hash_info.isdir is False else {key: value for key, _, value in content}
+    for key, value in hashes.items():
+        target = Path(out.fs_path, *key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        os.link(out.cache.oid_to_path(value.value), target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

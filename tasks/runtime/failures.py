@@ -1,0 +1,68 @@
+"""Which failures of a stage a user can mend, and the sentence that says how; any other keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+import re
+from typing import TYPE_CHECKING
+
+from tasks.runtime import lineage
+
+if TYPE_CHECKING:
+    from tasks.runtime.stage import Stage
+
+DISK = {
+    errno.EACCES: "permission is denied; make it yours or change its permissions (`ls -ld`, `chmod`)",
+    errno.EDQUOT: "the disk quota is used up; free some space, then run again",
+    errno.EFBIG: "the largest file size allowed here is too small (`ulimit -f`); raise it, then run again",
+    errno.EIO: "the disk does not work; use another one",
+    errno.ENOSPC: "the disk is full; free some space, then run again",
+    errno.EPERM: "it is not permitted; make it yours or change its attributes (`lsattr`, `chattr`)",
+    errno.EROFS: "the folder is read-only; make it writable, or copy the project elsewhere",
+}
+"""What the machine can refuse any stage, and the way out; every other number would be a mistake of this project."""
+TOLD = re.compile(r"(?:\(os error |\[Errno )(\d+)[)\]]")
+"""An error number in the words of safetensors, tokenizers (Rust) and shutil.copytree."""
+ALTERED = (
+    "is not what its stage wrote, and can't be used; `edgepress mend --cache` removes every damaged copy,"
+    " and `dvc repro` then restores it or makes it again"
+)
+OUT_OF_MEMORY = re.compile(r"can(no|')t allocate memory|out of memory|can't start new thread", re.IGNORECASE)
+"""How torch, the dynamic linker and Python's threads say it."""
+
+
+def sentence(error: Exception, address: str, stage: Stage | None) -> str | None:
+    """What a user can do about an error of a stage; None where only a developer can do something.
+
+    Args:
+        stage: None where it couldn't even be read from dvc.yaml.
+    """
+    told = TOLD.search(str(error))
+    number = int(told[1]) if told else getattr(error, "errno", None)
+    if number in DISK:
+        named = getattr(error, "filename2", None) or getattr(error, "filename", None)
+        where = named or f"the outputs of stage {address}"
+        return f"cannot read or write {where}: {DISK[number]}"
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or OUT_OF_MEMORY.search(str(error)):
+        return (
+            f"stage {address} ran out of memory; end other programs, lower its batch, length or windows,"
+            " or take a smaller model"
+        )
+    if stage and (altered := altered_inputs(stage)):
+        what = " ".join(str(error).split())[:200]
+        return f"{' and '.join(altered)} {ALTERED} ({type(error).__name__}: {what})"
+    return None
+
+
+def altered_inputs(stage: Stage) -> list[str]:
+    """The inputs that another stage made and that are no longer as dvc.lock has them; every byte is read.
+
+    DVC itself doesn't look: it trusts a file whose size and time are those of its note, and its whole cache.
+    """
+    made = {out.fs_path: out for other in stage.dvc.repo.index.stages for out in other.outs}
+    inputs = (made.get(dep.fs_path) for dep in stage.dvc.deps)
+    return [
+        str(out)
+        for out in inputs
+        if out and out.hash_info and lineage.md5(out, trust_state=False) != out.hash_info.value
+    ]
