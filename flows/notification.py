@@ -34,7 +34,7 @@ from prefect.events.schemas.automations import EventTrigger, Posture  # noqa: E4
 from flows.night import EVENT  # noqa: E402
 from tasks.algorithms.errors import InputError  # noqa: E402
 from tasks.algorithms.statistics.gate import VERDICTS  # noqa: E402
-from tasks.nightly.worktree import FAILED  # noqa: E402
+from tasks.nightly.records import FAILED  # noqa: E402
 
 SUBJECT = "edgepress {{ event.payload.verdict }}: {{ event.payload.night }}"
 BODY = """{{ event.payload.verdict }}: {{ event.payload.reason }}

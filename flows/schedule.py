@@ -22,9 +22,9 @@ import pandas as pd
 from flows.server import settings
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.statistics.gate import ACCEPT, ANOMALOUS, INFEASIBLE, REGRESSION, UNDECIDED
-from tasks.nightly import worktree
+from tasks.nightly import records, worktree
 from tasks.parameters import schema
-from tasks.registry import versions
+from tasks.registry import overview
 
 EXIT = {ACCEPT: 0, REGRESSION: 3, ANOMALOUS: 4, INFEASIBLE: 5, UNDECIDED: 6}
 FAILURE = 1
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         if chosen.command == "list":
             return _list(chosen.json)
         if chosen.command == "apply":
-            found = worktree.apply(worktree.root(), chosen.name, chosen.force)
+            found = records.apply(worktree.root(), chosen.name, chosen.force)
             print(f"{found.name} ({found.record['verdict']}) is in the workspace; `dvc repro` has nothing to do")
             return 0
         own = schema.load(worktree.root() / "params.yaml").nightly
@@ -106,7 +106,7 @@ def _serve(own: schema.Nightly) -> int:
 
 def _list(as_json: bool) -> int:
     top = worktree.root()
-    known = worktree.listing(top)
+    known = records.listing(top)
     if as_json:
         print(json.dumps([night._asdict() for night in known], indent=1))
     elif known:
@@ -117,10 +117,10 @@ def _list(as_json: bool) -> int:
     return 0
 
 
-def _rows(known: list[worktree.Night]) -> list[dict[str, Any]]:
+def _rows(known: list[records.Night]) -> list[dict[str, Any]]:
     top = worktree.root()
-    numbered = {entry["revision"]: entry["version"] for entry in versions.versions(top)}
-    parameters = worktree.changed_parameters(top, known)
+    numbered = {entry["revision"]: entry["version"] for entry in overview.versions(top)}
+    parameters = records.changed_parameters(top, known)
     rows = []
     for night in known:
         record, figures = night.record, night.record.get("figures", {})

@@ -24,7 +24,11 @@ from tasks.algorithms.model import checkpoints
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.compression import block_quantisation
 from tasks.models import dense_folder, gptq_folder
-from tasks.packed import reader
+from tasks.models.tokenizer_files import copy_tokenizer
+from tasks.packed import source_folder, writer
+from tasks.packed.description import DESCRIPTION, FILE
+from tasks.packed.packed_folder import is_packed
+from tasks.packed.plan import Plan, planned
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -54,14 +58,14 @@ def run(stage: Stage) -> None:
     dense, target = stage.model_in, stage.output("model")
     limit = shipped_bytes(stage.input("package/model"))
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
-    block_quantisation.check_shapes(dense_folder.config(dense), None, chosen.group_size)
+    block_quantisation.check_shapes(dense_folder.config(dense), chosen.group_size)
     coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.journal)
     if start is None:
         start = dense_folder.load_dense(dense)
     choices = block_quantisation.choices(stage, start, windows, {}, "dense")
     del start
     widths = fit(stage, choices, coded, limit)
-    reader.copy_tokenizer(dense, target)
+    copy_tokenizer(dense, target)
     files.write_csv(stage.output("bits.csv"), table(dense_folder.config(dense), choices, widths), "%.9g")
     found = shipped_bytes(target)
     mean = sum(widths.values()) / len(widths)
@@ -80,7 +84,7 @@ def shipped_bytes(folder: Path) -> int:
     Raises:
         InputError: the folder holds neither.
     """
-    names = (reader.FILE, reader.DESCRIPTION) if reader.is_packed(folder) else sorted(folder.rglob("*.safetensors"))
+    names = (FILE, DESCRIPTION) if is_packed(folder) else sorted(folder.rglob("*.safetensors"))
     return sum((folder / name).stat().st_size for name in names)
 
 
@@ -131,15 +135,15 @@ def _round(
 def planned_around(stage: Stage, widths: Mapping[str, int]) -> int:
     """Bytes of a packed model with these widths that aren't its linears': embedding, norms, header and description."""
     chosen = stage.params.gptq
-    components, _ = reader.planned(
-        dense_folder.config(stage.model_in),
-        widths,
+    plan = Plan(
+        bits=widths,
         group_size=chosen.group_size,
         embedding_bits=chosen.embedding.bits,
         embedding_group=chosen.embedding.group_size,
         zeros=not chosen.symmetric,
         order=chosen.act_order == "descending",
     )
+    components = planned(dense_folder.config(stage.input("baseline_lora/model")), plan).sizes
     return sum(components[name] for name in ("embedding", "norms", "metadata"))
 
 
@@ -159,7 +163,7 @@ def quantise(
         folder, codes = Path(scratch) / "model", Path(scratch) / "embedding.safetensors"
         gptq_folder.save_quantised(model, dense, folder)
         block_quantisation.save_embedding(codes, coded, stage.params.gptq)
-        reader.save(reader.read(folder, embedding=codes), target)
+        writer.save(source_folder.read(folder, embedding=codes), target)
     return shipped_bytes(target)
 
 

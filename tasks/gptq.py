@@ -46,7 +46,7 @@ def run(stage: Stage) -> None:
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
     described = dense_folder.config(dense)
     widths = None if chosen.budget_bytes else chosen.bits
-    block_quantisation.check_shapes(described, widths, chosen.group_size)
+    block_quantisation.check_shapes(described, chosen.group_size)
     coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.journal)
     block_quantisation.save_embedding(stage.output("embedding.safetensors"), coded, chosen)
     if widths is None:

@@ -29,8 +29,9 @@ from dvc.exceptions import DvcException
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.statistics import canary
 from tasks.parameters import schema
-from tasks.registry import canary_samples, contents, signing, update, versions
-from tasks.registry.versions import Manifest, Version
+from tasks.registry import canary_samples, contents, overview, signing, update, versions
+from tasks.registry.standing import Manifest
+from tasks.registry.tags import Version
 
 ROOT = Path(".")
 SHOWN = ("perplexity_test", "perplexity_test_ood")
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _list(given: argparse.Namespace) -> tuple[Any, str]:
-    rows = versions.versions(ROOT)
+    rows = overview.versions(ROOT)
     if not rows:
         return rows, "There are no versions yet: `promote .` makes the first."
     header = ["version", "stage", "date", "bytes", "ppl test", "ppl ood", "verdict", "revision", "data"]
@@ -112,7 +113,7 @@ def _rollback(given: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _diff(given: argparse.Namespace) -> tuple[Any, str]:
-    found = versions.diff(ROOT, given.a, given.b)
+    found = overview.diff(ROOT, given.a, given.b)
     lines = []
     for title in ("figures", "parameters", "files"):
         rows = [[name, _value(old), _value(new), _change(old, new)] for name, (old, new) in found[title].items()]

@@ -15,10 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms import packing
-from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, layers, masks
 from tasks.algorithms.model.shape import shape_of_config
-from tasks.algorithms.quantisation import allocation, embedding, masked_gptq, masked_grid, rounding, sensitivity
+from tasks.algorithms.quantisation import (
+    allocation,
+    embedding,
+    masked_gptq,
+    masked_grid,
+    packable,
+    rounding,
+    sensitivity,
+)
 from tasks.models import dense_folder, tensor_files
 
 if TYPE_CHECKING:
@@ -36,7 +43,7 @@ SNAPPED_BITS = 6
 
 
 def settings(chosen: Gptq, widths: int | Mapping[str, int]) -> Any:
-    """gptqmodel's configuration.
+    """Make gptqmodel's configuration.
 
     Args:
         widths: bits of all linears, or full module name -> bits.
@@ -44,22 +51,16 @@ def settings(chosen: Gptq, widths: int | Mapping[str, int]) -> Any:
     return masked_gptq.config(widths, chosen.group_size, chosen.symmetric, chosen.damp, chosen.act_order, chosen.mse)
 
 
-def check_shapes(described: Mapping[str, Any], bits: int | None, group_size: int) -> None:
+def check_shapes(described: Mapping[str, Any], group_size: int) -> None:
     """Refuse a model whose linears don't pack.
 
     Args:
         described: the model's config.json.
-        bits: of all linears; None if they are yet to be chosen.
 
     Raises:
-        InputError: as `masked_gptq.check_shapes`; or a linear that packs at no width.
+        InputError: as `packable.check`.
     """
-    shapes = shape_of_config(described).linears
-    for name, shape in shapes.items():
-        packable = masked_gptq.packable(shape)
-        if not packable and bits is None:
-            raise InputError(f"{name} is {shape[0]} x {shape[1]}, which packs at none of {masked_gptq.WIDTHS} bits")
-        masked_gptq.check_shapes({name: shape}, bits or packable[-1], group_size)
+    packable.check(shape_of_config(described).linears, group_size)
 
 
 def compress_embedding(
@@ -82,7 +83,7 @@ def compress_embedding(
     model = dense_folder.load_dense(dense)
     if wanted.bits == 16:
         return {}, model
-    matrices = _tables(model)
+    matrices = _tables(model)  # [vocabulary, hidden] each
     if before := memory.load("embedding"):
         coded = {name: rounding.Coded(*_sides(before.tensors, name), *before.values[name]) for name in matrices}
         place(model, coded)
@@ -111,13 +112,13 @@ def _sides(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
 
 
 def head_moments(model: nn.Module, windows: Tensor) -> Tensor:
-    """Second moments of the head's inputs (final norm included), float64 [hidden, hidden]: X^T X / tokens."""
+    """Average X^T X over tokens, X the head's inputs (final norm included): float64 [hidden, hidden]."""
     hidden = layers.walk(model, windows, lambda *_: None, BATCH)  # [windows, length, hidden]
     norm = model.get_submodule(families.of_model(model).final_norm)
     total = torch.zeros(hidden.shape[-1], hidden.shape[-1], dtype=torch.float64)
     with torch.no_grad():
         for part in hidden.split(BATCH):
-            x = norm(part).flatten(0, 1).double()
+            x = norm(part).flatten(0, 1).double()  # [tokens, hidden]
             total += x.T @ x
     return total / hidden[..., 0].numel()
 
@@ -143,7 +144,7 @@ SIDES = ("codes", "scales")
 
 
 class Choices(NamedTuple):
-    """What each width of each linear costs: full module name -> bits -> cost, of the widths that pack.
+    """It says what each width of each linear costs: full module name -> bits -> cost.
 
     Attributes:
         harm: divergence of the model's predictions, in nats per token, with this linear alone rounded to the nearest.
@@ -155,7 +156,7 @@ class Choices(NamedTuple):
     sizes: dict[str, dict[int, int]]
 
     def within(self, budget: int) -> dict[str, int]:
-        """Bits per linear with the least harm in at most this many bytes.
+        """Choose bits per linear with the least harm in at most this many bytes.
 
         Raises:
             InputError: the smallest widths don't fit.
@@ -176,26 +177,22 @@ def choices(stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, 
     chosen = stage.params.gptq
     config = settings(chosen, chosen.bits)
     weights = {name: linear.weight for name, linear in families.block_linears(model).items()}
-    packable = {name: masked_gptq.packable(tuple(weight.shape)) for name, weight in weights.items()}
-    widths = sorted({bits for each in packable.values() for bits in each})
 
     def quantise(name: str, weight: Tensor, bits: int) -> Tensor:
         return masked_grid.nearest(weight, keep.get(name), config, bits, chosen.scale_steps)
 
     with stage.progress("sensitivity", len(weights)) as progress:
         memory = stage.journal.part("sensitivity")
-        harm = sensitivity.measure(model, windows[:MEASURED], quantise, widths, progress.update, BATCH, memory)
-    return Choices(
-        {name: {bits: harm[name][bits] for bits in each} for name, each in packable.items()},
-        {
-            name: {bits: linear_bytes(weights[name], keep.get(name), pattern, bits, chosen) for bits in each}
-            for name, each in packable.items()
-        },
-    )
+        harm = sensitivity.measure(model, windows[:MEASURED], quantise, packable.WIDTHS, progress.update, BATCH, memory)
+    sizes = {
+        name: {bits: linear_bytes(weight, keep.get(name), pattern, bits, chosen) for bits in packable.WIDTHS}
+        for name, weight in weights.items()
+    }
+    return Choices(harm, sizes)
 
 
 def linear_bytes(weight: Tensor, keep: Tensor | None, pattern: str, bits: int, chosen: Gptq) -> int:
-    """Bytes that a linear's positions, codes, scales, zero points and order of columns take when packed.
+    """Count the bytes that a linear's positions, codes, scales, zero points and order of columns take when packed.
 
     Unstructured positions count as the information that they hold, scales on a coarse grid as `SNAPPED_BITS`.
 
@@ -204,10 +201,12 @@ def linear_bytes(weight: Tensor, keep: Tensor | None, pattern: str, bits: int, c
         keep: bool of the same shape, or None where nothing is pruned or `joint` will choose.
         pattern: of the masks.
     """
+    # The reader's layout (`tasks.packed`): where the kept weights are, their codes, then what each group needs.
     total, cols = weight.numel(), weight.shape[1]
     groups = cols // (cols if chosen.group_size == -1 else chosen.group_size)  # per row
     shape = masks.parse(pattern)
     if shape:
+        # Each group of `of` weights is one of (of choose keep) cases.
         kept, positions = total // shape[1] * shape[0], packing.positions_bytes(total, *shape)
     else:
         kept = total if keep is None else int(keep.sum())
@@ -225,10 +224,10 @@ def quantise_linears(
     keep: Mapping[str, Tensor],
     memory: checkpoints.Memory = checkpoints.NOTHING,
 ) -> dict[str, masked_gptq.LayerResult]:
-    """GPTQ of all linears of the blocks, with the stage's progress; says where more damping was needed.
+    """Quantise all linears of the blocks by GPTQ, with the stage's progress; say where more damping was needed.
 
     Args:
-        model: gptqmodel's wrapper of the dense model (`quantised.load_for_quantisation`); it is changed.
+        model: gptqmodel's wrapper of the dense model (`gptq_folder.load_for_quantisation`); it is changed.
         windows: [windows, length].
         keep: full module name -> bool [out_features, in_features]; unused where `gptq.masked` is false.
         memory: linears that it holds aren't quantised again.
@@ -251,7 +250,7 @@ def quantise_linears(
 
 
 def _tables(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of embedding and, where it is not the same parameter, head: [vocabulary, hidden] each."""
+    """Find the weights of embedding and, where it is not the same parameter, head: [vocabulary, hidden] each."""
     family = families.of_model(model)
     weight, head = (model.get_submodule(name).weight for name in (family.embedding, family.head))
     return {"embedding": weight} if head is weight else {"embedding": weight, "head": head}

@@ -25,6 +25,8 @@ from tasks.algorithms.device_fit.footprint import Model, Workload
 from tasks.algorithms.device_fit.verdict import FAILS, FITS, STREAMS, Fit
 from tasks.algorithms.errors import InputError
 from tasks.device_profiles import contents, profiles
+from tasks.device_profiles.planned_contents import planned
+from tasks.packed.plan import MATRIX_BITS, Plan
 
 PROFILES = Path(__file__).resolve().parents[2] / "data" / "devices"
 CODES = {FITS: 0, STREAMS: 1, FAILS: 2}
@@ -173,7 +175,7 @@ def _model(given: argparse.Namespace) -> Model:
             raise InputError(f"--{name} {value} is not positive: expected the number of tokens or sequences, from 1 on")
     plan = {name: getattr(given, name) for name in _PLAN if getattr(given, name) is not None}
     if plan or given.model.is_file():
-        return contents.planned(contents.config_of(given.model), **({"bits": None, "dtype": "BF16"} | plan))
+        return planned(contents.config_of(given.model), Plan(**({"bits": None, "dtype": "BF16"} | plan)))
     if (
         given.model.is_dir()
         and not any(given.model.rglob("*.safetensors"))
@@ -187,7 +189,7 @@ def _model(given: argparse.Namespace) -> Model:
 
 
 _PLAN = ("bits", "group_size", "pattern", "embedding_bits", "embedding_group", "dtype")
-"""Options of a model yet to be made, as `contents.planned` names them."""
+"""Options of a model yet to be made, as `Plan` names them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -215,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--bits", type=int, choices=range(2, 9), help="of the blocks' linears; default: not quantised")
     plan.add_argument("--group-size", type=int, help="inputs that share a scale, -1: the whole row; default 32")
     plan.add_argument("--pattern", help="keep:of, unstructured or dense")
-    plan.add_argument("--embedding-bits", type=int, choices=contents.TABLE_BITS)
+    plan.add_argument("--embedding-bits", type=int, choices=MATRIX_BITS)
     plan.add_argument("--embedding-group", type=int, help="values of a row that share a scale; default 32")
     plan.add_argument("--dtype", choices=list(contents.DTYPES), help="of what isn't quantised; default BF16")
     return parser

@@ -29,7 +29,7 @@ from dvc.scm import SCMError
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.statistics import bootstrap, gate
 from tasks.algorithms.statistics.bootstrap import Sums
-from tasks.evaluation import comparison
+from tasks.evaluation import comparison, results
 from tasks.evaluation.comparison import BASE, PACKAGE, RECOVERED
 from tasks.parameters import schema
 from tasks.parameters.schema import Gate
@@ -256,12 +256,7 @@ def _limits(limits: Gate) -> gate.Limits:
 
 def _sums(fs: DVCFileSystem, model: str) -> dict[str, Sums]:
     with fs.open(f"data/evaluate/{model}/documents.csv") as file:
-        rows = pd.read_csv(file)
-    counts = ("document", "predictions", "bytes")
-    return {
-        split: Sums(*(own[name].to_numpy(np.int64) for name in counts), own["nll"].to_numpy(np.float64))
-        for split, own in rows.groupby("split", sort=False)
-    }
+        return results.sums(pd.read_csv(file))
 
 
 def _hashes(fs: DVCFileSystem, folder: str) -> dict[str, str]:

@@ -16,7 +16,13 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.quantisation import rounding
 from tasks.device_profiles import contents
-from tasks.packed import reader
+from tasks.device_profiles.planned_contents import planned
+from tasks.packed import packed_folder
+from tasks.packed.plan import Plan, planned_bytes
+from tasks.packed.sizes import component_bytes
+from tasks.packed.stored_model import Linear
+from tasks.packed.stored_model import Model as Stored
+from tasks.packed.writer import save
 from tests.algorithms.device_fit.test_footprint import CONFIG
 from tests.benchmarks import llama_bytes
 
@@ -126,7 +132,7 @@ def pack(make_model, tmp_path: Path):
                 coded = rounding.quantise(linear.weight.detach(), 4, 16)
                 keep = torch.tensor([True, False, False, True]).repeat(linear.out_features, linear.in_features // 4)
                 codes = coded.codes * keep if pattern == "2:4" else coded.codes
-                block[name] = reader.Linear(
+                block[name] = Linear(
                     codes=(codes + 8).to(torch.uint8),
                     scales=coded.scales,
                     bits=4,
@@ -140,7 +146,7 @@ def pack(make_model, tmp_path: Path):
         rest = {name: weight.detach().half() for name, weight in model.named_parameters() if "norm" in name}
         config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
         coded = rounding.quantise(table, 8, 32), None if tied else head.half()
-        reader.save(reader.Model(config, blocks, *coded, rest), tmp_path / "packed")
+        save(Stored(config, blocks, *coded, rest), tmp_path / "packed")
         (tmp_path / "packed/tokenizer.json").write_text("{}" * 50, encoding="utf-8")
         return tmp_path / "packed"
 
@@ -150,14 +156,17 @@ def pack(make_model, tmp_path: Path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_packed_folder_is_counted_by_its_description(pack, tied: bool) -> None:
     folder = pack(tied)
-    model, components = contents.read(folder), reader.component_bytes(folder)
+    model, components = contents.read(folder), component_bytes(folder)
     assert model.stored == sum(path.stat().st_size for path in folder.iterdir()) == sum(components.values())
-    found, weights = held(model), 4 * sum(r * c for r, c in families.linear_shapes(reader.config(folder)).values())
+    found, weights = (
+        held(model),
+        4 * sum(r * c for r, c in families.linear_shapes(packed_folder.config(folder)).values()),
+    )
     assert found["values"] == components["values"] == weights // 2 // 2
     assert found["positions"] == weights // 2 * 2 // 8  # the file's combinatorial codes are shorter
     assert found["scales"] == weights // 16 * 2
     assert found["norms"] == components["norms"]
-    sides = 4 * sum(sum(shape) for shape in families.linear_shapes(reader.config(folder)).values())
+    sides = 4 * sum(sum(shape) for shape in families.linear_shapes(packed_folder.config(folder)).values())
     assert found["adapter"] == 2 * sides * 2
     assert found["embedding"] == 96 * 32 + 96 * 2 + (0 if tied else 96 * 32 * 2)
     assert {m.pattern for m in model.matrices() if m.component == "values"} == {(2, 4)}
@@ -173,31 +182,32 @@ def test_a_packed_folder_without_a_pattern(pack) -> None:
 def test_a_model_is_planned_as_it_would_be_packed(pack) -> None:
     folder = pack()
     real = contents.read(folder)
-    planned = contents.planned(reader.config(folder), 4, 16, "2:4", 8, 32)
+    plan = Plan(bits=4, group_size=16, pattern="2:4", embedding_bits=8, embedding_group=32)
+    made = planned(packed_folder.config(folder), plan)
     ours = {name: size for name, size in held(real).items() if name != "adapter"}
-    assert held(planned) == ours
-    assert planned.stored == reader.planned_bytes(reader.config(folder), 4, "2:4", 16, 8, 32)
-    assert planned.metadata == 0
+    assert held(made) == ours
+    assert made.stored == planned_bytes(packed_folder.config(folder), plan)
+    assert made.metadata == 0
 
 
 def test_plans_that_can_not_be() -> None:
     config = CONFIG | {"tie_word_embeddings": True}
-    for arguments, said in (
-        ((1,), "bits = 1"),
-        ((4, 5), "group_size = 5"),
-        ((4, 4, "3:7"), "not divisible by groups of 3:7"),
-        ((4, 4, "dense", 5), "embedding's 5"),
-        ((4, 4, "dense", 8, 3), "embedding_group = 3"),
+    for plan, said in (
+        (Plan(bits=1), "bits = 1"),
+        (Plan(group_size=5), "group_size = 5"),
+        (Plan(group_size=4, pattern="3:7"), "not divisible by groups of 3:7"),
+        (Plan(group_size=4, embedding_bits=5), "embedding's 5"),
+        (Plan(group_size=4, embedding_bits=8, embedding_group=3), "embedding_group = 3"),
     ):
         with pytest.raises(InputError, match=said):
-            contents.planned(config, *arguments)
+            planned(config, plan)
     with pytest.raises(InputError, match="supported are"):
-        contents.planned(config | {"architectures": ["GPT2LMHeadModel"]}, 4)
+        planned(config | {"architectures": ["GPT2LMHeadModel"]}, Plan(bits=4))
 
 
 def test_llama_in_bf16_has_its_published_size() -> None:
     # PTE file of the bf16 baseline: 2,358 MiB (pytorch/executorch, examples/models/llama/README.md)
-    model = contents.planned(llama_bytes.CONFIG, None, dtype="BF16")
+    model = planned(llama_bytes.CONFIG, Plan(bits=None, dtype="BF16"))
     assert sum(held(model).values()) / 2**20 == pytest.approx(2358, rel=1e-3)
     average = footprint.with_bits(model, Fraction(7, 2), EVERYTHING)
     linears = 16 * sum(rows * cols for rows, cols in families.linear_shapes(llama_bytes.CONFIG).values())

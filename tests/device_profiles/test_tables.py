@@ -10,7 +10,9 @@ import yaml
 
 from tasks.algorithms.device_fit.footprint import Workload
 from tasks.algorithms.device_fit.verdict import judge
-from tasks.device_profiles import contents, profiles, tables
+from tasks.device_profiles import profiles, tables
+from tasks.device_profiles.planned_contents import planned
+from tasks.packed.plan import Plan
 from tests.benchmarks import llama_bytes
 from tests.device_profiles.test_contents import model_folder
 from tests.device_profiles.test_profiles import NAMES, PROFILES, raw
@@ -131,7 +133,7 @@ ANCHORS = {
 def test_published_speeds_are_below_the_bound_and_not_far(name: str) -> None:
     config, plan, measured = ANCHORS[name]
     device = profiles.pick(profiles.load_all(PROFILES), "oneplus-12").device()
-    result = judge(device, contents.planned(config, **plan), Workload(128, 1, 16, 16))
+    result = judge(device, planned(config, Plan(**plan)), Workload(128, 1, 16, 16))
     assert result.verdict == "FITS" and result.tokens_per_second.limited_by == "bandwidth"
     ratio = measured / result.tokens_per_second.bound
     print(f"{name}: measured {measured}, bound {result.tokens_per_second.bound:.1f} tokens/s, ratio {ratio:.2f}")
@@ -142,10 +144,10 @@ def test_published_file_sizes() -> None:
     # MiB of the PTE files, same source. ExecuTorch's 4-bit file has float32 scales and an embedding beside the head.
     for name, mebibytes in (("1B bf16", 2358), ("3B bf16", 6129)):
         config, plan, _ = ANCHORS[name]
-        assert contents.planned(config, **plan).stored / 2**20 == pytest.approx(mebibytes, rel=0.002)
+        assert planned(config, Plan(**plan)).stored / 2**20 == pytest.approx(mebibytes, rel=0.002)
     for name, mebibytes in (("1B SpinQuant", 1083), ("3B SpinQuant", 2435)):
         config, plan, _ = ANCHORS[name]
-        model = contents.planned(config, **plan)
+        model = planned(config, Plan(**plan))
         linears = sum(m.rows * m.cols for m in model.matrices() if m.component == "values")
         table = config["vocab_size"] * config["hidden_size"]
         assert (linears // 2 + linears // 32 * 4 + 2 * table) / 2**20 == pytest.approx(mebibytes, rel=0.01)

@@ -26,9 +26,9 @@ import yaml
 from flows import retention
 from flows.server import dead_runs
 from tasks.algorithms.errors import InputError
-from tasks.nightly import worktree
+from tasks.nightly import records, worktree
 from tasks.parameters import schema
-from tasks.registry import tags, versions
+from tasks.registry import overview, tags, versions
 from tasks.runtime import git
 from tests.support.nightly_project import NightlyProject
 from tests.support.paths import ROOT
@@ -90,7 +90,7 @@ def workspace(project):
 
 
 def last(project):
-    return worktree.listing(project.path)[-1]
+    return records.listing(project.path)[-1]
 
 
 def version(project):
@@ -99,11 +99,11 @@ def version(project):
 
 def serve_until_it_fires(project):
     """Serve until one night more is recorded, then stop gracefully; returns the night."""
-    before = len(worktree.listing(project.path))
+    before = len(records.listing(project.path))
     served = project.start("-m", "flows.schedule")
     threading.Thread(target=served.stdout.read, daemon=True).start()
     try:
-        wait_for(lambda: len(worktree.listing(project.path)) > before or served.poll() is not None, 150)
+        wait_for(lambda: len(records.listing(project.path)) > before or served.poll() is not None, 150)
         wait_for(
             lambda: not ask(project, "flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}), 60
         )
@@ -130,7 +130,7 @@ def test_the_schedule_fires_and_fires_again_after_a_stop_and_a_restart(project) 
 
 @pytest.mark.slow  # six nights
 def test_each_kind_of_night_has_its_verdict_its_event_and_its_exit_code(project) -> None:
-    if not worktree.listing(project.path):
+    if not records.listing(project.path):
         project.python(*ONCE)
     with webhook() as (url, received):
         project.python("-m", "flows.notification", "--webhook", url)
@@ -164,7 +164,7 @@ def test_each_kind_of_night_has_its_verdict_its_event_and_its_exit_code(project)
     (project.path / "source/train.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
     project.change({"fetch.model.path": "source/none"})
     project.commit("no such source")
-    assert "source/none" in project.python(*ONCE, expect=1) and last(project).record["verdict"] == worktree.FAILED
+    assert "source/none" in project.python(*ONCE, expect=1) and last(project).record["verdict"] == records.FAILED
     assert version(project) == "v0.0.2"
 
     shown = project.python("-m", "flows.schedule", "list")
@@ -173,7 +173,7 @@ def test_each_kind_of_night_has_its_verdict_its_event_and_its_exit_code(project)
     project.python("-m", "flows.schedule", "apply", accepted.name)
     assert "up to date" in project.run(sys.executable, "-m", "dvc", "status")
     assert "Running stage" not in project.run(sys.executable, "-m", "dvc", "repro")
-    project.python("-m", "flows.schedule", "apply", worktree.listing(project.path)[0].name)  # from one to the next
+    project.python("-m", "flows.schedule", "apply", records.listing(project.path)[0].name)  # from one to the next
     project.run("git", "checkout", "--force", ".")
 
 
@@ -182,14 +182,14 @@ def test_retention_says_what_would_go_and_keeps_what_is_promoted(project) -> Non
     if version_missing(project):
         project.python(*ONCE)
     project.change({"nightly.retention": {"nights": 1, "days": 1}})
-    known = worktree.listing(project.path)
+    known = records.listing(project.path)
     project.weights(0.002)
     project.commit("one more")
     said = project.python("-m", "flows.retention")
     assert "would go" in said and said.count("\nnight ") + said.startswith("night ") == len(known) - 1
-    assert worktree.listing(project.path) == known
+    assert records.listing(project.path) == known
     project.python("-m", "flows.retention", "--apply")
-    assert [night.name for night in worktree.listing(project.path)] == [known[-1].name]
+    assert [night.name for night in records.listing(project.path)] == [known[-1].name]
     versions.verify(project.path, version(project))
     current = versions.current(project.path)
     project.python(
@@ -266,7 +266,7 @@ def flow_run(project, run):
 @pytest.mark.slow  # a server
 def test_an_accepted_model_that_cannot_be_promoted_fails_the_night_and_the_next_one_promotes_it(project) -> None:
     sound(project, 0.003)
-    following = f"v0.0.{len(versions.versions(project.path)) + 1}"
+    following = f"v0.0.{len(overview.versions(project.path)) + 1}"
     blocked = project.path / f".git/refs/tags/{tags.ARTIFACT}@{following}.lock"  # as of a git that was killed
     blocked.parent.mkdir(parents=True, exist_ok=True)
     blocked.touch()
@@ -291,9 +291,9 @@ def test_a_night_without_its_source_is_recorded_as_failed(project) -> None:
     sound(project, 0.007)
     project.change({"fetch.model.path": "source/nowhere"})
     project.commit("no source")
-    before = len(worktree.listing(project.path))
+    before = len(records.listing(project.path))
     assert "source/nowhere" in project.python(*ONCE, expect=1)
-    (found,) = worktree.listing(project.path)[before:]
+    (found,) = records.listing(project.path)[before:]
     assert found.record["verdict"] == "FAILED" and "source/nowhere" in found.record["reason"]
     assert found.name in project.python("-m", "flows.schedule", "list")
 
@@ -301,7 +301,7 @@ def test_a_night_without_its_source_is_recorded_as_failed(project) -> None:
 @pytest.mark.slow  # a server and a worker
 def test_the_deployment_of_prefect_yaml_runs_on_a_process_pool(project) -> None:
     sound(project, 0.004)
-    before = len(worktree.listing(project.path))
+    before = len(records.listing(project.path))
     prefect = (str(Path(sys.executable).parent / "prefect"), "--no-prompt")
     named = {"PREFECT_API_URL": (project.path / ".prefect/api-url").read_text().strip()}
     named |= {"PREFECT_HOME": str(project.path / ".prefect"), "EDGEPRESS_PROJECT": str(project.path)}
@@ -309,21 +309,21 @@ def test_the_deployment_of_prefect_yaml_runs_on_a_process_pool(project) -> None:
     project.run(*prefect, "deploy", "--prefect-file", str(ROOT / "prefect.yaml"), "--name", "nightly", env=named)
     project.run(*prefect, "deployment", "run", "night/nightly", env=named)
     project.run(*prefect, "worker", "start", "--pool", "edgepress", "--run-once", env=named)
-    (found,) = worktree.listing(project.path)[before:]
+    (found,) = records.listing(project.path)[before:]
     assert found.record["verdict"] == "ACCEPT"
 
 
 @pytest.mark.slow  # a server
 def test_a_night_a_repro_a_flow_and_a_second_night_at_once(project) -> None:
     sound(project, 0.005, overlap="cancel")
-    before = len(worktree.listing(project.path))
+    before = len(records.listing(project.path))
     commands = (ONCE, ONCE, ("-m", "dvc", "repro"), ("-m", "flows.compress", "package", "hardware_fit"))
     together = [project.start(*command) for command in commands]
     said = [process.communicate(timeout=300)[0] for process in together]
     for process, text in zip(together, said, strict=True):
         assert "Traceback" not in text
         assert process.returncode == 0 or re.search(r"error: .*process \d+ \(.*\), since \d{4}-", text), text
-    assert len(worktree.listing(project.path)) > before
+    assert len(records.listing(project.path)) > before
     project.python("-m", "dvc", "repro")  # what was refused or cancelled
     assert "up to date" in project.run(sys.executable, "-m", "dvc", "status")
     versions.verify(project.path, version(project))
@@ -374,7 +374,7 @@ def test_a_server_with_a_password_serves_those_alone_who_know_it(plain) -> None:
             ask(plain, "flow_runs/filter")
         refused = plain.python(*ONCE, expect=1)
         assert "PREFECT_API_AUTH_STRING" in refused and "Traceback" not in refused
-        assert not worktree.listing(plain.path)
+        assert not records.listing(plain.path)
         wrong = plain.run(sys.executable, *ONCE, expect=1, env={"PREFECT_API_AUTH_STRING": "name:other"})
         assert "PREFECT_API_AUTH_STRING" in wrong and "Traceback" not in wrong
         assert "v0.0.1 is promoted" in plain.run(sys.executable, *ONCE, env=known)
@@ -417,9 +417,9 @@ def test_the_worktree_shares_the_cache_and_leaves_the_workspace_alone(plain) -> 
     assert worktree.prepare(plain.path) == folder
     assert (folder / "dvc.lock").exists() and "gptq" in (folder / "params.yaml").read_text()
     candidate = worktree.snapshot(folder)
-    found = worktree.save(folder, "night-1", candidate, {"verdict": "ACCEPT"})
-    assert [night.name for night in worktree.listing(plain.path)] == ["night-1"]
-    assert worktree.find(plain.path, "night").commit == found.commit
+    found = records.save(folder, "night-1", candidate, {"verdict": "ACCEPT"})
+    assert [night.name for night in records.listing(plain.path)] == ["night-1"]
+    assert records.find(plain.path, "night").commit == found.commit
     plain.run("git", "checkout", "--", "params.yaml")
     assert workspace(plain) == before
     (folder / ".git").unlink()  # a worktree that somebody broke is made anew

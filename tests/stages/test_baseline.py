@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tasks import baseline
 from tasks.models import dense_folder, tensor_files
 from tasks.packed import reader
+from tasks.packed.sizes import component_bytes
 from tasks.parameters import schema
 from tasks.runners import any_folder
 
@@ -84,7 +85,7 @@ def test_it_fills_the_bytes_of_the_package(run, limit, changed):
     table = pd.read_csv(folder / "bits.csv").set_index("linear")
     assert table["bits"].to_dict() == stored_bits(folder) and table["bits"].nunique() > 1
     if not changed:  # scales are stored as they are: what was counted is what the file has
-        found = reader.component_bytes(folder / "model")
+        found = component_bytes(folder / "model")
         assert table["bytes"].sum() == found["positions"] + found["values"] + found["scales"] + found["zeros"]
 
 

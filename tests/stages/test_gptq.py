@@ -346,19 +346,6 @@ def test_a_hessian_that_can_not_be_inverted_is_no_silent_rounding(joint):
         library_gptq(normal(8, 32), x, joint=joint)
 
 
-@pytest.mark.parametrize(
-    ("shape", "bits", "group_size", "message"),
-    [
-        ((64, 96), 4, 64, "96 inputs, not divisible by gptq.group_size = 64"),
-        ((64, 40), 3, -1, "40 inputs, not divisible by 32"),
-        ((20, 64), 2, -1, "20 outputs, not divisible by 16"),
-    ],
-)
-def test_shapes_that_do_not_pack_are_refused(shape, bits, group_size, message):
-    with pytest.raises(InputError, match=message):
-        masked_gptq.check_shapes({NAME: shape}, bits, group_size)
-
-
 @pytest.mark.parametrize("act_order", ORDERS)
 def test_widths_of_single_linears_are_asked_for_by_their_whole_names(act_order):
     names = [f"model.layers.{i}.mlp.up_proj" for i in (1, 10, 11)]
@@ -379,14 +366,6 @@ def test_equal_widths_need_no_overrides():
 def test_group_aware_without_groups_is_refused():
     with pytest.raises(InputError, match="group_size = -1"):
         masked_gptq.config(**SETTINGS | {"act_order": "group_aware", "group_size": -1})
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [((64, 96), [2, 3, 4, 8]), ((48, 64), [2, 4, 8]), ((8, 64), [4, 8]), ((4, 64), [8]), ((3, 4), [])],
-)
-def test_widths_that_pack(shape, expected):
-    assert masked_gptq.packable(shape) == expected
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def stage(tmp_path: Path, make_stage):
 
 
 def result(stage, name: str) -> dict:
-    return json.loads(stage.output(f"{name}/host.json").read_text(encoding="utf-8"))
+    return json.loads((stage.output("measure") / name / "host.json").read_text(encoding="utf-8"))
 
 
 def test_models_take_turns_and_equal_ones_share_their_figures(stage, monkeypatch) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tasks import package
 from tasks.algorithms.errors import InputError
 from tasks.models import dense_folder, mask_files, tensor_files
-from tasks.packed import reader
+from tasks.packed import source_folder
 from tasks.parameters import schema
 from tasks.parameters.compression_sections import Joint
 from tasks.runners import any_folder
@@ -175,7 +175,7 @@ def test_what_the_parameters_ask_for() -> None:
 def test_a_file_that_differs_from_what_was_packed_is_a_bug(make_package, pruned_folder: Path) -> None:
     stage = make_package()
     package.run(stage)
-    blocks = reader.read(pruned_folder).blocks
+    blocks = source_folder.read(pruned_folder).blocks
     folder = stage.output("package/model")
     package.check_lossless(folder, blocks)
     changed = [dict(linears) for linears in blocks]

@@ -462,7 +462,7 @@ def test_switched_off_stages_are_named(make, results, empty):
     results["fit.json"].write_text(json.dumps({"verdict": "NOT_CHECKED"}))
     results["manifest.json"].write_text(json.dumps({"files": {}, "pattern": None, "lineage": {}}))
     stage = make()
-    for folder in stage.inputs_below("evaluate"):
+    for folder in (stage.input("data/evaluate") / name for name in MODELS):
         (folder / "metrics.json").write_text(json.dumps({"model": folder.name, "evaluated": False}))
         (folder / "completions.json").write_text("[]")
     text = page(stage)

@@ -73,7 +73,7 @@ def training_state(
 
     Args:
         weights: those that the optimizer trains, in its order.
-        optimizer: with tensors alone in its state, as AdamW has.
+        optimizer: one with tensors alone in its state, as AdamW has.
     """
     state = {f"weight.{index}": weight.detach() for index, weight in enumerate(weights)}
     for index, slots in optimizer.state_dict()["state"].items():  # AdamW: step, exp_avg, exp_avg_sq per weight

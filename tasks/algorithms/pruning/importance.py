@@ -31,7 +31,7 @@ Score = Callable[[nn.Module, Tensor, int, checkpoints.Memory], Tensor]
 def magnitude(
     model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
 ) -> Tensor:
-    """L1 norm of each block's linears, float64 [blocks]; the windows play no part."""
+    """Sum |W| over each block's linears, float64 [blocks]; the windows play no part."""
     return torch.tensor(
         [
             sum(float(linear.weight.detach().double().abs().sum()) for linear in block.values())
@@ -44,7 +44,7 @@ def magnitude(
 def taylor(
     model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
 ) -> Tensor:
-    """Sum of |gradient * weight| of each block's linears, float64 [blocks].
+    """Sum |gradient * weight| over each block's linears, float64 [blocks].
 
     Holds the activations of all blocks for one batch, as a backward pass must, and one gradient per weight.
     """
@@ -55,6 +55,7 @@ def taylor(
         for parameter, *_ in before:
             parameter.requires_grad_(id(parameter) in wanted)
             parameter.grad = None
+        # `backward` adds to .grad: dL/dW of the loss over all windows is done after the last batch.
         weights = [weight for block in blocks for weight in block]
         begun = memory.load("gradients")
         for place, weight in enumerate(weights if begun else ()):
@@ -64,6 +65,7 @@ def taylor(
             _loss(model, ids, predictions=input_ids[:, 1:].numel()).backward()
             if memory.due():
                 memory.save("gradients", {str(place): weight.grad for place, weight in enumerate(weights)}, done)
+        # |L(W = 0) - L(W)| to first order, weight by weight: |dL/dW * W|.
         return torch.tensor(
             [sum(float((weight.grad * weight.detach()).double().abs().sum()) for weight in block) for block in blocks],
             dtype=torch.float64,
@@ -77,7 +79,7 @@ def taylor(
 def perplexity(
     model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
 ) -> Tensor:
-    """Rise of the perplexity without each block, float64 [blocks]; negative where the model is better without it."""
+    """Measure how much perplexity rises without each block, float64 [blocks]; negative where the model gets better."""
     begun = memory.load("perplexities")
     found = begun.values if begun else [perplexity_of(model, input_ids, batch)]  # the whole model's, then without each
     for index in range(len(found) - 1, len(families.blocks(model))):
@@ -90,7 +92,7 @@ def perplexity(
 def block_influence(
     model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
 ) -> Tensor:
-    """1 - mean cosine similarity of each block's inputs and outputs over all tokens, float64 [blocks], from 0 to 2."""
+    """Compute 1 - the mean cosine of a token's input and output, float64 [blocks], from 0 to 2: ShortGPT's BI."""
     begun = memory.load("scores")
     scores: list[float] = begun.values if begun else []
 
@@ -99,6 +101,7 @@ def block_influence(
             return
         total = 0.0
         for where, output in inputs.outputs(block):
+            # [batch, length]: 1 where the block only scales what the residual stream carries.
             similarity = torch.cosine_similarity(inputs.hidden[where].double(), output.double(), dim=-1)
             total += float(similarity.sum())
         scores.append(1 - total / inputs.hidden[..., 0].numel())
@@ -110,14 +113,15 @@ def block_influence(
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """Ranks from 1 = lowest, float64 [n]; equal scores share the mean of their ranks."""
+    """Rank scores from 1 = lowest, float64 [n]; equal scores share the mean of their ranks."""
+    # Equal ones take the ranks below + 1 to below + equal, whose mean is this.
     below = (scores[None, :] < scores[:, None]).sum(dim=1)
     equal = (scores[None, :] == scores[:, None]).sum(dim=1)
     return below.double() + (equal.double() + 1) / 2
 
 
 def combine(scores: dict[str, Tensor]) -> Tensor:
-    """`compound` from the other scores: the mean of their ranks, float64 [blocks]."""
+    """Make `compound` of the other scores: the mean of their ranks, float64 [blocks]."""
     return torch.stack([ranks(scores[name]) for name in SCORES]).mean(dim=0)
 
 
@@ -133,7 +137,7 @@ COMPOUND = "compound"
 def score(
     model: nn.Module, input_ids: Tensor, method: str, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
 ) -> Tensor:
-    """One block score by name, float64 [blocks].
+    """Score the blocks by one of the methods, float64 [blocks].
 
     Args:
         input_ids: [windows, length].
@@ -157,7 +161,7 @@ def score(
 
 
 def _loss(model: nn.Module, ids: Tensor, predictions: int) -> Tensor:
-    """The batch's share of the mean loss: summed over its own tokens, divided by the predictions of all windows."""
+    """Compute the batch's share of the mean loss: the sum over its own tokens by the predictions of all windows."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # [batch, length - 1, vocabulary]
-    targets = ids[:, 1:].long().flatten()
+    targets = ids[:, 1:].long().flatten()  # [batch * (length - 1)], the token after each
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum") / predictions

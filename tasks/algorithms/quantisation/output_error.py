@@ -14,7 +14,7 @@ from tasks.algorithms.model import layers
 
 
 def second_moments(linears: Mapping[str, nn.Module], block: nn.Module, inputs: layers.BlockInputs) -> dict[str, Tensor]:
-    """X^T X of each linear's inputs X, float64 [in_features, in_features], from one pass through the block."""
+    """Sum up X^T X of each linear's inputs X, float64 [in_features, in_features], in one pass through the block."""
     moments = {
         name: torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=inputs.hidden.device)
         for name, linear in linears.items()
@@ -29,7 +29,7 @@ def second_moments(linears: Mapping[str, nn.Module], block: nn.Module, inputs: l
 
 
 def relative_error(delta: Tensor, weight: Tensor, hessian: Tensor) -> float:
-    """||X delta^T||_F / ||X weight^T||_F for a Hessian that is any multiple of X^T X; 0 where both are 0.
+    """Compute ||X delta^T||_F / ||X weight^T||_F by a Hessian that is any multiple of X^T X; 0 where both are 0.
 
     Args:
         delta, weight: [out_features, in_features].
@@ -39,7 +39,7 @@ def relative_error(delta: Tensor, weight: Tensor, hessian: Tensor) -> float:
 
     def energy(matrix: Tensor) -> float:
         matrix = matrix.double()
-        return float(((matrix @ hessian) * matrix).sum().clamp_min(0))  # trace(M H M^T)
+        return float(((matrix @ hessian) * matrix).sum().clamp_min(0))  # tr(M H M^T) = ||X M^T||_F^2, H = X^T X
 
     lost, whole = energy(delta), energy(weight)
     return 0.0 if lost == 0 else float("inf") if whole == 0 else (lost / whole) ** 0.5

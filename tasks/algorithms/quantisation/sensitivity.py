@@ -39,7 +39,7 @@ def measure(
     batch: int = 1,
     memory: checkpoints.Memory = checkpoints.NOTHING,
 ) -> dict[str, dict[int, float]]:
-    """KL(original || model with this linear quantised), averaged over all positions, in nats per token.
+    """Measure KL(original || model with this linear quantised), averaged over all positions, in nats per token.
 
     Args:
         model: a causal language model of a supported family, in evaluation mode.
@@ -55,6 +55,7 @@ def measure(
     Raises:
         InputError: the model's family isn't supported.
     """
+    # One walk of the unchanged model, for its outputs and for how each block is called: [windows, length, hidden].
     calls: list[Mapping[int, layers.Call]] = []
     last = layers.walk(model, input_ids, lambda index, block, inputs: calls.append(inputs.calls), batch)
     blocks, by_block = families.blocks(model), families.linears_by_block(model)
@@ -67,6 +68,7 @@ def measure(
             original = linear.weight.detach()
             measured[name] = known.get(name, {})
             for bits in widths if name not in known else ():
+                # `inputs` are the unchanged model's, so that no other linear's error is in what is measured.
                 with _replaced(linear, quantise(name, original, bits)):
                     changed = _continued(blocks[index:], calls[index:], inputs)
                     measured[name][bits] = _divergence(model, last, changed)
@@ -81,6 +83,7 @@ def measure(
 
 @contextlib.contextmanager
 def _replaced(linear: nn.Linear, weight: Tensor) -> Iterator[None]:
+    """Within this context the linear has another weight of the same shape."""
     original = linear.weight.data
     if weight.shape != original.shape:
         raise ValueError(f"quantise returned {tuple(weight.shape)} for a weight of {tuple(original.shape)}")
@@ -94,7 +97,7 @@ def _replaced(linear: nn.Linear, weight: Tensor) -> Iterator[None]:
 def _continued(
     blocks: Sequence[nn.Module], calls: Sequence[Mapping[int, layers.Call]], inputs: layers.BlockInputs
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(windows of the batch, last block's outputs [batch, length, hidden]); `inputs.hidden` stays as it is."""
+    """Yield (windows of the batch, last block's outputs [batch, length, hidden]); `inputs.hidden` stays as it is."""
     for start in range(0, len(inputs.hidden), inputs.batch):
         where = slice(start, min(start + inputs.batch, len(inputs.hidden)))
         hidden = inputs.hidden[where]
@@ -104,7 +107,7 @@ def _continued(
 
 
 def _divergence(model: nn.Module, last: Tensor, changed: Iterator[tuple[slice, Tensor]]) -> float:
-    """Mean KL per position between the distributions after the last block's outputs `last` and `changed`."""
+    """Average KL per position between the distributions after the last block's outputs `last` and `changed`."""
     described = families.of_model(model)
     norm, head = model.get_submodule(described.final_norm), model.get_submodule(described.head)
     total = 0.0
@@ -115,5 +118,5 @@ def _divergence(model: nn.Module, last: Tensor, changed: Iterator[tuple[slice, T
                 # float64: divergences of 8 bit are of the order of float32's rounding of a log-probability.
                 p = head(norm(before)).double().log_softmax(dim=-1)  # [positions, vocabulary]
                 q = head(norm(after)).double().log_softmax(dim=-1)
-                total += float((p.exp() * (p - q)).sum())
-    return max(0.0, total / last[..., 0].numel())
+                total += float((p.exp() * (p - q)).sum())  # KL(P || Q) = sum of P (log P - log Q), over all positions
+    return max(0.0, total / last[..., 0].numel())  # rounding can make a divergence of nothing negative

@@ -45,7 +45,7 @@ def reconstruct(
     """Train the blocks one after the other, in place; the model is in evaluation mode and frozen afterwards.
 
     Args:
-        model: of a supported family; its weights are zero wherever `keep` is False, and stay so.
+        model: one of a supported family; its weights are zero wherever `keep` is False, and stay so.
         teacher: the dense model, with the same embedding, on the same device.
         tokens: int64 [corpus], the corpus as one row of token ids, on the CPU.
         recipe: `steps` are per block; `distillation` and `hidden` have no effect.

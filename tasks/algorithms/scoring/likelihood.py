@@ -60,7 +60,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(sum of nats / n), n predicted tokens. InputError where it isn't finite."""
+        """The perplexity exp(sum of nats / n) of n predicted tokens. InputError where it isn't finite."""
         return perplexity.from_nll(self.nll.unsqueeze(0), 1)
 
     @property
