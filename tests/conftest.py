@@ -18,6 +18,8 @@ from tests.support import project
 
 torch.set_num_threads(1)
 
+pytest_plugins = ["tests.support.fetch_stage", "tests.support.model_hub"]
+
 
 class _Progress:
     def __enter__(self):
