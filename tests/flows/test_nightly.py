@@ -387,8 +387,8 @@ def test_a_server_with_a_password_serves_those_alone_who_know_it(plain) -> None:
 
 def test_a_second_night_is_told_who_holds_the_lock_and_a_dead_one_holds_none(plain) -> None:
     held = subprocess.Popen(
-        [sys.executable, "-c", "import pathlib, sys\nfrom tasks import nights\n"
-         "with nights.locked(pathlib.Path.cwd(), wait=False): print('held', flush=True); sys.stdin.read()"],
+        [sys.executable, "-c", "import pathlib, sys\nfrom tasks.nightly import worktree\n"
+         "with worktree.locked(pathlib.Path.cwd(), wait=False): print('held', flush=True); sys.stdin.read()"],
         cwd=plain.path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert held.stdout.readline().strip() == "held"
