@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tasks.algorithms.device_fit import footprint
 from tasks.algorithms.device_fit.footprint import Model
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.device_profiles.contents import layout_parts
 from tasks.packed import plan as packed_plan
 from tasks.packed.plan import MATRIX_BITS, Plan
@@ -24,7 +24,7 @@ def planned(config: Mapping[str, Any], plan: Plan) -> Model:
     """
     if not (plan.bits is None or 2 <= plan.bits <= 8) or plan.embedding_bits not in MATRIX_BITS:
         raise InputError(f"bits = {plan.bits} must be 2 to 8 and the embedding's {plan.embedding_bits} one of 4, 8, 16")
-    shape = footprint.shape(config)
+    shape = shape_of_config(config)
     row = shape.hidden if plan.embedding_group == -1 else plan.embedding_group
     if plan.embedding_bits < 16 and (row < 1 or shape.hidden % row):
         raise InputError(f"embedding_group = {plan.embedding_group} doesn't divide rows of {shape.hidden}")

@@ -53,8 +53,8 @@ def load_model(folder: Path) -> PreTrainedModel:
             _attach(model, name, module(linear))
     for name, tensor in decoder.rest().items():
         _attach(model, name, nn.Parameter(tensor.float(), requires_grad=False))
-    rotary = f"{described.blocks.rpartition('.')[0]}.rotary_emb"  # its frequencies follow from the config
-    _attach(model, rotary, type(model.get_submodule(rotary))(config=model.config))
+    if described.rotary:  # its frequencies follow from the config
+        _attach(model, described.rotary, type(model.get_submodule(described.rotary))(config=model.config))
     left = [name for name, t in itertools.chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
     if left:
         raise RuntimeError(f"the packed model has no {left[0]}: its family isn't described fully")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from tasks.algorithms.model import families
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import rounding
 from tasks.packed import reader
 from tasks.packed.description import DESCRIPTION, FILE
@@ -98,7 +99,7 @@ def show() -> None:
 def random_model(case: str, embedding: int, seed: int = 0) -> Model:
     """Random content of that shape, a block at a time."""
     generator = torch.Generator().manual_seed(seed)
-    chosen, shapes = CASES[case], families.linear_shapes(CONFIG)
+    chosen, shapes = CASES[case], shape_of_config(CONFIG).linears
     table = (CONFIG["vocab_size"], CONFIG["hidden_size"])
     hidden, prefix = CONFIG["hidden_size"], families.family(CONFIG).blocks
 

@@ -86,6 +86,7 @@ def random_package(layers: int, folder: Path) -> Path:
     import torch
 
     from tasks.algorithms.model import families
+    from tasks.algorithms.model.shape import shape_of_config
     from tasks.models.tokenizer_files import copy_tokenizer
     from tasks.packed import stored_model, writer
 
@@ -98,7 +99,7 @@ def random_package(layers: int, folder: Path) -> Path:
         scales = torch.full((rows, cols // GROUP), 0.25 / cols**0.5).half()
         return stored_model.Linear(codes=codes, scales=scales, bits=4, group_size=GROUP)
 
-    shapes = families.linear_shapes(config)
+    shapes = shape_of_config(config).linears
     blocks = ({f"{prefix}.{block}.{name}": linear(*shape) for name, shape in shapes.items()} for block in range(layers))
     norms = [f"{prefix}.{b}.{name}.weight" for b in range(layers) for name in families.family(config).norms]
     rest = {name: torch.ones(hidden).half() for name in [*norms, f"{families.family(config).final_norm}.weight"]}

@@ -14,6 +14,7 @@ from tasks.algorithms.device_fit import footprint
 from tasks.algorithms.device_fit.footprint import Model, Unit
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import rounding
 from tasks.device_profiles import contents
 from tasks.device_profiles.planned_contents import planned
@@ -160,13 +161,13 @@ def test_a_packed_folder_is_counted_by_its_description(pack, tied: bool) -> None
     assert model.stored == sum(path.stat().st_size for path in folder.iterdir()) == sum(components.values())
     found, weights = (
         held(model),
-        4 * sum(r * c for r, c in families.linear_shapes(packed_folder.config(folder)).values()),
+        4 * sum(r * c for r, c in shape_of_config(packed_folder.config(folder)).linears.values()),
     )
     assert found["values"] == components["values"] == weights // 2 // 2
     assert found["positions"] == weights // 2 * 2 // 8  # the file's combinatorial codes are shorter
     assert found["scales"] == weights // 16 * 2
     assert found["norms"] == components["norms"]
-    sides = 4 * sum(sum(shape) for shape in families.linear_shapes(packed_folder.config(folder)).values())
+    sides = 4 * sum(sum(shape) for shape in shape_of_config(packed_folder.config(folder)).linears.values())
     assert found["adapter"] == 2 * sides * 2
     assert found["embedding"] == 96 * 32 + 96 * 2 + (0 if tied else 96 * 32 * 2)
     assert {m.pattern for m in model.matrices() if m.component == "values"} == {(2, 4)}
@@ -210,5 +211,5 @@ def test_llama_in_bf16_has_its_published_size() -> None:
     model = planned(llama_bytes.CONFIG, Plan(bits=None, dtype="BF16"))
     assert sum(held(model).values()) / 2**20 == pytest.approx(2358, rel=1e-3)
     average = footprint.with_bits(model, Fraction(7, 2), EVERYTHING)
-    linears = 16 * sum(rows * cols for rows, cols in families.linear_shapes(llama_bytes.CONFIG).values())
+    linears = 16 * sum(rows * cols for rows, cols in shape_of_config(llama_bytes.CONFIG).linears.values())
     assert held(average)["values"] == linears * 7 // 16

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tasks.algorithms.model import families
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import rounding
 from tasks.models import gptq_folder, mask_files
 from tasks.models.tokenizer_files import copy_tokenizer
@@ -70,7 +71,7 @@ def tiny(build, tmp_path_factory):
         linears = []
         for layer in range(2):
             recipe = Recipe(bits, pattern, 8, zeros=True, order=layer == 0, scales=5 if layer else 6)
-            shapes = families.linear_shapes(config).items()
+            shapes = shape_of_config(config).linears.items()
             block = {
                 f"model.layers.{layer}.{name}": random_linear(shape, recipe, place, seed=7 * layer + place)
                 for place, (name, shape) in enumerate(shapes)

@@ -9,6 +9,7 @@ import transformers
 from safetensors import safe_open
 
 from tasks.algorithms.model import families
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import masked_gptq, rounding
 from tasks.models import gptq_folder, tensor_files
 from tasks.packed.layout import divisor
@@ -100,8 +101,8 @@ def quantise(folder, windows, keep, settings, embedding=16, steps=None):
     settings = SETTINGS | settings
     if "widths" in settings:
         names = [f"model.layers.{i}.{name}" for i in range(2) for name in families._LLAMA.linears]
-        widths = settings["widths"] * len(names)
-        settings["widths"] = dict(zip(names, widths, strict=False))
+        widths = settings.pop("widths") * len(names)
+        settings["bits"] = dict(zip(names, widths, strict=False))
     model = gptq_folder.load_for_quantisation(folder / "dense", masked_gptq.config(**settings))
     coded = {}
     if embedding < 16:
@@ -210,7 +211,7 @@ def realistic(**settings):
     blocks, place = [], 0
     for layer in range(10):
         block = {}
-        for name, shape in families.linear_shapes(config).items():
+        for name, shape in shape_of_config(config).linears.items():
             block[f"model.layers.{layer}.{name}"] = random_linear(shape, recipe, place, seed=place)
             place += 1
         blocks.append(block)
