@@ -59,9 +59,9 @@ def run(stage: Stage) -> None:
     limit = shipped_bytes(stage.input("package/model"))
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
     block_quantisation.check_shapes(dense_folder.config(dense), chosen.group_size)
-    coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.journal)
+    coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.journal, stage.params.device)
     if start is None:
-        start = dense_folder.load_dense(dense)
+        start = dense_folder.load_dense(dense).to(stage.params.device)
     choices = block_quantisation.choices(stage, start, windows, {}, "dense")
     del start
     widths = fit(stage, choices, coded, limit)
@@ -157,7 +157,8 @@ def quantise(
     dense, target = stage.model_in, stage.output("model")
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        model = gptq_folder.load_for_quantisation(dense, block_quantisation.settings(stage.params.gptq, widths))
+        settings = block_quantisation.settings(stage.params.gptq, widths, stage.params.device)
+        model = gptq_folder.load_for_quantisation(dense, settings)
         block_quantisation.place(model.model, coded)
         block_quantisation.quantise_linears(stage, model, windows, {}, memory)
         folder, codes = Path(scratch) / "model", Path(scratch) / "embedding.safetensors"

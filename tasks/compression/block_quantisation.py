@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms import packing
-from tasks.algorithms.model import checkpoints, families, layers, masks
+from tasks.algorithms.model import checkpoints, families, layers, masks, matrices
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import (
     allocation,
@@ -42,13 +42,15 @@ SNAPPED_BITS = 6
 """What a scale of `scale_steps` takes when coded: an estimate, the package's coder sees how they are distributed."""
 
 
-def settings(chosen: Gptq, widths: int | Mapping[str, int]) -> Any:
+def settings(chosen: Gptq, widths: int | Mapping[str, int], device: str = "cpu") -> Any:
     """Make gptqmodel's configuration.
 
     Args:
         widths: bits of all linears, or full module name -> bits.
     """
-    return masked_gptq.config(widths, chosen.group_size, chosen.symmetric, chosen.damp, chosen.act_order, chosen.mse)
+    return masked_gptq.config(
+        widths, chosen.group_size, chosen.symmetric, chosen.damp, chosen.act_order, chosen.mse, device=device
+    )
 
 
 def check_shapes(described: Mapping[str, Any], group_size: int) -> None:
@@ -64,7 +66,11 @@ def check_shapes(described: Mapping[str, Any], group_size: int) -> None:
 
 
 def compress_embedding(
-    dense: Path, windows: Tensor, chosen: Gptq, memory: checkpoints.Memory = checkpoints.NOTHING
+    dense: Path,
+    windows: Tensor,
+    chosen: Gptq,
+    memory: checkpoints.Memory = checkpoints.NOTHING,
+    device: str = "cpu",
 ) -> tuple[dict[str, rounding.Coded], nn.Module | None]:
     """Quantise the embedding, and the head where it is a matrix of its own.
 
@@ -80,19 +86,19 @@ def compress_embedding(
     wanted = chosen.embedding
     if wanted.bits == 16 and not chosen.budget_bytes:
         return {}, None
-    model = dense_folder.load_dense(dense)
+    model = dense_folder.load_dense(dense).to(device)
     if wanted.bits == 16:
         return {}, model
-    matrices = _tables(model)  # [vocabulary, hidden] each
+    tables = _tables(model)  # [vocabulary, hidden] each
     if before := memory.load("embedding"):
-        coded = {name: rounding.Coded(*_sides(before.tensors, name), *before.values[name]) for name in matrices}
+        coded = {name: rounding.Coded(*_sides(before.tensors, name), *before.values[name]) for name in tables}
         place(model, coded)
         return coded, model
     moments = head_moments(model, windows) if wanted.method == "gptq" else None
     coded = {}
-    for name, matrix in matrices.items():
+    for name, matrix in tables.items():
         # Where there are two, the moments are the head's: nothing multiplies the embedding with an input.
-        compensated = moments is not None and (name == "head" or len(matrices) == 1)
+        compensated = moments is not None and (name == "head" or len(tables) == 1)
         coded[name] = embedding.compress(
             matrix.detach(),
             wanted.bits,
@@ -115,7 +121,7 @@ def head_moments(model: nn.Module, windows: Tensor) -> Tensor:
     """Average X^T X over tokens, X the head's inputs (final norm included): float64 [hidden, hidden]."""
     hidden = layers.walk(model, windows, lambda *_: None, BATCH)  # [windows, length, hidden]
     norm = model.get_submodule(families.of_model(model).final_norm)
-    total = torch.zeros(hidden.shape[-1], hidden.shape[-1], dtype=torch.float64)
+    total = torch.zeros(hidden.shape[-1], hidden.shape[-1], dtype=torch.float64, device=hidden.device)
     with torch.no_grad():
         for part in hidden.split(BATCH):
             x = norm(part).flatten(0, 1).double()  # [tokens, hidden]
@@ -125,9 +131,9 @@ def head_moments(model: nn.Module, windows: Tensor) -> Tensor:
 
 def place(model: nn.Module, coded: Mapping[str, rounding.Coded]) -> None:
     """Put dequantised values in the place of the embedding's (and head's) weights; tied ones stay tied."""
-    matrices = _tables(model)
+    tables = _tables(model)
     for name, each in coded.items():
-        matrices[name].data.copy_(rounding.values(each))
+        tables[name].data.copy_(rounding.values(each))
 
 
 def save_embedding(path: Path, coded: Mapping[str, rounding.Coded], chosen: Gptq) -> None:
@@ -176,7 +182,7 @@ def choices(stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, 
     """
     chosen = stage.params.gptq
     config = settings(chosen, chosen.bits)
-    weights = {name: linear.weight for name, linear in families.block_linears(model).items()}
+    weights = matrices.weights(model)
 
     def quantise(name: str, weight: Tensor, bits: int) -> Tensor:
         return masked_grid.nearest(weight, keep.get(name), config, bits, chosen.scale_steps)
@@ -234,7 +240,7 @@ def quantise_linears(
     """
     chosen = stage.params.gptq
     finished: list[str] = []
-    with stage.progress("gptq", len(families.block_linears(model.model))) as progress:
+    with stage.progress("gptq", len(matrices.of_model(model.model))) as progress:
 
         def done(name: str, error: float) -> None:
             finished.append(name)

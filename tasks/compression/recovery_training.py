@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families
+from tasks.algorithms.model import families, matrices
 from tasks.algorithms.recovery import masked_lora, reconstruction
 from tasks.algorithms.scoring import perplexity
 from tasks.models import dense_folder
@@ -102,7 +102,7 @@ def _adapt(
     _check_zeros(model, keep)
     adapted = masked_lora.attach(
         model,
-        masked_lora.select(families.block_linears(model), params.targets),
+        masked_lora.select(model, params.targets),
         keep if params.method == "masked" else {},
         rank=params.rank,
         alpha=params.alpha,
@@ -131,11 +131,11 @@ def _adapt(
 def _start(params: Lora, adapted: nn.Module, teacher: nn.Module, tokens: Tensor, kept: Sequence[int]) -> None:
     generator = torch.Generator().manual_seed(params.seed)
     windows = masked_lora.sample(tokens, EORA_WINDOWS, params.length, generator)
-    by_block = families.linears_by_block(teacher)
+    by_block = matrices.by_block(teacher)
     wanted = {
-        name: linear.weight.detach()
+        name: matrix.weight
         for names, index in zip(by_block, kept, strict=False)
-        for name, linear in zip(names, by_block[index].values(), strict=True)
+        for name, matrix in zip(names, by_block[index].values(), strict=True)
     }
     masked_lora.start_from_eora(adapted, wanted, windows.to(teacher.device), params.batch)
 
@@ -151,7 +151,7 @@ def _reconstruct(
     memory: checkpoints.Memory,
 ) -> list[dict[str, float]]:
     _check_zeros(model, keep)
-    targets = masked_lora.select(families.block_linears(model), params.targets)
+    targets = masked_lora.select(model, params.targets)
     recipe = _recipe(params)
     return reconstruction.reconstruct(
         model, teacher, tokens, recipe, targets=targets, keep=keep, kept=kept, report=report, memory=memory

@@ -47,7 +47,7 @@ def test_who_holds_a_lock_is_said_and_a_dead_holder_frees_it(tmp_path, other):
     path = tmp_path / "lock"
     holder = other("""
         from pathlib import Path
-        from tasks import locks
+        from tasks.runtime import locks
         held = locks.held(Path("lock"), "")
         held.__enter__()
     """)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import checkpoints, families, layers
+from tasks.algorithms.model import checkpoints, families, layers, matrices
+from tasks.algorithms.model.device import beside
 from tasks.algorithms.pruning import depth_prune
 from tasks.algorithms.scoring.perplexity import perplexity as perplexity_of
 
@@ -34,8 +35,8 @@ def magnitude(
     """Sum |W| over each block's linears, float64 [blocks]; the windows play no part."""
     return torch.tensor(
         [
-            sum(float(linear.weight.detach().double().abs().sum()) for linear in block.values())
-            for block in families.linears_by_block(model)
+            sum(float(matrix.weight.double().abs().sum()) for matrix in block.values())
+            for block in matrices.by_block(model)
         ],
         dtype=torch.float64,
     )
@@ -48,26 +49,29 @@ def taylor(
 
     Holds the activations of all blocks for one batch, as a backward pass must, and one gradient per weight.
     """
-    blocks = [[linear.weight for linear in block.values()] for block in families.linears_by_block(model)]
-    wanted = {id(weight) for block in blocks for weight in block}
+    blocks = matrices.by_block(model)
+    weights = [matrix.module.weight for block in blocks for matrix in block.values()]
+    wanted = {id(weight) for weight in weights}
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, *_ in before:
             parameter.requires_grad_(id(parameter) in wanted)
             parameter.grad = None
         # `backward` adds to .grad: dL/dW of the loss over all windows is done after the last batch.
-        weights = [weight for block in blocks for weight in block]
         begun = memory.load("gradients")
         for place, weight in enumerate(weights if begun else ()):
             weight.grad = begun.tensors[str(place)].to(weight.device)
         first = begun.values if begun else 0
         for done, ids in enumerate(input_ids.split(batch)[first:], start=first + 1):
-            _loss(model, ids, predictions=input_ids[:, 1:].numel()).backward()
+            _loss(model, beside(model, ids), predictions=input_ids[:, 1:].numel()).backward()
             if memory.due():
                 memory.save("gradients", {str(place): weight.grad for place, weight in enumerate(weights)}, done)
         # |L(W = 0) - L(W)| to first order, weight by weight: |dL/dW * W|.
         return torch.tensor(
-            [sum(float((weight.grad * weight.detach()).double().abs().sum()) for weight in block) for block in blocks],
+            [
+                sum(float((matrix.gradient * matrix.weight).double().abs().sum()) for matrix in block.values())
+                for block in blocks
+            ],
             dtype=torch.float64,
         )
     finally:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families, layers
+from tasks.algorithms.model import layers, matrices
 from tasks.algorithms.pruning import n_m as patterns
 
 # rows = out_features, cols = in_features
@@ -124,16 +124,15 @@ def prune(
     Raises:
         InputError: a metric isn't finite, or a matrix doesn't suit the pattern.
     """
-    by_block = families.linears_by_block(model)
+    by_block = matrices.by_block(model)
     selections: dict[str, Selection] = {}
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
-        linears = by_block[index]
-        statistics = layers.input_statistics(linears, block, inputs)
-        for name, linear in linears.items():
-            selections[name] = _select(name, metric(linear.weight, statistics[name].norm), select)
+        statistics = layers.input_statistics(by_block[index], block, inputs)
+        for name, matrix in by_block[index].items():
+            selections[name] = _select(name, metric(matrix.weight, statistics[name].norm), select)
             # The block's other linears are rated by the same dense forward; the walk runs the block again afterwards.
-            linear.weight.data.masked_fill_(~selections[name].keep, 0)
+            matrix.weight.masked_fill_(~selections[name].keep, 0)
         done(index + 1)
 
     layers.walk(model, input_ids, visit, batch)

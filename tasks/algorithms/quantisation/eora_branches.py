@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from tasks.algorithms.model import checkpoints, families, layers
+from tasks.algorithms.model import checkpoints, layers, matrices
 from tasks.algorithms.quantisation import eora, output_error, rounding
 
 Done = Callable[[str, float], None]
@@ -79,16 +79,16 @@ def compensate(
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
         # Linear by linear, each on inputs that the compensated ones before it in the block produced.
-        for name, linear in families.linears_by_block(model)[index].items():
+        for name, matrix in matrices.by_block(model)[index].items():
             if before := memory.load(name):
                 branches[name] = _recalled(before)
             else:
-                moments = output_error.second_moments({name: linear}, block, inputs)[name]
+                moments = output_error.second_moments({name: matrix}, block, inputs)[name]
                 rank = size.rank if isinstance(size.rank, int) else size.rank[name]
-                branches[name] = _branch(name, linear.weight, teacher[name], moments, rank, size.bits)
+                branches[name] = _branch(name, matrix.weight, teacher[name], moments, rank, size.bits)
                 memory.save(name, *_noted(branches[name]))
             # Later linears get the inputs of the compensated model; the caller stores the branch, not this sum.
-            linear.weight.data += branches[name].b.float() @ branches[name].a.float()
+            matrix.weight.add_(branches[name].b.float() @ branches[name].a.float())
             if done:
                 done(name, branches[name].error_after)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms.model import checkpoints, families, layers
+from tasks.algorithms.model import checkpoints, layers, matrices
 from tasks.algorithms.quantisation import eora, output_error
 
 Done = Callable[[str, float], None]
@@ -38,7 +38,7 @@ def curvature(
     Returns:
         Full module name -> squared gradient of the summed loss, averaged over outputs and tokens.
     """
-    squares = dict.fromkeys(families.block_linears(model), 0.0)
+    squares = dict.fromkeys(matrices.of_model(model), 0.0)
     generator = torch.Generator().manual_seed(0)  # the labels are part of the method: the same in every run
     first = 0
     if begun := memory.load("curvature"):
@@ -62,9 +62,9 @@ def _watching_gradients(model: nn.Module, squares: dict[str, float]) -> Iterator
     The gradients are those of the linears' outputs; no weight gets one.
     """
 
-    def watch(name: str) -> Callable[..., None]:
-        def add(gradient: Tensor) -> None:  # [1, length, out_features]
-            squares[name] += float(gradient.double().square().mean(dim=-1).sum())
+    def watch(name: str, rows: slice) -> Callable[..., None]:
+        def add(gradient: Tensor) -> None:  # [1, length, the module's outputs]
+            squares[name] += float(gradient[..., rows].double().square().mean(dim=-1).sum())
 
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
             output.register_hook(add)
@@ -75,7 +75,8 @@ def _watching_gradients(model: nn.Module, squares: dict[str, float]) -> Iterator
     model.requires_grad_(False)  # gradients of outputs alone
     # Without weights that ask for one, nothing after the embedding would have a gradient.
     handles = [model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())]
-    handles += [linear.register_forward_hook(watch(name)) for name, linear in families.block_linears(model).items()]
+    for name, matrix in matrices.of_model(model).items():
+        handles.append(matrix.module.register_forward_hook(watch(name, matrix.rows or slice(None))))
     try:
         yield
     finally:
@@ -115,21 +116,21 @@ def gains(
     worth: dict[str, Tensor] = {}
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
-        linears = families.linears_by_block(model)[index]
+        block_matrices = matrices.by_block(model)[index]
         if before := memory.load(f"gains{index}"):
             worth.update(before.tensors)
             for name, error in before.values.items() if done else ():
                 done(name, error)
             return
         errors = {}
-        for name, moments in output_error.second_moments(linears, block, inputs).items():
-            delta = eora.lost(name, linears[name].weight, teacher[name])
+        for name, moments in output_error.second_moments(block_matrices, block, inputs).items():
+            delta = eora.lost(name, block_matrices[name].weight, teacher[name])
             # To second order KL is 1/2 e^T F e: with F taken as curvature * I, a rank's part of ||e||_F^2 alone counts.
             worth[name] = eora.spectrum(delta, moments) * weights[name] / (2 * input_ids.numel())
             errors[name] = output_error.relative_error(delta, teacher[name], moments)
             if done:
                 done(name, errors[name])
-        memory.save(f"gains{index}", {name: worth[name] for name in linears}, errors)
+        memory.save(f"gains{index}", {name: worth[name] for name in block_matrices}, errors)
 
     layers.walk(model, input_ids, visit)
     return {name: worth[name] for name in teacher}

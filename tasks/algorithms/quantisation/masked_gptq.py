@@ -98,9 +98,15 @@ TENSORS = ("quantised", "scales", "zeros", "index")
 
 
 def config(
-    bits: int | Mapping[str, int], group_size: int, symmetric: bool, damp: float, act_order: str, mse: float = 0.0
+    bits: int | Mapping[str, int],
+    group_size: int,
+    symmetric: bool,
+    damp: float,
+    act_order: str,
+    mse: float = 0.0,
+    device: str = "cpu",
 ) -> Any:
-    """Make gptqmodel's QuantizeConfig, with everything off that would make a result depend on more than these six.
+    """Make gptqmodel's QuantizeConfig, with everything off that would make a result depend on more than these.
 
     Args:
         bits: 2, 3, 4 or 8; or full module name -> bits, of all linears.
@@ -111,6 +117,7 @@ def config(
             Hessian diagonal, which adds an index per input to the file; "group_aware", the same, but groups stay
             together (Gafni et al., arXiv 2505.14638), which adds nothing.
         mse: norm of the error that a grid search of each scale minimises; 0 takes the range.
+        device: on which gptqmodel computes, "cpu" or "cuda"; the last bits of a result depend on it.
 
     Raises:
         InputError: "group_aware" without groups.
@@ -130,7 +137,7 @@ def config(
         act_group_aware=act_order == "group_aware",  # None would be on
         damp_percent=damp,
         mse=mse,
-        device="cpu",  # the bytes must not depend on what accelerator there is
+        device=device,
         offload_to_disk=False,
         fallback=None,  # the default answers NaN or few samples with round-to-nearest, silently
         pack_impl="original",  # the default compiles a C++ extension into ~/.cache at first use
@@ -268,7 +275,7 @@ class MaskedGptq:
 
     def _solved(self, gptq: Any, name: str, blocksize: int) -> tuple[Answer, LayerResult]:
         """Quantise a linear, and measure its error on the Hessian that gptqmodel summed up."""
-        # `quantize` permutes, damps and drops both: the error needs them as they are.
+        # gptqmodel's sweep permutes, damps and drops both, and the error is measured afterwards.
         hessian = gptq.finalize_hessian(target_device=getattr(gptq.module, "target_device", None)).clone()  # [in, in]
         weight = gptq.module.weight.detach().clone()  # [out, in]
         mask = self._keep.get(name)
@@ -361,7 +368,8 @@ def _solve_jointly(gptq: Any, keep: int, of: int) -> tuple[Answer, Tensor]:
 
 def _descended(weight: Tensor, answer: Answer, hessian: Tensor, bits: int, cycles: int, keep: Tensor | None) -> Answer:
     """Improve an answer's codes on the Hessian that it was found with; `hessian` is damped in place."""
-    damped = hessian.float()  # a view of it, as gptqmodel sums in float32: the linear's stated error is a damped one
+    # gptqmodel sums in float32, so that this is no copy: the linear's stated error is one on the damped Hessian.
+    damped = hessian.float()
     diagonal = damped.diagonal()  # a view: H + lambda I, as the sweep inverted it
     diagonal[diagonal == 0] = 1  # as gptqmodel treats inputs that are always zero
     diagonal += answer.damp * diagonal.mean()

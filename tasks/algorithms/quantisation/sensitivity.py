@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms.model import checkpoints, families, layers
+from tasks.algorithms.model import checkpoints, families, layers, matrices
+from tasks.algorithms.model.matrices import Matrix
 
 POSITIONS = 128
 """Positions whose distributions are compared at once: float64 over a vocabulary of 128k they are 131 MB."""
@@ -58,18 +59,18 @@ def measure(
     # One walk of the unchanged model, for its outputs and for how each block is called: [windows, length, hidden].
     calls: list[Mapping[int, layers.Call]] = []
     last = layers.walk(model, input_ids, lambda index, block, inputs: calls.append(inputs.calls), batch)
-    blocks, by_block = families.blocks(model), families.linears_by_block(model)
+    blocks, by_block = families.blocks(model), matrices.by_block(model)
     before = memory.load("measured")
     known = {name: dict(found) for name, found in before.values} if before else {}
     measured: dict[str, dict[int, float]] = {}
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
-        for name, linear in by_block[index].items():
-            original = linear.weight.detach()
+        for name, matrix in by_block[index].items():
+            original = matrix.weight
             measured[name] = known.get(name, {})
             for bits in widths if name not in known else ():
                 # `inputs` are the unchanged model's, so that no other linear's error is in what is measured.
-                with _replaced(linear, quantise(name, original, bits)):
+                with _replaced(matrix, quantise(name, original, bits)):
                     changed = _continued(blocks[index:], calls[index:], inputs)
                     measured[name][bits] = _divergence(model, last, changed)
             if name not in known and memory.due():
@@ -82,16 +83,16 @@ def measure(
 
 
 @contextlib.contextmanager
-def _replaced(linear: nn.Linear, weight: Tensor) -> Iterator[None]:
-    """Within this context the linear has another weight of the same shape."""
-    original = linear.weight.data
-    if weight.shape != original.shape:
-        raise ValueError(f"quantise returned {tuple(weight.shape)} for a weight of {tuple(original.shape)}")
-    linear.weight.data = weight.to(original)  # its type and device
+def _replaced(matrix: Matrix, weight: Tensor) -> Iterator[None]:
+    """Within this context the matrix has another weight [out, in]."""
+    if tuple(weight.shape) != matrix.shape:
+        raise ValueError(f"quantise returned {tuple(weight.shape)} for a weight of {matrix.shape}")
+    original = matrix.weight.clone()
+    matrix.set(weight)
     try:
         yield
     finally:
-        linear.weight.data = original
+        matrix.set(original)
 
 
 def _continued(

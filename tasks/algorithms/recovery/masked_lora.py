@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import checkpoints, families, layers, masks
+from tasks.algorithms.model import checkpoints, families, layers, masks, matrices
 from tasks.algorithms.quantisation import eora, output_error
 from tasks.algorithms.recovery import distillation
 
@@ -113,25 +113,22 @@ class MaskedLinear(lora.Linear):
         return F.linear(x, weight, bias)
 
 
-def select(linears: Iterable[str], targets: str) -> list[str]:
-    """Select those of a model's block linears that get an adapter, in the given order.
+def select(model: nn.Module, targets: str) -> list[str]:
+    """Name those of a model's block matrices that get an adapter, in running order.
 
     Args:
-        linears: full module names.
-        targets: "all-linear", "attention" (a part of the name holds "attn" or "attention") or "mlp" (the others).
+        model: of a supported family.
+        targets: "all-linear", "attention" or "mlp", as the family sorts them.
 
     Raises:
-        InputError: unknown `targets`, or it fits no linear.
+        InputError: unknown `targets`.
     """
-    if targets not in ("all-linear", "attention", "mlp"):
-        raise InputError(f"targets = {targets!r}: expected all-linear, attention or mlp")
-    names = list(linears)
-    attention = [name for name in names if any("attn" in part or "attention" in part for part in name.split("."))]
-    others = [name for name in names if name not in set(attention)]
-    chosen = {"all-linear": names, "attention": attention, "mlp": others}[targets]
-    if not chosen:
-        raise InputError(f"targets = {targets!r} fits none of the model's {len(names)} linears; choose all-linear")
-    return chosen
+    family = families.of_model(model)
+    try:
+        chosen = family.chosen(targets)
+    except KeyError as error:
+        raise InputError(f"targets = {targets!r}: expected all-linear, attention or mlp") from error
+    return [name for name in matrices.of_model(model) if name.endswith(tuple(f".{short}" for short in chosen))]
 
 
 def revived(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, int]:
@@ -219,12 +216,13 @@ def start_from_eora(adapted: LoraModel, teacher: Mapping[str, Tensor], input_ids
     model = adapted.eval().model
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
-        for name, layer in families.linears_by_block(model)[index].items():
+        for name, matrix in matrices.by_block(model)[index].items():
+            layer = matrix.module
             if not isinstance(layer, MaskedLinear):
                 continue
             lost = teacher[name].to(layer.weight.device, torch.float32) - layer.weight.detach()  # [out, in]
             if lost.any():
-                moments = output_error.second_moments({name: layer}, block, inputs)[name]
+                moments = output_error.second_moments({name: matrix}, block, inputs)[name]
                 # A [rank, in] and B [out, rank]; the layer scales B A by alpha / rank, so each takes 1 / sqrt of it
                 a, b = eora.factors(lost, moments, layer.r["default"])
                 share = layer.scaling["default"] ** -0.5

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms.model import checkpoints, families, layers
+from tasks.algorithms.model import checkpoints, families, layers, matrices
 from tasks.algorithms.recovery import distillation
 from tasks.algorithms.recovery.masked_lora import COLUMNS, STATE, Recipe, rate, repeatable_attention, sample, update
 
@@ -63,14 +63,14 @@ def reconstruct(
     windows = recipe.steps * recipe.batch
     ids = sample(tokens, windows, recipe.length, torch.Generator().manual_seed(recipe.seed))  # [windows, length]
     model.eval().requires_grad_(False)
-    blocks, linears = families.blocks(model), families.linears_by_block(model)
+    blocks, by_block = families.blocks(model), matrices.by_block(model)
     calls: list[layers.Call] = []  # for the student's blocks up to the one that is trained next
     history: list[dict[str, float]] = []
     state: list[Tensor] = []  # one tensor: the student's hidden states [windows, length, hidden]
 
     def fit(target: Tensor) -> None:
         index = len(calls) - 1
-        weights = {linear.weight: keep.get(name) for name, linear in linears[index].items() if name in targets}
+        weights = {each.module.weight: keep.get(name) for name, each in by_block[index].items() if name in targets}
         steps = _fit(blocks[index], calls[index], weights, state[0], target, recipe, memory, index)
         for learning_rate, loss in steps:
             history.append(_row(len(history) + 1, loss, learning_rate))
