@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from tasks.packed.stored_model import Model as Stored
 from tasks.packed.writer import save
 from tests.algorithms.device_fit.test_footprint import CONFIG
 from tests.benchmarks import llama_bytes
+from tests.support.folder_of_zeros import folder_of_zeros
 
 EVERYTHING = Unit(
     {name: "fp32" for name in ("fp32", "fp16", "bf16")}
@@ -44,31 +44,9 @@ def held(model: Model) -> dict[str, int]:
     return {name: size for name, size in found.items() if name != "metadata"}
 
 
-def model_folder(folder: Path, *, tied: bool = True, quantised: bool = False) -> Path:
-    """Tensors of the right names; only their sizes matter here."""
-    folder.mkdir(parents=True)
-    config = dict(CONFIG)
-    tensors = {"model.embed_tokens.weight": torch.zeros(20, 8, dtype=torch.float32)}
-    if quantised:
-        config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 8, "sym": True}
-        tensors["model.layers.0.mlp.gate_proj.qzeros"] = torch.zeros(1, 2, dtype=torch.int32)
-        tensors["model.layers.0.mlp.gate_proj.qweight"] = torch.zeros(1, 12, dtype=torch.int32)
-        tensors["model.layers.0.mlp.gate_proj.scales"] = torch.zeros(1, 12, dtype=torch.float16)
-        adapter = {"model.layers.0.mlp.gate_proj.lora_A.weight": torch.zeros(2, 8, dtype=torch.float16)}
-        save_file(adapter, folder / "adapter_model.safetensors")
-    else:
-        tensors["model.layers.0.mlp.gate_proj.weight"] = torch.zeros(12, 8, dtype=torch.float32)
-    if not tied:
-        tensors["lm_head.weight"] = torch.zeros(20, 8, dtype=torch.float32)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "tokenizer.json").write_text("{}" * 50, encoding="utf-8")
-    return folder
-
-
 @pytest.mark.parametrize("quantised", [False, True])
 def test_sizes_equal_stat(tmp_path: Path, quantised: bool) -> None:
-    folder = model_folder(tmp_path / "model", quantised=quantised)
+    folder = folder_of_zeros(tmp_path / "model", quantised=quantised)
     model, sizes = contents.read(folder), {path.name: path.stat().st_size for path in folder.iterdir()}
     assert model.stored == sum(sizes.values()) == sum(model.stored_components.values())
     assert model.metadata == sum(size for name, size in sizes.items() if not name.endswith(".safetensors"))
@@ -80,17 +58,17 @@ def test_sizes_equal_stat(tmp_path: Path, quantised: bool) -> None:
 
 
 def test_an_untied_embedding_is_only_looked_up_in(tmp_path: Path) -> None:
-    model = contents.read(model_folder(tmp_path / "model", tied=False))
+    model = contents.read(folder_of_zeros(tmp_path / "model", tied=False))
     assert [(part.name, part.matrices[0].looked_up) for part in model.parts[-2:]] == [
         ("embedding", True),
         ("head", False),
     ]
-    tied = contents.read(model_folder(tmp_path / "tied"))
+    tied = contents.read(folder_of_zeros(tmp_path / "tied"))
     assert not any(matrix.looked_up for matrix in tied.matrices())
 
 
 def test_damaged_and_missing_files(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "model")
+    folder = folder_of_zeros(tmp_path / "model")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(InputError, match="cut off"):
@@ -108,13 +86,13 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
 
 
 def test_a_type_or_codes_that_can_not_be_counted(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "model")
+    folder = folder_of_zeros(tmp_path / "model")
     save_file(
         {"model.layers.1.mlp.up_proj.weight": torch.zeros(12, 8, dtype=torch.float64)}, folder / "more.safetensors"
     )
     with pytest.raises(InputError, match="up_proj.weight is stored as F64"):
         contents.read(folder)
-    folder = model_folder(tmp_path / "quantised", quantised=True)
+    folder = folder_of_zeros(tmp_path / "quantised", quantised=True)
     save_file({"model.layers.1.mlp.up_proj.qweight": torch.zeros(1, 12, dtype=torch.int32)}, folder / "a.safetensors")
     with pytest.raises(InputError, match="up_proj has packed GPTQ codes, but no scales"):
         contents.read(folder)

@@ -14,8 +14,8 @@ from tasks.device_profiles import profiles, tables
 from tasks.device_profiles.planned_contents import planned
 from tasks.packed.plan import Plan
 from tests.benchmarks import llama_bytes
-from tests.device_profiles.test_contents import model_folder
 from tests.device_profiles.test_profiles import NAMES, PROFILES, raw
+from tests.support.folder_of_zeros import folder_of_zeros
 
 LLAMA_3B = llama_bytes.CONFIG | {
     "head_dim": 128,
@@ -61,7 +61,7 @@ def test_streaming_has_a_code_of_its_own(llama: Path, tmp_path: Path, capsys: py
 
 
 def test_a_table_of_all_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = model_folder(tmp_path / "model", quantised=True)
+    folder = folder_of_zeros(tmp_path / "model", quantised=True)
     code, out, _ = run(capsys, "--model", folder)
     lines = out.splitlines()
     assert code == 0 and [line.split()[0] for line in lines[2:]] == NAMES
@@ -70,7 +70,7 @@ def test_a_table_of_all_devices(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_json_of_one_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = model_folder(tmp_path / "model")
+    folder = folder_of_zeros(tmp_path / "model")
     code, out, _ = run(capsys, "--model", folder, "--device", "phone", "--json", "--context", 8, "--kv-bits", 8)
     found = json.loads(out)
     assert (code, found["verdict"], found["device"]) == (0, "FITS", "phone")
@@ -95,7 +95,7 @@ def test_json_of_one_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_wrong_input_is_a_sentence_and_code_3(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple, said: str
 ) -> None:
-    code, out, errors = run(capsys, "--model", model_folder(tmp_path / "model"), *arguments)
+    code, out, errors = run(capsys, "--model", folder_of_zeros(tmp_path / "model"), *arguments)
     assert code == 3 and out == "" and said in errors and "Traceback" not in errors
 
 
@@ -115,7 +115,7 @@ def test_folders_that_are_no_models(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_machine_that_was_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = model_folder(tmp_path / "model")
+    folder = folder_of_zeros(tmp_path / "model")
     code, _, errors = run(capsys, "--model", folder, "--device", "host", "--profiles", tmp_path)
     assert code == 3 and "edgepress profile" in errors
 
