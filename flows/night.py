@@ -25,16 +25,15 @@ from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed, Failed, State  # noqa: E402
 
 from flows.compress import compress  # noqa: E402
+from flows.notification import EVENT  # noqa: E402
 from flows.server import dead_runs  # noqa: E402
 from tasks.algorithms.errors import InputError  # noqa: E402
 from tasks.algorithms.statistics.gate import ACCEPT  # noqa: E402
+from tasks.cli import console, gate  # noqa: E402
 from tasks.nightly import judgement, newer_sources, records, worktree  # noqa: E402
 from tasks.nightly.records import FAILED, Night  # noqa: E402
 from tasks.parameters import schema  # noqa: E402
 from tasks.registry import versions  # noqa: E402
-
-EVENT = "edgepress.night"
-"""Events are called edgepress.night.accept, edgepress.night.regression, …, edgepress.night.failed."""
 
 
 @flow(name="night", persist_result=False)
@@ -101,7 +100,7 @@ def _judged(top: Path, folder: Path, name: str, record: dict[str, Any]) -> Night
     }
     rows = [{key: "" if value is None else value for key, value in row.items()} for row in record["checks"]]
     create_table_artifact(key="gate", table=rows, description=f"{name}: {verdict.verdict}: {verdict.reason}")
-    print(f"\n{name}\n{judgement.table(verdict)}")
+    print(f"\n{name}\n{console.text(gate.table(verdict))}\n{gate.sentence(verdict)}")
     return records.save(folder, name, candidate, record)
 
 

@@ -13,29 +13,25 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import yaml
 
 from flows.server import settings
+from tasks.algorithms.errors import InputError
+from tasks.algorithms.statistics.gate import VERDICTS
+from tasks.nightly.records import FAILED
 
-settings.apply()
+if TYPE_CHECKING:
+    from prefect.automations import Automation
+    from prefect.blocks.core import Block
 
-from prefect.automations import Automation  # noqa: E402  the settings must be in the environment before Prefect's import
-from prefect.blocks.core import Block  # noqa: E402
-from prefect.blocks.notifications import SendgridEmail  # noqa: E402
-from prefect.blocks.webhook import Webhook  # noqa: E402
-from prefect.events.actions import CallWebhook, SendNotification  # noqa: E402
-from prefect.events.schemas.automations import EventTrigger, Posture  # noqa: E402
-
-from flows.night import EVENT  # noqa: E402
-from tasks.algorithms.errors import InputError  # noqa: E402
-from tasks.algorithms.statistics.gate import VERDICTS  # noqa: E402
-from tasks.nightly.records import FAILED  # noqa: E402
-
+EVENT = "edgepress.night"
+"""Events are called edgepress.night.accept, edgepress.night.regression, …, edgepress.night.failed."""
+NAMES = [verdict.lower() for verdict in (*VERDICTS, FAILED)]
+"""Their last words."""
 SUBJECT = "edgepress {{ event.payload.verdict }}: {{ event.payload.night }}"
 BODY = """{{ event.payload.verdict }}: {{ event.payload.reason }}
 {{ event.payload.promotion }}
@@ -45,29 +41,31 @@ PAYLOAD = "{{ event.payload | tojson }}"
 """Of the webhook: the whole payload of the event."""
 
 
-def main(arguments: list[str]) -> int:
-    """Create or print the automation; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="edgepress notify", description="tell the nights' verdicts")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--webhook", metavar="URL", help="POST the event's payload there")
     where.add_argument("--email", metavar="ADDRESS", nargs="+", help="send a mail by SendGrid")
-    parser.add_argument("--on", nargs="+", choices=_names(), default=_names(), help="verdicts to tell (default: all)")
+    parser.add_argument("--on", nargs="+", choices=NAMES, default=NAMES, help="verdicts to tell (default: all)")
     parser.add_argument("--print", action="store_true", help="save the block and print the automation as YAML instead")
-    chosen = parser.parse_args(arguments)
-    try:
-        if not settings.running_server():
-            raise InputError("no Prefect server answers; `make ui` in another terminal starts it")
-        found = template(chosen.on, *_block(chosen))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if chosen.print:
-        print(yaml.safe_dump(found.model_dump(mode="json", exclude={"id"}), sort_keys=False), end="")
-        return 0
-    for old in _named(found.name):
+
+
+def main(given: argparse.Namespace) -> None:
+    """Create or print the automation.
+
+    Raises:
+        InputError: no server, or no key for mails.
+    """
+    settings.apply()  # before Prefect is imported
+    if not settings.running_server():
+        raise InputError("no Prefect server answers; `make ui` in another terminal starts it")
+    made = template(given.on, *_block(given))
+    if given.print:
+        print(yaml.safe_dump(made.model_dump(mode="json", exclude={"id"}), sort_keys=False), end="")
+        return
+    for old in _named(made.name):
         old.delete()
-    print(f"automation {found.create().name} tells {', '.join(chosen.on)}")
-    return 0
+    print(f"automation {made.create().name} tells {', '.join(given.on)}")
 
 
 def template(verdicts: list[str], block: UUID, webhook: bool) -> Automation:
@@ -77,6 +75,10 @@ def template(verdicts: list[str], block: UUID, webhook: bool) -> Automation:
         verdicts: in lower case.
         block: of the address.
     """
+    from prefect.automations import Automation
+    from prefect.events.actions import CallWebhook, SendNotification
+    from prefect.events.schemas.automations import EventTrigger, Posture
+
     action: Any = CallWebhook(block_document_id=block, payload=PAYLOAD)
     if not webhook:
         action = SendNotification(block_document_id=block, subject=SUBJECT, body=BODY)
@@ -93,6 +95,9 @@ def template(verdicts: list[str], block: UUID, webhook: bool) -> Automation:
 
 def _block(chosen: argparse.Namespace) -> tuple[UUID, bool]:
     """(the saved block, whether it is a webhook)."""
+    from prefect.blocks.notifications import SendgridEmail
+    from prefect.blocks.webhook import Webhook
+
     if chosen.webhook:
         block: Block = Webhook(url=chosen.webhook, headers={"Content-Type": "application/json"})
     elif key := os.environ.get("SENDGRID_API_KEY"):
@@ -103,16 +108,10 @@ def _block(chosen: argparse.Namespace) -> tuple[UUID, bool]:
     return block.save("edgepress-nights", overwrite=True), bool(chosen.webhook)
 
 
-def _names() -> list[str]:
-    return [verdict.lower() for verdict in (*VERDICTS, FAILED)]
-
-
 def _named(name: str) -> list[Automation]:
+    from prefect.automations import Automation
+
     try:
         return [Automation.read(name=name)]
     except ValueError:  # there is none
         return []
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -45,13 +45,12 @@ from prefect.states import Completed, Failed, State
 from flows import stage as stage_command
 from flows.stage import FLOW_RUN, LOG, TASK_RUN
 from tasks.algorithms.errors import InputError
+from tasks.cli import dispatch
 from tasks.runtime import files, locks, mend
-from tasks.runtime.stage import SCRATCH
 
-RUNNING = SCRATCH / "flow.lock"
 LOGS = Path("logs")
 PROGRESS = re.compile(r"\[progress\] (?P<what>.+?) (?P<done>\d+)/(?P<total>[1-9]\d*)(?= |$)")
-ERROR = re.compile(rf"^{stage_command.ERROR}(.*)$", re.MULTILINE)
+ERROR = re.compile(rf"^{dispatch.ERROR}(.*)$", re.MULTILINE)
 GRACE = 15.0
 """Seconds that a stage gets to put its previous outputs back when the flow is ended."""
 
@@ -88,7 +87,7 @@ class Reproduction:
     def run(self, targets: list[str] | None, force: bool) -> str | None:
         """Reproduce `targets` (all stages if None); returns the failure's sentence, or None."""
         try:
-            with locks.held(RUNNING, "another flow already runs in this folder"), _lock_written_at_once():
+            with locks.held(locks.FLOW, "another flow already runs in this folder"), _lock_written_at_once():
                 _mend()
                 # to hash their inputs, which must not mark the stages themselves; each alone would parse dvc.lock again
                 self.copies = {copy.addressing: copy for copy in Repo().index.stages}

@@ -10,7 +10,6 @@ It does not touch data of promoted models, git's objects, or the workspace.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -66,34 +65,35 @@ def plan(top: Path, own: Params) -> list[Item]:
     return items + (_runs(old) if settings.running_server() else [])
 
 
-def main(arguments: list[str]) -> int:
-    """Show, and with --apply remove; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="edgepress retention", description="remove what is no longer needed")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
     parser.add_argument("--apply", action="store_true", help="remove it; without, only say what would go")
-    chosen = parser.parse_args(arguments)
+
+
+def main(given: argparse.Namespace) -> None:
+    """Show, and with --apply remove.
+
+    Raises:
+        InputError: a night is at work, or DVC can't tell which data is needed.
+    """
     settings.apply()
+    top = worktree.root()
+    own = schema.load(top / "params.yaml")
     try:
-        top = worktree.root()
-        own = schema.load(top / "params.yaml")
         with worktree.locked(top, wait=False):
             items = plan(top, own)
             for item in items:
                 print(f"{item.kind:9} {item.bytes:>14,}  {item.what}")
-                if chosen.apply:
+                if given.apply:
                     item.remove()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except DvcException as error:
         said = " ".join(str(error).split())
-        print(f"error: {said}: which data it names is unknown, so nothing of the cache was removed", file=sys.stderr)
-        return 1
+        raise InputError(f"{said}: which data it names is unknown, so nothing of the cache was removed") from error
     freed = sum(item.bytes for item in items)
-    said = "gone" if chosen.apply else "would go; `edgepress retention --apply` removes them"
+    said = "gone" if given.apply else "would go; `edgepress retention --apply` removes them"
     print(f"{len(items)} things and {freed:,} bytes {said}")
     if not settings.running_server():
         print("Prefect's runs were not looked at: no server answers (`make ui` starts it)")
-    return 0
 
 
 def _named_commits(top: Path, gone: set[str], own: Params) -> list[str]:
@@ -164,7 +164,3 @@ def _runs(old: datetime) -> list[Item]:
                 for run in page
             ]
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

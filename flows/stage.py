@@ -1,12 +1,14 @@
-"""`python -m flows.stage NAME`: the command of every stage of dvc.yaml.
+"""`edgepress stage NAME`: run one stage of dvc.yaml.
 
-Under `flows.compress` the stage is already a Prefect task run, named in the environment. Under a plain `dvc repro` it
+dvc.yaml says `python -m flows.stage NAME` instead: there the working folder comes first on sys.path, so that a copy of
+the project (`dvc exp run --temp`, a night's worktree) runs its own code, while the console script runs the installed.
+Under `edgepress run` the stage is already a Prefect task run, named in the environment. Under a plain `dvc repro` it
 shows up as a flow run of its own when a Prefect server is configured and answers, and runs without Prefect otherwise.
 """
 
 from __future__ import annotations
 
-import logging
+import argparse
 import os
 import signal
 import sys
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from flows.server import settings
 from tasks.algorithms.errors import InputError
+from tasks.cli import dispatch
 from tasks.runtime.execution import execute
 
 if TYPE_CHECKING:
@@ -22,39 +25,37 @@ if TYPE_CHECKING:
 
 FLOW_RUN, TASK_RUN, LOG = "EDGEPRESS_FLOW_RUN", "EDGEPRESS_TASK_RUN", "EDGEPRESS_LOG"
 """Environment of a stage that runs inside a flow: the runs it belongs to, and the file its output goes to."""
-ERROR = "error: "
-"""Begins each line of a failure's sentence."""
-NOISE = ("torchao", "torch.utils._pytree")
-"""Loggers that warn about libraries' own affairs whenever they are imported, in every stage."""
 
 
-def main(address: str) -> int:
-    """Run the stage; returns the exit code."""
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("name", metavar="NAME", help="as in dvc.yaml; one of a matrix as evaluate@gptq")
+
+
+def main(given: argparse.Namespace) -> None:
+    """Run the stage.
+
+    Raises:
+        InputError: what a user can mend, each line with the stage's name.
+    """
     settings.apply()
     _redirect()
-    for name in NOISE:
-        logging.getLogger(name).setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _terminated)
     ids = {"flow_run": os.environ.get(FLOW_RUN), "task_run": os.environ.get(TASK_RUN)}
     try:
         if ids["flow_run"] or not settings.running_server():
-            execute(address, run_ids={key: value for key, value in ids.items() if value})
+            execute(given.name, run_ids={key: value for key, value in ids.items() if value})
         else:
-            _as_flow_run(address)
+            _as_flow_run(given.name)
     except InputError as error:
-        print(_sentences(address, error), file=sys.stderr)
-        return 1
+        raise InputError(_sentences(given.name, error)) from error
     except KeyboardInterrupt:
-        print(
-            f"{ERROR}{address}: interrupted; the previous outputs are back as far as the cache has them",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+        sentence = f"{given.name}: interrupted; the previous outputs are back as far as the cache has them"
+        raise KeyboardInterrupt(sentence) from None
 
 
 def _sentences(address: str, error: InputError) -> str:
-    return "\n".join(f"{ERROR}{address}: {line}" for line in str(error).splitlines())
+    return "\n".join(f"{address}: {line}" for line in str(error).splitlines())
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:
@@ -90,7 +91,7 @@ def _as_flow_run(address: str) -> None:
             execute(address, run_ids={"flow_run": str(flow_run.id)})
         except InputError as error:  # returned: raised, Prefect would print its traceback
             failures.append(error)
-            return Failed(message=_sentences(address, error).replace(ERROR, "").replace("\n", "; "))
+            return Failed(message=_sentences(address, error).replace("\n", "; "))
         return None
 
     run(return_state=True).result(raise_on_failure=not failures)
@@ -99,6 +100,4 @@ def _as_flow_run(address: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m flows.stage NAME   (a stage of dvc.yaml)")
-    sys.exit(main(sys.argv[1]))
+    sys.exit(dispatch.main(["stage", *sys.argv[1:]]))

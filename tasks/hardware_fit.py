@@ -3,7 +3,7 @@
 What counts are bytes in a device's memory, which follow from the model's matrices and the formats that the device takes
 (tasks.algorithms.device_fit.footprint), and all files beside the tensors (tokenizer, configs, manifest). The fetched
 model is judged beside it as if stored in bf16, which is what compression has to beat. "Does not fit" is a result. It
-loads no weights. The same verdict without the DAG, for any folder: tasks.device_profiles.tables.
+loads no weights. The same verdict without the DAG, for any folder: `edgepress fit`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def run(stage: Stage) -> None:
     rows = [tables.row(name, one, fetched[name].verdict if fetched else "") for name, one in found.items()]
     _write(stage, rows)
     base_line = f"fetched model in bf16: {fetched[chosen.name].verdict}" if fetched else "fetched model: not compared"
-    print("\n".join([*tables.summary(chosen.name, found[chosen.name], workload), base_line, *tables.table(rows)]))
+    others = [f"{row['device']}: {row['verdict']}, {row['total_bytes']:,} bytes in all" for row in rows]
+    print("\n".join([*tables.summary(chosen.name, found[chosen.name], workload), base_line, *others]))
 
 
 def skip(stage: Stage) -> None:

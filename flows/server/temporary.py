@@ -22,6 +22,7 @@ import psutil
 
 from flows.server import settings
 from tasks.algorithms.errors import InputError
+from tasks.cli import dispatch
 
 HOST = "127.0.0.1"
 GRACE = 15.0
@@ -110,11 +111,7 @@ def start_temporary() -> str:
 def _end_with(server: subprocess.Popen) -> None:
     """End this process when its server was killed: Prefect would ask it again and again, for minutes (3.8.8)."""
     server.wait()
-    print(
-        "error: the flow's Prefect server has ended; run again, finished stages stay as they are",
-        file=sys.stderr,
-        flush=True,
-    )
+    dispatch.print_error("the flow's Prefect server has ended; run again, finished stages stay as they are")
     stages = psutil.Process().children()
     for stage in stages:
         stage.terminate()

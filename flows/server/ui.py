@@ -8,37 +8,41 @@ from __future__ import annotations
 import argparse
 import signal
 import socket
-import sys
 import threading
 
 from flows.server import settings
 from flows.server.temporary import HOST, serve
+from tasks.algorithms.errors import InputError
 from tasks.runtime import files
 
 
-def main(arguments: list[str]) -> int:
-    """Serve until interrupted; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="edgepress ui", description="serve the Prefect UI of this project")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
     parser.add_argument("port", nargs="?", type=int, default=4200, help="0 takes any free one (default: 4200)")
-    port = parser.parse_args(arguments).port
+
+
+def main(given: argparse.Namespace) -> None:
+    """Serve until interrupted.
+
+    Raises:
+        InputError: the port can't be had.
+    """
     settings.apply()
     if running := settings.running_server():
         print(f"a Prefect server for this project already runs: {running.removesuffix('/api')}")
-        return 0
+        return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # else uvicorn ends the process before the clean-up
     try:
-        with socket.create_server((HOST, port)) as listener:
+        with socket.create_server((HOST, given.port)) as listener:
             print("starting the Prefect server ...", flush=True)
             serve(listener, started=_announce)
     except KeyboardInterrupt:
         print("stopped")
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or "it must be 0 to 65535"
-        print(f"error: cannot serve on port {port}: {why}; another one: make ui PORT=4300", file=sys.stderr)
-        return 1
+        raise InputError(f"cannot serve on port {given.port}: {why}; another one: edgepress ui 4300") from error
     finally:
         settings.SERVER_URL.unlink(missing_ok=True)
-    return 0
 
 
 def _announce(url: str) -> None:
@@ -55,7 +59,3 @@ def _watch() -> None:
 
     with get_client(sync_client=True) as client:
         heartbeats.watch(client)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

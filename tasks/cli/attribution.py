@@ -7,18 +7,35 @@ which order and where their files lie is asked of DVC. It runs nothing.
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from dvc.repo import Repo
 
-from tasks.cli import report as summary
+from tasks.cli import console, report
 from tasks.evaluation import attribution, comparison, results
 
 SHOWN = (("bytes", "bytes", "+,.0f"), ("zeros", "zeros", "+,.0f"))
 NOTHING = "Nothing is evaluated yet: `dvc repro` does it."
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("--json", action="store_true", help="the rows with all their figures")
+
+
+def main(given: argparse.Namespace) -> None:
+    """Print a row per stage."""
+    known = rows()
+    if given.json:
+        console.show_json(known)
+    elif known:
+        cells = [_shown(row) for row in known]
+        console.show(console.table(list(cells[0]), [list(row.values()) for row in cells]))
+    else:
+        print(NOTHING)
 
 
 def rows() -> list[dict[str, Any]]:
@@ -33,17 +50,7 @@ def rows() -> list[dict[str, Any]]:
         found = {row["stage"]: row for row in attribution.rows(metrics, hosts, before)}
         if not found:
             return []
-        return [found.get(name, {"stage": name}) | {"seconds": summary.seconds(repo, name)} for name in stages]
-
-
-def table() -> str:
-    """The rows as text, or a sentence where nothing is evaluated."""
-    found = rows()
-    if not found:
-        return NOTHING
-    shown = pd.DataFrame([_shown(row) for row in found])
-    width = shown["stage"].str.len().max()
-    return shown.to_string(index=False, formatters={"stage": f"{{:<{width}}}".format})
+        return [found.get(name, {"stage": name}) | {"seconds": report.seconds(repo, name)} for name in stages]
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
@@ -85,7 +92,3 @@ def _json(path: Path) -> Any:
 
 def _text(value: Any, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-if __name__ == "__main__":
-    print(table())

@@ -6,6 +6,7 @@ Figures are those of stages.csv, the sentence is the first of verdict.txt, secon
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import pandas as pd
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from rich.table import Table
 
+from tasks.cli import console
 from tasks.evaluation import comparison
 from tasks.runtime import lineage
 
@@ -30,6 +33,19 @@ SHOWN = (
 )
 """Heading, column of `rows`, and format of what stands beside a stage's name (ppl: perplexity, bpb: bits per byte)."""
 NOTHING = "There is no report yet: `dvc repro` makes it."
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("--json", action="store_true", help="the rows with all their figures, and the verdict")
+
+
+def main(given: argparse.Namespace) -> None:
+    """Print the table and the verdict."""
+    if given.json:
+        console.show_json({"stages": rows(), "verdict": verdict()})
+    else:
+        console.show(*shown())
 
 
 def rows() -> list[dict[str, Any]]:
@@ -53,23 +69,20 @@ def verdict() -> str:
         return path.read_text(encoding="utf-8").partition("\n")[0] if path else ""
 
 
-def table() -> str:
-    """The rows as text, plain models below a rule; then the protocol and the verdict. Without a report a sentence."""
-    found = rows()
-    if not found:
-        return NOTHING
-    shown = pd.DataFrame(
-        {"stage": [comparison.title(row["stage"]) for row in found]}
-        | {title: [_text(row.get(name), form) for row in found] for title, name, form in SHOWN}
-    )
-    width = shown["stage"].str.len().max()
-    lines = shown.to_string(index=False, formatters={"stage": f"{{:<{width}}}".format}).splitlines()
-    plain = [row["stage"] in comparison.PLAIN_MODELS for row in found]
+def shown() -> list[Table | str]:
+    """The table, plain models below a rule; then the protocol and the verdict. Without a report a sentence."""
+    known = rows()
+    if not known:
+        return [NOTHING]
+    plain = [row["stage"] in comparison.PLAIN_MODELS for row in known]
+    lines: list[list[str] | None] = [
+        [comparison.title(row["stage"]), *(_text(row.get(name), form) for _, name, form in SHOWN)] for row in known
+    ]
     if any(plain):
-        lines.insert(1 + plain.index(True), "-" * len(lines[0]))
-    protocols = sorted({row["protocol"] for row in found if row["protocol"]})
-    lines.append(f"perplexity by protocol {', '.join(protocols)}" if protocols else "not evaluated")
-    return "\n".join([*lines, *filter(None, [verdict()])])
+        lines.insert(plain.index(True), None)
+    protocols = sorted({row["protocol"] for row in known if row["protocol"]})
+    measured = f"perplexity by protocol {', '.join(protocols)}" if protocols else "not evaluated"
+    return [console.table(["stage", *(title for title, _, _ in SHOWN)], lines), measured, *filter(None, [verdict()])]
 
 
 def _report(repo: Repo, name: str) -> Path | None:
@@ -96,7 +109,3 @@ def seconds(repo: Repo, name: str) -> float | None:
 
 def _text(value: Any, form: str) -> str:
     return "-" if value is None or not math.isfinite(value) else format(value, form)
-
-
-if __name__ == "__main__":
-    print(table())

@@ -13,7 +13,6 @@ other NUMA node and no accelerator.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import time
 from collections.abc import Callable
@@ -30,7 +29,6 @@ from tasks.device_profiles import profiles
 from tasks.parameters import machine
 from tasks.runtime import files
 
-OUT = Path(__file__).resolve().parents[2] / "data" / "devices" / f"{profiles.HOST}.yaml"
 SECONDS = 1.0
 """How long each kernel is repeated."""
 TRIAD = "triad"
@@ -193,27 +191,3 @@ def write(content: dict[str, Any], path: Path) -> profiles.Profile:
     except OSError as error:
         raise InputError(f"{path} can't be written ({error.strerror}): name a file with --out") from error
     return parsed
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description="Measure this machine as the device profile host")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each kernel")
-    parser.add_argument("--out", type=Path, default=OUT)
-    given = parser.parse_args(arguments)
-    try:
-        if given.threads < 1 or given.seconds < 0:
-            raise InputError(f"threads = {given.threads} and seconds = {given.seconds} must be positive")
-        torch.set_num_threads(given.threads)
-        measured = write(profile(measure(given.seconds)), given.out)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from error
-    print(f"{given.out}: {measured.description}")
-    for row in measured.sources():
-        value = row["value"]
-        print(f"  {row['figure']:<28}{value if isinstance(value, str) else format(value, ','):>22}  {row['source']}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,19 +1,16 @@
 """Export a model folder to the engines that run it on small devices, and say what that changed and cost.
 
-    edgepress export --format onnx-int4 --model data/package/model --out DIR [--text CORPUS.jsonl]
-
 onnx-int4: ONNX Runtime GenAI with the package's own codes and scales. onnx-int8: the same engine, weights quantised
 again. gguf: llama.cpp, the package's codes and scales. gguf-f32: llama.cpp with every weight in float32, the way to
 compare it with PyTorch without its rounding of activations. DIR gets the engine's files and export.json: what was
 densified, merged or repeated, with the bytes of the component that it concerns (all its changes together) and whether
-the engine still computes with the package's values; bytes by what they are for against the package's; and with `--text`
+the engine still computes with the package's values; bytes by what they are for against the package's; and with `text`
 perplexity and greedy tokens against the PyTorch model: what the changes that are not exact cost, together. Nothing is
 written where anything fails. It trains and repairs nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import os
@@ -197,32 +194,3 @@ def _cost(change: source_model.Change, components: dict[str, dict[str, int]]) ->
     before = sum(components["source"].get(name, 0) for name in named)
     bytes_ = components["export"].get(change.component, 0) - before if change.component else 0
     return {"done": change.done, "component": change.component, "bytes": bytes_, "exact": change.exact}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description="Export a model to ONNX Runtime GenAI or llama.cpp")
-    parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--model", type=Path, required=True, help="a packed, quantised or dense model folder")
-    parser.add_argument("--out", type=Path, required=True, help="a folder that isn't there yet")
-    parser.add_argument("--text", type=Path, help='JSONL of {"text"}: compare perplexity and greedy tokens on it')
-    given = parser.parse_args(arguments)
-    try:
-        report = export(given.model, given.format, given.out, given.text)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from error
-    size = report["bytes"]
-    print(f"{given.out}: {size['export']:,} bytes, {size['ratio']:.2f} of the {size['source']:,} of {given.model}")
-    for what, done in report["changes"].items():
-        print(f"  {what}: {done['done']} ({done['bytes']:+,} bytes{'' if done['exact'] else ', not exact'})")
-    if given.text:
-        found = report["check"]
-        change = found["perplexity"]["change"]
-        print(f"  perplexity {found['perplexity']['export']:.4f} ({change:+.3%}); greedy tokens the same on ", end="")
-        print(
-            f"{found['same_prompts']} of {found['prompts']} prompts, {found['same_argmax']:.2%} of most likely tokens"
-        )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""`edgepress gate [REV] [--against REV]`: gather a revision's figures and hold them to the gate's limits.
+"""Gather a revision's figures and hold them to the gate's limits.
 
 Everything is read at a revision through DVC (dvc.lock names it, the cache has it), so that a night, an experiment and a
 promoted model are judged in the same way, wherever they ran. The package's files are hashed again, as they come out of
@@ -8,11 +8,9 @@ limits of the given parameters, and changes nothing.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +29,6 @@ from tasks.algorithms.statistics import bootstrap, gate
 from tasks.algorithms.statistics.bootstrap import Sums
 from tasks.evaluation import comparison, results
 from tasks.evaluation.comparison import BASE, PACKAGE, RECOVERED
-from tasks.parameters import schema
 from tasks.parameters.schema import Gate
 
 PACKAGE_FOLDER = "data/package/model"
@@ -98,17 +95,6 @@ def described(evidence: Evidence) -> dict[str, Any]:
     found |= {f"accuracy_{task}": value for task, value in figures.tasks.items()}
     found |= {f"overlap_{kind}": value for kind, value in figures.overlap.items()}
     return {key: value for key, value in found.items() if value is not None}
-
-
-def table(verdict: gate.Verdict) -> str:
-    """The checks as text, then the verdict and its reason."""
-    rows = pd.DataFrame([check.row() for check in verdict.checks], dtype=object)
-    shown = rows.map(lambda value: "-" if value is None or value != value else _short(value))
-    return f"{shown.to_string(index=False)}\n{verdict.verdict}: {verdict.reason}"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _evidence(fs: DVCFileSystem) -> Evidence:
@@ -284,23 +270,3 @@ def _json(fs: DVCFileSystem, path: str) -> dict[str, Any]:
 def _yaml(fs: DVCFileSystem, path: str) -> Any:
     with fs.open(path, "r", encoding="utf-8") as file:
         return yaml.safe_load(file)
-
-
-def main(arguments: list[str]) -> int:
-    """Judge one revision; returns 0 for ACCEPT."""
-    parser = argparse.ArgumentParser(prog="edgepress gate", description="judge a revision by the gate's limits")
-    parser.add_argument("rev", nargs="?", default="HEAD", help="a commit, tag, or night (default: HEAD)")
-    parser.add_argument("--against", metavar="REV", help="the promoted model's revision (default: none)")
-    chosen = parser.parse_args(arguments)
-    try:
-        promoted = read(Path.cwd(), chosen.against) if chosen.against else None
-        verdict = judge(read(Path.cwd(), chosen.rev), promoted, schema.load().gate)
-    except InputError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 1
-    print(table(verdict))
-    return 0 if verdict.verdict == gate.ACCEPT else 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -7,7 +7,6 @@ way back from an artifact along the records is `tasks.runtime.provenance`'s.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -20,8 +19,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvc.exceptions import DvcException
-from dvc.repo import Repo
 from dvc_data.hashfile.build import build
 from dvc_data.hashfile.db import HashFileDB
 
@@ -182,34 +179,3 @@ def _peak_memory() -> int:
 def name(item: Output) -> str:
     """The path as seen from the repository's root, with forward slashes."""
     return Path(os.path.relpath(item.fs_path, item.repo.root_dir)).as_posix()
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Exit status: 0 fine, 1 something was altered or is missing, 2 a wrong call."""
-    parser = argparse.ArgumentParser(prog="edgepress lineage", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("command", choices=("show", "verify"))
-    parser.add_argument("path", help="a file or folder that a stage makes")
-    given = parser.parse_args(arguments)
-    from tasks.runtime import provenance
-
-    try:
-        with Repo() as repo:
-            if given.command == "show":
-                print("\n".join(provenance.show(repo, given.path)))
-                return 0
-            findings, hashed = provenance.verify(repo, given.path)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (DvcException, OSError) as error:
-        print(f"cannot read the lineage: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    for finding in findings:
-        print(f"{finding.stage}: {'' if finding.fault else 'note: '}{finding.sentence}")
-    faults = sum(finding.fault for finding in findings)
-    print(f"{given.path}: {hashed} files and folders hashed, {f'{faults} altered or missing' if faults else 'ok'}")
-    return 1 if faults else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

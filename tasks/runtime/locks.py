@@ -25,6 +25,9 @@ DVC_LOCK = Path(".dvc/tmp/lock")
 DVC_USERS = Path(".dvc/tmp/rwlock")
 """DVC's list of who reads and writes what: {"read": {path: [{"pid", "cmd"}]}, "write": {path: {"pid", "cmd"}}}."""
 
+FLOW = Path("data/.scratch/flow.lock")
+"""Held by the flow that runs in this folder."""
+
 
 class Holder(NamedTuple):
     """A living process that holds a lock: its id, its command line, and when it took the lock, in local time."""

@@ -12,13 +12,10 @@ computes what is missing. Nothing that is whole is removed, and nothing is compu
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,25 +148,3 @@ def _dumped(entries: dict[str, Any]) -> str:
 
 def _aside(path: Path) -> Path:
     return path.with_name(path.name + DAMAGED)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Exit status: 0 all is right now, 1 DVC is at work, or there is no project."""
-    parser = argparse.ArgumentParser(prog="edgepress mend", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--cache", action="store_true", help="hash DVC's cache and the outputs, too")
-    given = parser.parse_args(arguments)
-    done = 0
-    try:
-        for sentence in (*mend(), *(mend_cache() if given.cache else ())):
-            print(sentence)
-            done += 1
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print("`dvc repro` goes on from here" if done else "nothing to mend")
-    return 0
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        sys.exit(main())

@@ -86,6 +86,34 @@ def show(repo: Repo, path: str) -> list[str]:
     return lines
 
 
+def described(repo: Repo, path: str) -> list[dict[str, Any]]:
+    """What `show` says, as plain data: every stage on the way back, first inputs first.
+
+    Raises:
+        InputError: no stage makes it.
+    """
+    nodes: dict[str, Node] = {}
+
+    def add(node: Node) -> None:
+        if node.stage.addressing not in nodes:
+            for parent in node.parents:
+                add(parent)
+            nodes[node.stage.addressing] = node
+
+    for root in trace(repo, path):
+        add(root)
+    return [
+        {
+            "stage": name,
+            "frozen": node.stage.frozen,
+            "parents": [parent.stage.addressing for parent in node.parents],
+            "outputs": {lineage.name(out): out.hash_info.value for out in lineage.results(node.stage)},
+            "record": _read_record(node.stage),
+        }
+        for name, node in nodes.items()
+    ]
+
+
 class Finding(NamedTuple):
     """One thing that `verify` says; a note is no fault."""
 

@@ -44,7 +44,7 @@ from tasks.runtime.journal import SECONDS
 from tests.support.project import Project, clean_environment, tiny_llama
 
 DVC = ("-m", "dvc", "repro", "report")
-FLOW = ("-m", "flows.compress", "report")
+FLOW = ("-m", "tasks", "run", "report")
 VICTIMS = {"group": DVC, "stage": DVC, "dvc": DVC, "flow": FLOW, "flow's server": FLOW, "flow's group": FLOW}
 """What is killed -> the command that runs: its process group, or one process of it alone."""
 WEIGHTS = (10, 4, 3, 1, 1, 1)
@@ -176,7 +176,7 @@ class Killed:
         faults = list(self.faults_after_kill(stage))
         following = self.run(stage)
         if mended := following.status != 0 and any(name in following.output for name in CUT_OFF):
-            self.project(sys.executable, "-m", "tasks.runtime.mend")
+            self.project(sys.executable, "-m", "tasks", "mend")
             following = self.run(stage)
         faults += [f"the next run ended with {following.status}"] if following.status else []
         faults += self.faults()

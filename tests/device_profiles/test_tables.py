@@ -10,11 +10,12 @@ import yaml
 
 from tasks.algorithms.device_fit.footprint import Workload
 from tasks.algorithms.device_fit.verdict import judge
-from tasks.device_profiles import profiles, tables
+from tasks.device_profiles import profiles
 from tasks.device_profiles.planned_contents import planned
 from tasks.packed.plan import Plan
 from tests.benchmarks import llama_bytes
 from tests.device_profiles.test_profiles import NAMES, PROFILES, raw
+from tests.support.command import edgepress
 from tests.support.folder_of_zeros import folder_of_zeros
 
 LLAMA_3B = llama_bytes.CONFIG | {
@@ -27,10 +28,8 @@ LLAMA_3B = llama_bytes.CONFIG | {
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """(exit code, standard output, errors)."""
-    with pytest.raises(SystemExit) as caught:
-        tables.main([str(argument) for argument in arguments])
-    return caught.value.code, *capsys.readouterr()
+    """(exit code, standard output, errors) of the command."""
+    return edgepress(capsys, "fit", *arguments)
 
 
 @pytest.fixture
@@ -64,7 +63,7 @@ def test_a_table_of_all_devices(tmp_path: Path, capsys: pytest.CaptureFixture[st
     folder = folder_of_zeros(tmp_path / "model", quantised=True)
     code, out, _ = run(capsys, "--model", folder)
     lines = out.splitlines()
-    assert code == 0 and [line.split()[0] for line in lines[2:]] == NAMES
+    assert code == 0 and [line.split()[0] for line in lines[3:]] == NAMES
     code, out, _ = run(capsys, "--model", folder, "--json")
     assert code == 0 and [row["device"] for row in json.loads(out)["devices"]] == NAMES
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tasks.device_profiles import profiles, this_machine
+from tests.support.command import edgepress
 
 
 def test_a_kernels_bytes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,9 +61,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
     monkeypatch.setattr(this_machine, "measure", quick)
     threads = str(torch.get_num_threads())
-    this_machine.main(["--threads", threads, "--out", str(tmp_path / "host.yaml")])
-    assert "dram.bandwidth" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="error: .*--out"):
-        this_machine.main(["--threads", threads, "--out", str(tmp_path / "nowhere/host.yaml")])
-    with pytest.raises(SystemExit, match="threads = 0"):
-        this_machine.main(["--threads", "0", "--out", str(tmp_path / "host.yaml")])
+    code, out, _ = edgepress(capsys, "profile", "--threads", threads, "--out", tmp_path / "host.yaml")
+    assert code == 0 and "dram.bandwidth" in out
+    code, _, errors = edgepress(capsys, "profile", "--threads", threads, "--out", tmp_path / "nowhere/host.yaml")
+    assert code == 1 and errors.startswith("error: ") and "--out" in errors
+    code, _, errors = edgepress(capsys, "profile", "--threads", "0", "--out", tmp_path / "host.yaml")
+    assert code == 1 and "threads = 0" in errors

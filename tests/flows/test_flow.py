@@ -47,12 +47,12 @@ STAGES = {
 }
 FLOW = """
 import json, sys
-from flows import settings
+from flows.server import settings
 settings.apply()
 from prefect import flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed
-from flows import server
+from flows.server import temporary
 from flows.reproduction import Reproduction
 from pathlib import Path
 runs = []
@@ -66,7 +66,7 @@ def toy():
     return Failed(message=failure) if failure else Completed()
 
 import os
-url = os.environ.get("PREFECT_API_URL") or server.start_temporary() + "/api"
+url = os.environ.get("PREFECT_API_URL") or temporary.start_temporary() + "/api"
 with temporary_settings({PREFECT_API_URL: url}):
     for text in json.loads(sys.argv[1]):
         Path("value.yaml").write_text(text)
@@ -150,13 +150,13 @@ def test_the_ui_serves_what_ran_on_any_port_and_leaves_nothing_behind(toy) -> No
     (toy / ".prefect").mkdir()
     address.write_text("http://127.0.0.1:9/api\n", encoding="utf-8")  # a server that was killed
     ui = subprocess.Popen(
-        [sys.executable, "-m", "flows.server.ui", "0"], cwd=toy, env=environment(toy), text=True, stdout=subprocess.PIPE
+        [sys.executable, "-m", "tasks", "ui", "0"], cwd=toy, env=environment(toy), text=True, stdout=subprocess.PIPE
     )
     try:
         announced = [ui.stdout.readline(), ui.stdout.readline()][1]
         url = re.search(r"http://127\.0\.0\.1:\d+", announced)[0]
         assert address.read_text().strip() == f"{url}/api"
-        assert "already runs" in run(toy, "-m", "flows.server.ui")
+        assert "already runs" in run(toy, "-m", "tasks", "ui")
         with urllib.request.urlopen(f"{url}/ui-settings", timeout=10) as answer:
             assert json.load(answer)["api_url"] == f"{url}/api"
         run(toy, "-c", FLOW, json.dumps(["value: 1\n"]))
@@ -216,9 +216,9 @@ def test_a_taken_port_is_a_sentence(tmp_path) -> None:
     (tmp_path / "flows").symlink_to(ROOT / "flows")
     (tmp_path / "tasks").symlink_to(ROOT / "tasks")
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
-        output = run(tmp_path, "-m", "flows.server.ui", str(other.server_port), check=False)
+        output = run(tmp_path, "-m", "tasks", "ui", str(other.server_port), check=False)
     assert output.count("\n") == 1 and "error: cannot serve on port" in output
-    output = run(tmp_path, "-m", "flows.server.ui", "99999", check=False)
+    output = run(tmp_path, "-m", "tasks", "ui", "99999", check=False)
     assert "error: cannot serve on port 99999: it must be 0 to 65535" in output
 
 

@@ -30,7 +30,7 @@ from tasks.registry import overview, tags, versions
 from tests.support.nightly_project import NightlyProject, workspace
 from tests.support.paths import ROOT
 
-ONCE = ("-m", "flows.schedule", "--once")
+ONCE = ("-m", "tasks", "night", "--once")
 CACHED = "0 of 7 stages ran"
 
 
@@ -38,7 +38,7 @@ CACHED = "0 of 7 stages ran"
 def project(tmp_path_factory):
     """The project, with a server of its own."""
     found = NightlyProject(tmp_path_factory.mktemp("nightly"))
-    ui = found.start("-m", "flows.server.ui", "0")
+    ui = found.start("-m", "tasks", "ui", "0")
     try:
         assert ui.stdout.readline() and "Prefect UI" in ui.stdout.readline()
         yield found
@@ -86,7 +86,7 @@ def version(project):
 def serve_until_it_fires(project):
     """Serve until one night more is recorded, then stop gracefully; returns the night."""
     before = len(records.listing(project.path))
-    served = project.start("-m", "flows.schedule")
+    served = project.start("-m", "tasks", "night")
     threading.Thread(target=served.stdout.read, daemon=True).start()
     try:
         wait_for(lambda: len(records.listing(project.path)) > before or served.poll() is not None, 150)
@@ -119,7 +119,7 @@ def test_each_kind_of_night_has_its_verdict_its_event_and_its_exit_code(project)
     if not records.listing(project.path):
         project.python(*ONCE)
     with webhook() as (url, received):
-        project.python("-m", "flows.notification", "--webhook", url)
+        project.python("-m", "tasks", "notify", "--webhook", url)
         project.weights(0.001)  # uncommitted: a source is taken as it lies there
         before = workspace(project)
         output = project.python(*ONCE)
@@ -153,13 +153,13 @@ def test_each_kind_of_night_has_its_verdict_its_event_and_its_exit_code(project)
     assert "source/none" in project.python(*ONCE, expect=1) and last(project).record["verdict"] == records.FAILED
     assert version(project) == "v0.0.2"
 
-    shown = project.python("-m", "flows.schedule", "list")
+    shown = project.python("-m", "tasks", "night", "list")
     assert [word for word in ("ACCEPT", "REGRESSION", "INFEASIBLE", "ANOMALOUS", "FAILED") if word not in shown] == []
     assert "gptq.bits" in shown and "v0.0.2" in shown
-    project.python("-m", "flows.schedule", "apply", accepted.name)
+    project.python("-m", "tasks", "night", "apply", accepted.name)
     assert "up to date" in project.run(sys.executable, "-m", "dvc", "status")
     assert "Running stage" not in project.run(sys.executable, "-m", "dvc", "repro")
-    project.python("-m", "flows.schedule", "apply", records.listing(project.path)[0].name)  # from one to the next
+    project.python("-m", "tasks", "night", "apply", records.listing(project.path)[0].name)  # from one to the next
     project.run("git", "checkout", "--force", ".")
 
 
@@ -171,17 +171,15 @@ def test_retention_says_what_would_go_and_keeps_what_is_promoted(project) -> Non
     known = records.listing(project.path)
     project.weights(0.002)
     project.commit("one more")
-    said = project.python("-m", "flows.retention")
+    said = project.python("-m", "tasks", "retention")
     assert "would go" in said and said.count("\nnight ") + said.startswith("night ") == len(known) - 1
     assert records.listing(project.path) == known
-    project.python("-m", "flows.retention", "--apply")
+    project.python("-m", "tasks", "retention", "--apply")
     assert [night.name for night in records.listing(project.path)] == [known[-1].name]
     versions.verify(project.path, version(project))
     current = versions.current(project.path)
-    project.python(
-        "-m", "tasks.nightly.judgement", current.revision
-    )  # its figures and its package are still in the cache
-    assert "0 things" in project.python("-m", "flows.retention")
+    project.python("-m", "tasks", "gate", current.revision)  # its figures and its package are still in the cache
+    assert "0 things" in project.python("-m", "tasks", "retention")
 
 
 def version_missing(project):
@@ -191,16 +189,17 @@ def version_missing(project):
 @pytest.mark.slow  # a server
 @pytest.mark.parametrize("reaped", [True, False], ids=["gone", "zombie"])
 def test_a_run_whose_process_was_killed_does_not_stay_running(project, reaped) -> None:
-    script = "from flows import processes; from prefect import flow; import os, time\n@flow(name='doomed')\ndef f():\n"
-    script += " processes.sign()\n print('signed', flush=True)\n time.sleep(600)\nf()"
-    doomed = project.start("-c", f"from flows import settings; settings.apply()\n{script}")
+    script = "from flows.server import dead_runs; from prefect import flow; import os, time\n"
+    script += "@flow(name='doomed')\ndef f():\n dead_runs.sign()\n print('signed', flush=True)\n time.sleep(600)\nf()"
+    doomed = project.start("-c", f"from flows.server import settings; settings.apply()\n{script}")
     wait_for(lambda: doomed.stdout.readline() == "signed\n", 60)  # the run's name is printed before, and may be a word
     doomed.kill()
     if reaped:
         doomed.wait()
     running = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
     (left,) = [run for run in ask(project, "flow_runs/filter", running)]
-    script = "from flows import settings; settings.apply()\nfrom flows import processes; print(len(processes.sweep()))"
+    script = "from flows.server import settings; settings.apply()\n"
+    script += "from flows.server import dead_runs; print(len(dead_runs.sweep()))"
     assert project.python("-c", script).strip().endswith("1")
     found = flow_run(project, left["id"])
     assert found["state"]["type"] == "CRASHED" and "is gone" in found["state"]["message"]
@@ -231,7 +230,7 @@ def test_after_a_kill_of_runner_and_night_those_that_were_asked_for_run(project)
 
 def serve(project):
     """The runner with its runs, a process group of its own, once it polls."""
-    served = project.start("-m", "flows.schedule", group=True)
+    served = project.start("-m", "tasks", "night", group=True)
     wait_for(lambda: "being served" in served.stdout.readline(), 60)
     threading.Thread(target=served.stdout.read, daemon=True).start()
     return served
@@ -281,7 +280,7 @@ def test_a_night_without_its_source_is_recorded_as_failed(project) -> None:
     assert "source/nowhere" in project.python(*ONCE, expect=1)
     (found,) = records.listing(project.path)[before:]
     assert found.record["verdict"] == "FAILED" and "source/nowhere" in found.record["reason"]
-    assert found.name in project.python("-m", "flows.schedule", "list")
+    assert found.name in project.python("-m", "tasks", "night", "list")
 
 
 @pytest.mark.slow  # a server and a worker
@@ -303,7 +302,7 @@ def test_the_deployment_of_prefect_yaml_runs_on_a_process_pool(project) -> None:
 def test_a_night_a_repro_a_flow_and_a_second_night_at_once(project) -> None:
     sound(project, 0.005, overlap="cancel")
     before = len(records.listing(project.path))
-    commands = (ONCE, ONCE, ("-m", "dvc", "repro"), ("-m", "flows.compress", "package", "hardware_fit"))
+    commands = (ONCE, ONCE, ("-m", "dvc", "repro"), ("-m", "tasks", "run", "package", "hardware_fit"))
     together = [project.start(*command) for command in commands]
     said = [process.communicate(timeout=300)[0] for process in together]
     for process, text in zip(together, said, strict=True):
@@ -342,18 +341,18 @@ def webhook():
 
 
 def test_without_a_server_a_night_says_how_to_start_one(plain) -> None:
-    for command in (ONCE, ONCE[:2]):
+    for command in (ONCE, ONCE[:3]):
         output = plain.python(*command, expect=1)
         assert output.count("\n") == 1 and "make ui" in output
-    assert "There is no night yet" in plain.python("-m", "flows.schedule", "list")
-    assert "no night is called x" in plain.python("-m", "flows.schedule", "apply", "x", expect=1)
+    assert "There is no night yet" in plain.python("-m", "tasks", "night", "list")
+    assert "no night is called x" in plain.python("-m", "tasks", "night", "apply", "x", expect=1)
 
 
 @pytest.mark.slow  # a server
 def test_a_server_with_a_password_serves_those_alone_who_know_it(plain) -> None:
     secret = "name:plantedPassword"
     known = {"PREFECT_API_AUTH_STRING": secret}
-    ui = plain.start("-m", "flows.server.ui", "0", env=known | {"PREFECT_SERVER_API_AUTH_STRING": secret})
+    ui = plain.start("-m", "tasks", "ui", "0", env=known | {"PREFECT_SERVER_API_AUTH_STRING": secret})
     try:
         assert ui.stdout.readline() and "Prefect UI" in ui.stdout.readline()
         with pytest.raises(urllib.error.HTTPError, match="401"):

@@ -216,15 +216,15 @@ def test_an_altered_output_is_found_and_put_right(project) -> None:
     content = target.read_bytes()
     target.unlink()  # the workspace file may be a link into the cache
     target.write_bytes(content + b"tampered\n")
-    done = project(sys.executable, "-m", "tasks.runtime.lineage", "verify", "data/report/report.html", check=False)
+    done = project(sys.executable, "-m", "tasks", "lineage", "verify", "data/report/report.html", check=False)
     assert done.returncode == 1 and "data/gptq/layers.csv was altered" in done.stdout
     assert not ran(project.repro().stdout)
     assert target.read_bytes() == content
-    project(sys.executable, "-m", "tasks.runtime.lineage", "verify", "data/report/report.html")
+    project(sys.executable, "-m", "tasks", "lineage", "verify", "data/report/report.html")
 
 
 def test_lineage_leads_to_the_sources(project) -> None:
-    shown = project(sys.executable, "-m", "tasks.runtime.lineage", "show", "data/package/model").stdout
+    shown = project(sys.executable, "-m", "tasks", "lineage", "show", "data/package/model").stdout
     for name in ("package", "eora", "gptq", "lora", "wanda", "depth_prune", "fetch", "source/model"):
         assert name in shown
 

@@ -21,10 +21,10 @@ import pytest
 import yaml
 from dvc.cli import DvcParserError
 from dvc.cli.parser import get_main_parser
-from tasks.cli.commands import COMMANDS
-from tasks.cli.dispatch import Parser, WrongCall
 
 from tasks.cli import exit_codes
+from tasks.cli.commands import COMMANDS
+from tasks.cli.dispatch import Parser, WrongCall
 from tests.support.paths import ROOT
 
 FRONT = ROOT / "README.md"

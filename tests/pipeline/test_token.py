@@ -56,7 +56,7 @@ def test_a_planted_token_is_found_nowhere(tmp_path, tiny_llama, hub, place) -> N
     else:
         environment[place] = PLANTED[place]
     project.change({"fetch.model.hub": "owner/name", "fetch.model.revision": COMMIT})
-    command = ("-m", "flows.compress", "fetch") if place == "file" else ("-m", "dvc", "repro", "fetch")
+    command = ("-m", "tasks", "run", "fetch") if place == "file" else ("-m", "dvc", "repro", "fetch")
     refused = project(sys.executable, *command, check=False, env=environment)
     assert f"Bearer {PLANTED[place]}" in sent  # it was used, and refused
     assert refused.returncode != 0 and "Traceback" not in refused.stdout

@@ -12,13 +12,13 @@ import torch
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.quantisation import rounding
-from tasks.cli import registry as command
 from tasks.packed.model_config import clean
 from tasks.packed.shapes import shapes_of
 from tasks.packed.sizes import component_bytes
 from tasks.packed.stored_model import Linear, Model
 from tasks.packed.writer import save
 from tasks.registry import contents, delta, signing, update
+from tests.support.command import edgepress
 
 CONFIG = {
     "model_type": "llama",
@@ -271,10 +271,11 @@ def test_keys(tmp_path: Path) -> None:
 def test_the_command(
     made: Path, keys: Path, device: Path, folders: tuple, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    assert command.main(["keygen", str(tmp_path / "mine")]) == 0
-    arguments = ["update", "apply", str(made), "--folder", str(device), "--public-key"]
-    assert command.main([*arguments, str(tmp_path / "mine.pub")]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {made} is not signed by")
-    assert command.main([*arguments, str(keys.with_name("key.pub")), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+    assert edgepress(capsys, "update", "keygen", tmp_path / "mine")[0] == 0
+    arguments = ["update", "apply", made, "--folder", device, "--public-key"]
+    code, _, errors = edgepress(capsys, *arguments, tmp_path / "mine.pub")
+    assert code == 1 and errors.startswith(f"error: {made} is not signed by")
+    code, out, _ = edgepress(capsys, *arguments, keys.with_name("key.pub"), "--json")
+    assert code == 0
+    said = json.loads(out)
     assert said["version"] == "v0.0.2" and content(device) == content(folders[1])

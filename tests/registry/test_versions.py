@@ -17,8 +17,8 @@ from dvc.repo import Repo
 from dvc_data.hashfile.gc import gc
 
 from tasks.algorithms.errors import InputError
-from tasks.cli import registry as command
 from tasks.registry import contents, overview, tags, versions
+from tests.support.command import edgepress
 from tests.support.paths import ROOT
 from tests.support.registry_project import Night
 
@@ -28,9 +28,7 @@ VERDICT = {"verdict": "ACCEPT"}
 def run(night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: str) -> tuple:
     """(exit code, stdout, stderr) of the command."""
     monkeypatch.chdir(night.root)
-    code = command.main(list(arguments))
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
+    return edgepress(capsys, *arguments)
 
 
 def test_promote_and_roll_back_and_what_the_manifest_says(night: Night) -> None:
@@ -230,7 +228,8 @@ def test_the_command_in_a_subfolder_changes_nothing(night: Night, monkeypatch, c
     (night.root / "src").mkdir()
     monkeypatch.chdir(night.root / "src")
     for arguments in (["rollback"], ["promote", "HEAD"], ["list"]):
-        assert command.main(arguments) == 1 and "run from the project's folder" in capsys.readouterr().err
+        code, _, errors = edgepress(capsys, "registry", *arguments)
+        assert code == 1 and "run from the project's folder" in errors
     assert night.content() == "b" and not list((night.root / "src").iterdir())
 
 
@@ -285,33 +284,35 @@ def test_two_promotions_at_once_are_one_after_the_other(night: Night) -> None:
 
 
 def test_the_command(night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    assert run(night, monkeypatch, capsys, "list")[1].startswith("There are no versions yet")
-    assert run(night, monkeypatch, capsys, "rollback")[2] == (
+    assert run(night, monkeypatch, capsys, "registry", "list")[1].startswith("There are no versions yet")
+    assert run(night, monkeypatch, capsys, "registry", "rollback")[2] == (
         "error: nothing is promoted, so there is nothing to roll back\n"
     )
     night.commit("a", 41.0, keep=2)
-    assert run(night, monkeypatch, capsys, "promote", ".")[1].startswith("v0.0.1 is in use (edgepress#prod#1): ")
+    assert run(night, monkeypatch, capsys, "registry", "promote", ".")[1].startswith(
+        "v0.0.1 is in use (edgepress#prod#1): "
+    )
     night.commit("b", 40.0, keep=1)
-    code, out, _ = run(night, monkeypatch, capsys, "promote", "HEAD", "--json")
+    code, out, _ = run(night, monkeypatch, capsys, "registry", "promote", "HEAD", "--json")
     assert (code, json.loads(out)["version"]) == (0, "v0.0.2")
-    assert run(night, monkeypatch, capsys, "promote", "v0.0.2")[1].startswith("v0.0.2 is in use already")
-    rows = json.loads(run(night, monkeypatch, capsys, "list", "--json")[1])
+    assert run(night, monkeypatch, capsys, "registry", "promote", "v0.0.2")[1].startswith("v0.0.2 is in use already")
+    rows = json.loads(run(night, monkeypatch, capsys, "registry", "list", "--json")[1])
     assert [(row["version"], row["stage"], row["data"]) for row in rows] == [
         ("v0.0.2", "prod", "kept"),
         ("v0.0.1", "before", "kept"),
     ]
-    lines = run(night, monkeypatch, capsys, "list")[1].splitlines()
-    assert "40.000" in lines[1] and "by hand" in lines[1] and "41.000" in lines[2]
-    found = json.loads(run(night, monkeypatch, capsys, "diff", "v0.0.1", "HEAD", "--json")[1])
+    lines = run(night, monkeypatch, capsys, "registry", "list")[1].splitlines()
+    assert "40.000" in lines[2] and "by hand" in lines[2] and "41.000" in lines[3]
+    found = json.loads(run(night, monkeypatch, capsys, "compare", "v0.0.1", "HEAD", "--json")[1])
     assert found["parameters"] == {"wanda.keep": [2, 1]} and set(found["files"]) == {"manifest.json", "model.bin"}
     assert found["figures"] == {"perplexity_test": [41.0, 40.0]}
-    assert "-2.44%" in run(night, monkeypatch, capsys, "diff", "v0.0.1", "v0.0.2")[1]
-    assert "v0.0.1 is in use again" in run(night, monkeypatch, capsys, "rollback", "--reason", "slow")[1]
-    assert run(night, monkeypatch, capsys, "verify")[1].endswith("3 files are those of v0.0.1\n")
+    assert "-2.44%" in run(night, monkeypatch, capsys, "compare", "v0.0.1", "v0.0.2")[1]
+    assert "v0.0.1 is in use again" in run(night, monkeypatch, capsys, "registry", "rollback", "--reason", "slow")[1]
+    assert run(night, monkeypatch, capsys, "registry", "verify")[1].endswith("3 files are those of v0.0.1\n")
     (night.root / "data/registry/v0.0.1/model.bin").write_text("x")
-    code, _, error = run(night, monkeypatch, capsys, "verify")
+    code, _, error = run(night, monkeypatch, capsys, "registry", "verify")
     assert code == 1 and error.startswith("error: data/registry/v0.0.1/model.bin was altered")
-    assert run(night, monkeypatch, capsys, "promote", "nonsense")[2].startswith(
+    assert run(night, monkeypatch, capsys, "registry", "promote", "nonsense")[2].startswith(
         "error: 'nonsense' is no version, folder"
     )
 
@@ -319,7 +320,7 @@ def test_the_command(night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_the_canary_s_command(night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     for letter in "abc":
         night.git("tag", letter, night.commit(letter))
-    run(night, monkeypatch, capsys, "promote", "a")
+    run(night, monkeypatch, capsys, "registry", "promote", "a")
     assert run(night, monkeypatch, capsys, "canary", "route", "7")[1] == "v0.0.1 data/registry/v0.0.1\n"
     assert "v0.0.2 is the canary with 5.000%" in run(night, monkeypatch, capsys, "canary", "start", "b")[1]
     rows = [{"version": f"v0.0.{1 + (i % 2)}", "latency_ms": 5.0, "correct": True} for i in range(2000)]

@@ -14,6 +14,7 @@ import yaml
 
 from tasks.algorithms.errors import InputError
 from tasks.runtime import locks, mend
+from tests.support.command import edgepress
 from tests.support.project import clean_environment
 
 STAGES = {
@@ -162,7 +163,7 @@ def test_a_damaged_copy_in_the_cache_alone_is_removed_and_a_missing_one_made_aga
 
 
 def test_the_command(made, capsys):
-    assert mend.main([]) == 0 and capsys.readouterr().out == "nothing to mend\n"
+    assert edgepress(capsys, "mend") == (0, "nothing to mend\n", "")
     Path("dvc.lock").write_text("")
-    assert mend.main(["--cache"]) == 0
-    assert "`dvc repro` goes on from here" in capsys.readouterr().out
+    code, out, errors = edgepress(capsys, "mend", "--cache")
+    assert (code, errors) == (0, "") and "`dvc repro` goes on from here" in out

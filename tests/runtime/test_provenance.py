@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tasks.runtime import lineage
+from tests.support.command import edgepress
 from tests.support.lineage_project import DAG, call, record
 
 
 @pytest.mark.parametrize("path", ["data/score/train.txt", "data/score", "data/lineage/score@train.json"])
 def test_show_reaches_the_first_inputs(repository: Path, capsys: pytest.CaptureFixture[str], path: str) -> None:
-    assert lineage.main(["show", path]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    code, out, _ = edgepress(capsys, "lineage", "show", path)
+    assert code == 0
+    lines = out.splitlines()
     text = "\n".join(lines)
     assert lines[0] == path
     assert [word for word in ("score@train", "train  ", "corpus  ", "source source.txt") if word not in text] == []
@@ -24,14 +25,14 @@ def test_show_reaches_the_first_inputs(repository: Path, capsys: pytest.CaptureF
 
 
 def test_show_of_a_file_in_an_output_folder(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lineage.main(["show", "data/corpus/b.txt"]) == 0
-    text = capsys.readouterr().out
+    code, text, _ = edgepress(capsys, "lineage", "show", "data/corpus/b.txt")
+    assert code == 0
     assert "corpus" in text and "train" not in text
 
 
 def test_verify_ok(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lineage.main(["verify", "data/score/train.txt"]) == 0
-    out = capsys.readouterr().out
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/score/train.txt")
+    assert code == 0
     assert out.endswith("hashed, ok\n") and len(out.splitlines()) == 1
 
 
@@ -70,8 +71,8 @@ ALTERATIONS = {
 def test_verify_names_what_was_altered(repository: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     alter, sentence = ALTERATIONS[kind]
     alter()
-    assert lineage.main(["verify", "data/score/train.txt"]) == 1
-    out = capsys.readouterr().out
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/score/train.txt")
+    assert code == 1
     assert sentence in out
     assert "ok" not in out.splitlines()[-1].split()
 
@@ -81,20 +82,20 @@ def test_verify_finds_a_lock_that_no_stage_made(repository: Path, capsys: pytest
     path.chmod(0o644)
     path.write_text("other weights")
     call(sys.executable, "-m", "dvc", "commit", "-f", "-q", "train", cwd=repository)
-    assert lineage.main(["verify", "data/train/model.txt"]) == 1
-    assert "train: output data/train/model.txt is" in capsys.readouterr().out
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/train/model.txt")
+    assert code == 1 and "train: output data/train/model.txt is" in out
 
 
 def test_verify_before_the_first_run(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lineage.main(["verify", "data/unused.txt"]) == 1
-    assert "unused: never run here" in capsys.readouterr().out
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/unused.txt")
+    assert code == 1 and "unused: never run here" in out
 
 
 def test_a_frozen_stage_may_lag_behind_its_inputs(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("dvc.yaml").write_text(DAG.format(python=sys.executable, frozen="true"))
     Path("params.yaml").write_text("corpus: {seed: 1, words: [a, b]}\ntrain: {steps: 4}\n")
-    assert lineage.main(["verify", "data/train/model.txt"]) == 0
-    assert "train: note: parameter train.steps" in capsys.readouterr().out
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/train/model.txt")
+    assert code == 0 and "train: note: parameter train.steps" in out
 
 
 @pytest.mark.parametrize("command", ["show", "verify"])
@@ -102,20 +103,17 @@ def test_a_frozen_stage_may_lag_behind_its_inputs(repository: Path, capsys: pyte
 def test_a_path_that_no_stage_makes(
     repository: Path, capsys: pytest.CaptureFixture[str], command: str, path: str
 ) -> None:
-    assert lineage.main([command, path]) == 2
-    said = capsys.readouterr()
-    assert (
-        said.out == ""
-        and said.err == f"no stage of dvc.yaml makes {path}; name a file or folder of data/ that one does\n"
-    )
+    code, out, errors = edgepress(capsys, "lineage", command, path)
+    assert (code, out) == (2, "")
+    assert errors == f"error: no stage of dvc.yaml makes {path}; name a file or folder of data/ that one does\n"
 
 
 def test_outside_a_repository_and_broken_dag(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("dvc.yaml").write_text("stages: [")
-    assert lineage.main(["show", "data/corpus"]) == 2
+    told = [edgepress(capsys, "lineage", "show", "data/corpus")]
     monkeypatch.chdir(tmp_path)
-    assert lineage.main(["show", "data/corpus"]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and all(line.startswith("cannot read the lineage: ") for line in said)
+    told.append(edgepress(capsys, "lineage", "show", "data/corpus"))
+    for code, _, errors in told:
+        assert code == 2 and errors.startswith("error: cannot read the lineage: ") and len(errors.splitlines()) == 1

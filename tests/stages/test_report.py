@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from tasks import report
+from tasks.cli import console
 from tasks.cli import report as summary
 from tasks.evaluation import comparison
 from tasks.reporting import model_rows
@@ -222,15 +223,15 @@ def test_summary_joins_seconds_from_the_records(make, tmp_path, monkeypatch):
     assert list(rows) == list(MODELS)
     assert rows["wanda"]["seconds"] == 12.345 and rows["lora"]["seconds"] is None and rows["gptq"]["seconds"] is None
     assert rows["package"]["perplexity_test"] == 3.81
-    lines = summary.table().splitlines()
+    lines = "\n".join(map(console.text, summary.shown())).splitlines()
     assert lines[0].split() == [
         *("stage", "parameters", "zeros", "bytes", "ppl", "test", "ppl", "ood", "bpb", "test", "bpb", "ood", "seconds")
     ]
     figures = ["1,985,664", "50.0%", "4,770,688", "9.750", "640.125", "0.7800", "2.2800", "12.3"]
-    assert lines[4].split() == ["wanda", *figures]
-    assert [line.split("  ")[0].strip() for line in lines[8:12]] == [
+    assert lines[5].split() == ["wanda", *figures]
+    assert [line.split("  ")[0].strip() for line in lines[9:13]] == [
         "package",
-        "-" * len(lines[0]),
+        "-" * max(map(len, lines[:-2])),
         "plain: baseline_lora",
         "plain: baseline",
     ]
@@ -241,7 +242,7 @@ def test_summary_joins_seconds_from_the_records(make, tmp_path, monkeypatch):
 def test_summary_without_a_report_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "Repo", repo_with({"report": [tmp_path / "stages.csv"]}, tmp_path))
     assert summary.rows() == []
-    assert summary.table() == summary.NOTHING
+    assert summary.shown() == [summary.NOTHING]
     assert summary.verdict() == ""
 
 

@@ -85,7 +85,7 @@ class Project:
 
     def flow(self, check: bool = True) -> subprocess.CompletedProcess:
         """The same as a Prefect flow."""
-        return self(sys.executable, "-m", "flows.compress", "report", check=check)
+        return self(sys.executable, "-m", "tasks", "run", "report", check=check)
 
     def change(self, values: dict[str, Any]) -> None:
         """Set parameters: {"wanda.keep": 1}."""

@@ -39,7 +39,8 @@ def _import_library() -> ModuleType:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     before = dict(os.environ)  # the import sets HF_HOME, CUDA_DEVICE_ORDER and others: child processes would have them
     level = logging.getLogger().level  # the import sets it for the whole process
-    importlib.import_module("logbar").LogBar.shared().setLevel(logging.ERROR)  # gptqmodel's own logger: the banner
+    with contextlib.redirect_stdout(io.StringIO()):  # its logger begins with an empty line, on stdout
+        importlib.import_module("logbar").LogBar.shared().setLevel(logging.ERROR)  # gptqmodel's own logger: the banner
     library = importlib.import_module("gptqmodel")
     logging.getLogger().setLevel(level)
     for key in set(os.environ) - set(before):

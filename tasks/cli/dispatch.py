@@ -1,0 +1,122 @@
+"""`edgepress COMMAND …`: find the command, read its arguments, run it, and end with the code of the table.
+
+This is the one place that prints an error and the one that knows how a command ends. Commands raise `InputError` for
+what a user can mend; what DVC and the operating system refuse becomes a sentence, too. Anything else is a mistake of
+this project and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from tasks.algorithms.errors import InputError
+from tasks.cli import exit_codes, quiet
+from tasks.cli.commands import COMMANDS, GROUPS, Command
+
+ERROR = "error: "
+"""Begins each line of an error; the flow finds a stage's own sentence by it."""
+
+
+class WrongCall(Exception):
+    """A command was called wrongly; has its usage, and a sentence."""
+
+    def __init__(self, usage: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.usage = usage
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser, and the class of its subcommands' parsers, that leaves printing and exit codes to `main`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `WrongCall`."""
+        raise WrongCall(self.format_usage(), message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script; returns the exit code.
+
+    Args:
+        arguments: of the command line, without the program's name; None: this process's.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    command = COMMANDS.get(words[0]) if words else None
+    try:
+        code = _run(command, words[1:]) if command else _without_command(words)
+        sys.stdout.flush()
+        return code
+    except WrongCall as error:
+        print(error.usage, end="", file=sys.stderr)
+        print_error(error)
+        return command.wrong_call if command else exit_codes.WRONG_CALL
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush complains
+        return exit_codes.READER_GONE
+    except KeyboardInterrupt as error:
+        if str(error):
+            print_error(error)
+        return exit_codes.INTERRUPTED
+    except InputError as error:
+        print_error(error)
+    except Exception as error:
+        if command is None or command.told or not _is_refusal(error):
+            raise
+        print_error(" ".join(str(error).split()))
+    return command.refused if command else exit_codes.REFUSED
+
+
+def print_error(error: object) -> None:
+    """Print a sentence, or one a line, on stderr."""
+    print("\n".join(f"{ERROR}{line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+
+
+def _run(command: Command, words: list[str]) -> int:
+    quiet.apply(bars=command.module.startswith("flows."))
+    module = importlib.import_module(command.module)
+    first, _, rest = (module.__doc__ or "").partition("\n")
+    parser = Parser(
+        prog=f"edgepress {command.name}",
+        description=f"{first.partition(': ')[2] or first}\n{rest}".rstrip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.arguments(parser)
+    try:
+        given = parser.parse_args(words)
+    except SystemExit as end:  # of --help
+        return int(end.code or 0)
+    return module.main(given) or exit_codes.DONE
+
+
+def _without_command(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        print(overview())
+        return exit_codes.DONE
+    near = difflib.get_close_matches(words[0], COMMANDS, n=1) if words else []
+    hint = f"did you mean {near[0]}?" if near else "`edgepress --help` lists all"
+    said = f"there is no command {words[0]}" if words else "a command is missing"
+    raise WrongCall("usage: edgepress COMMAND …\n", f"{said}; {hint}")
+
+
+def overview() -> str:
+    """What `edgepress --help` prints."""
+    lines = [
+        "usage: edgepress COMMAND …, `edgepress COMMAND --help` for one of them",
+        "",
+        "Compress a causal language model until it fits a small device, and prove every byte of the result.",
+    ]
+    for group in GROUPS:
+        shown = [f"  {one.name:<13}{one.help}" for one in COMMANDS.values() if one.group == group]
+        lines += ["", f"{group}:", *shown]
+    return "\n".join([*lines, "", "exit codes:", *(exit_codes.__doc__ or "").splitlines()[2:]])
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the operating system or DVC refused; asked without importing DVC."""
+    known = sys.modules.get("dvc.exceptions")
+    return isinstance(error, OSError) or (known is not None and isinstance(error, known.DvcException))
