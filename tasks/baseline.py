@@ -122,12 +122,12 @@ def _round(
     stage: Stage, number: int, widths: Mapping[str, int], coded: Mapping[str, rounding.Coded]
 ) -> tuple[int, bool]:
     """Bytes of the model with these widths, and whether it is in baseline/model: False where the journal had them."""
-    memory = stage.journal.part(f"round{number}")
-    if before := memory.load("bytes"):
+    saved = stage.journal.part(f"round{number}")
+    if before := saved.load("bytes"):
         return before.values, False
-    linears = memory.part("linears")
+    linears = saved.part("linears")
     size = quantise(stage, widths, coded, linears)
-    memory.save("bytes", {}, size)
+    saved.save("bytes", {}, size)
     linears.forget()
     return size, True
 
@@ -151,7 +151,7 @@ def quantise(
     stage: Stage,
     widths: Mapping[str, int],
     coded: Mapping[str, rounding.Coded],
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> int:
     """Quantise the dense model with these widths and pack it into baseline/model; bytes of what holds the model."""
     dense, target = stage.model_in, stage.output("model")
@@ -160,7 +160,7 @@ def quantise(
         settings = block_quantisation.settings(stage.params.gptq, widths, stage.params.device)
         model = gptq_folder.load_for_quantisation(dense, settings)
         block_quantisation.place(model.model, coded)
-        block_quantisation.quantise_linears(stage, model, windows, {}, memory)
+        block_quantisation.quantise_linears(stage, model, windows, {}, saved)
         folder, codes = Path(scratch) / "model", Path(scratch) / "embedding.safetensors"
         gptq_folder.save_quantised(model, dense, folder)
         block_quantisation.save_embedding(codes, coded, stage.params.gptq)

@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tasks.device_profiles.contents import config_of
-from tasks.packed.layout import COMPONENTS
-from tasks.packed.packed_folder import is_packed
-from tasks.packed.plan import MATRIX_BITS, Plan, planned
-from tasks.packed.sizes import bound, component_bytes
+from tasks.cli import console
 
+if TYPE_CHECKING:
+    from tasks.packed.plan import Plan
+
+MATRIX_BITS = (4, 8, 16)
+"""As `tasks.packed.plan` has them, whose import takes seconds, which --help needn't; a test compares them."""
 _OCTAVES = 8
 """Over which a model's scales spread, about: for plans of scales on a grid."""
 
@@ -37,6 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scale-steps", type=int, help=f"scales are powers of 2 ** (1 / steps); assumes {_OCTAVES} octaves of them"
     )
+    parser.add_argument("--json", action="store_true", help="component -> bytes and their bound, as JSON")
 
 
 def main(given: argparse.Namespace) -> None:
@@ -45,15 +48,23 @@ def main(given: argparse.Namespace) -> None:
     Raises:
         InputError: the path holds neither, a file is damaged, or the plan doesn't fit the config.
     """
+    from tasks.device_profiles.contents import config_of
+    from tasks.packed.packed_folder import is_packed
+    from tasks.packed.plan import planned
+    from tasks.packed.sizes import bound, component_bytes
+
     if given.path.is_dir() and is_packed(given.path):
         sizes, bits = component_bytes(given.path), bound(given.path)
     else:
         config = config_of(given.path, "name a packed folder or a config.json")
         _, sizes, bits = planned(config, _plan(given))
-    print("\n".join(_table(sizes, bits)))
+    content = {name: {"bytes": sizes[name], "bound": bits[name] / 8 if bits[name] else None} for name in sizes}
+    console.answer(given, content, "\n".join(_table(sizes, bits)))
 
 
 def _plan(given: argparse.Namespace) -> Plan:
+    from tasks.packed.plan import Plan
+
     return Plan(
         bits=given.bits,
         pattern=given.pattern,
@@ -71,9 +82,9 @@ def _plan(given: argparse.Namespace) -> Plan:
 def _table(sizes: Mapping[str, int], bits: Mapping[str, float]) -> list[str]:
     """A line per component: bytes, the bytes that it must have at least, and their ratio."""
     lines = [f"{'component':<11}{'bytes':>14}{'bound':>17}{'ratio':>9}"]
-    for name in COMPONENTS:
+    for name in sizes:
         ratio = f"{8 * sizes[name] / bits[name]:>9.4f}" if bits[name] else ""
         lines.append(f"{name:<11}{sizes[name]:>14}{bits[name] / 8:>17.1f}{ratio}")
-    content, least = sum(sizes[name] for name in COMPONENTS if bits[name]), sum(bits.values()) / 8
+    content, least = sum(sizes[name] for name in sizes if bits[name]), sum(bits.values()) / 8
     lines.append(f"{'content':<11}{content:>14}{least:>17.1f}{content / least:>9.4f}")
     return [*lines, f"{'total':<11}{sum(sizes.values()):>14}"]

@@ -69,7 +69,7 @@ def compress_embedding(
     dense: Path,
     windows: Tensor,
     chosen: Gptq,
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
     device: str = "cpu",
 ) -> tuple[dict[str, rounding.Coded], nn.Module | None]:
     """Quantise the embedding, and the head where it is a matrix of its own.
@@ -77,7 +77,7 @@ def compress_embedding(
     Args:
         dense: folder of the model.
         windows: calibration windows [windows, length].
-        memory: what it holds isn't computed again.
+        saved: what it holds isn't computed again.
 
     Returns:
         "embedding" (and "head") -> coded [vocabulary, hidden], nothing at 16 bits; and the dense model with these
@@ -90,7 +90,7 @@ def compress_embedding(
     if wanted.bits == 16:
         return {}, model
     tables = _tables(model)  # [vocabulary, hidden] each
-    if before := memory.load("embedding"):
+    if before := saved.load("embedding"):
         coded = {name: rounding.Coded(*_sides(before.tensors, name), *before.values[name]) for name in tables}
         place(model, coded)
         return coded, model
@@ -108,7 +108,7 @@ def compress_embedding(
             chosen.scale_steps,
         )
     tensors = {f"{name}.{side}": getattr(each, side) for name, each in coded.items() for side in SIDES}
-    memory.save("embedding", tensors, {name: [each.bits, each.group_size] for name, each in coded.items()})
+    saved.save("embedding", tensors, {name: [each.bits, each.group_size] for name, each in coded.items()})
     place(model, coded)
     return coded, model
 
@@ -188,8 +188,8 @@ def choices(stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, 
         return masked_grid.nearest(weight, keep.get(name), config, bits, chosen.scale_steps)
 
     with stage.progress("sensitivity", len(weights)) as progress:
-        memory = stage.journal.part("sensitivity")
-        harm = sensitivity.measure(model, windows[:MEASURED], quantise, packable.WIDTHS, progress.update, BATCH, memory)
+        saved = stage.journal.part("sensitivity")
+        harm = sensitivity.measure(model, windows[:MEASURED], quantise, packable.WIDTHS, progress.update, BATCH, saved)
     sizes = {
         name: {bits: linear_bytes(weight, keep.get(name), pattern, bits, chosen) for bits in packable.WIDTHS}
         for name, weight in weights.items()
@@ -228,7 +228,7 @@ def quantise_linears(
     model: Any,
     windows: Tensor,
     keep: Mapping[str, Tensor],
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> dict[str, masked_gptq.LayerResult]:
     """Quantise all linears of the blocks by GPTQ, with the stage's progress; say where more damping was needed.
 
@@ -236,7 +236,7 @@ def quantise_linears(
         model: gptqmodel's wrapper of the dense model (`gptq_folder.load_for_quantisation`); it is changed.
         windows: [windows, length].
         keep: full module name -> bool [out_features, in_features]; unused where `gptq.masked` is false.
-        memory: linears that it holds aren't quantised again.
+        saved: linears that it holds aren't quantised again.
     """
     chosen = stage.params.gptq
     finished: list[str] = []
@@ -248,7 +248,7 @@ def quantise_linears(
 
         joint = (chosen.joint.keep, chosen.joint.of) if chosen.joint else None
         led = masked_gptq.Settings(chosen.scale_steps, joint, chosen.descent_cycles)
-        results = masked_gptq.quantise(model, windows, keep if chosen.masked else {}, led, done, memory)
+        results = masked_gptq.quantise(model, windows, keep if chosen.masked else {}, led, done, saved)
     for name, result in results.items():
         if result.damp > chosen.damp:
             print(f"{name}: the Hessian needed damping {result.damp:.3g} instead of gptq.damp = {chosen.damp:.3g}")

@@ -96,7 +96,7 @@ def _adapt(
     keep: Mapping[str, Tensor],
     kept: Sequence[int],
     report: reconstruction.Report,
-    memory: checkpoints.Memory,
+    saved: checkpoints.Saved,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Methods masked and remasked: train adapters, merge."""
     _check_zeros(model, keep)
@@ -109,7 +109,7 @@ def _adapt(
         dropout=params.dropout,
         seed=params.seed,
     )
-    if params.start == "eora" and memory.load(masked_lora.STATE) is None:
+    if params.start == "eora" and saved.load(masked_lora.STATE) is None:
         _start(params, adapted, teacher, tokens, kept)
     distils = params.distillation.weight > 0 or params.distillation.hidden > 0
     history = masked_lora.train(
@@ -119,7 +119,7 @@ def _adapt(
         teacher=teacher if distils else None,
         kept=kept,
         report=report,
-        memory=memory,
+        saved=saved,
     )
     if params.method == "masked":
         return masked_lora.merge(adapted, keep), history
@@ -148,13 +148,13 @@ def _reconstruct(
     keep: Mapping[str, Tensor],
     kept: Sequence[int],
     report: reconstruction.Report,
-    memory: checkpoints.Memory,
+    saved: checkpoints.Saved,
 ) -> list[dict[str, float]]:
     _check_zeros(model, keep)
     targets = masked_lora.select(model, params.targets)
     recipe = _recipe(params)
     return reconstruction.reconstruct(
-        model, teacher, tokens, recipe, targets=targets, keep=keep, kept=kept, report=report, memory=memory
+        model, teacher, tokens, recipe, targets=targets, keep=keep, kept=kept, report=report, saved=saved
     )
 
 

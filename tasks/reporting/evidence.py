@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from tasks.evaluation import results
-from tasks.evaluation.comparison import PLAIN, RECOVERED
+from tasks.evaluation.comparison import PLAINLY_QUANTISED, RECOVERED_DENSE
 
 if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
@@ -107,7 +107,7 @@ def read(stage: Stage) -> Evidence:
     plain = stage.has_input("baseline/bits.csv")
     bits = _table(stage.input("baseline/bits.csv")) if plain else pd.DataFrame()
     plain_history = _table(stage.input("baseline_lora/history.csv"))
-    for name, table in ((PLAIN, bits), (RECOVERED, plain_history)):
+    for name, table in ((PLAINLY_QUANTISED, bits), (RECOVERED_DENSE, plain_history)):
         if table.empty and name in metrics:
             metrics[name], completions[name] = {"model": name, "evaluated": False}, []
     graph = stage.dvc.repo.index.graph  # an edge leads from a stage to one it depends on

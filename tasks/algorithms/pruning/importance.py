@@ -25,12 +25,12 @@ from tasks.algorithms.model.device import beside
 from tasks.algorithms.pruning import depth_prune
 from tasks.algorithms.scoring.perplexity import perplexity as perplexity_of
 
-Score = Callable[[nn.Module, Tensor, int, checkpoints.Memory], Tensor]
+Score = Callable[[nn.Module, Tensor, int, checkpoints.Saved], Tensor]
 """(model, input_ids [windows, length], windows per pass, what an interrupted run had computed) -> float64 [blocks]."""
 
 
 def magnitude(
-    model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+    model: nn.Module, input_ids: Tensor, batch: int = 1, saved: checkpoints.Saved = checkpoints.NOTHING
 ) -> Tensor:
     """Sum |W| over each block's linears, float64 [blocks]; the windows play no part."""
     return torch.tensor(
@@ -43,7 +43,7 @@ def magnitude(
 
 
 def taylor(
-    model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+    model: nn.Module, input_ids: Tensor, batch: int = 1, saved: checkpoints.Saved = checkpoints.NOTHING
 ) -> Tensor:
     """Sum |gradient * weight| over each block's linears, float64 [blocks].
 
@@ -58,14 +58,14 @@ def taylor(
             parameter.requires_grad_(id(parameter) in wanted)
             parameter.grad = None
         # `backward` adds to .grad: dL/dW of the loss over all windows is done after the last batch.
-        begun = memory.load("gradients")
+        begun = saved.load("gradients")
         for place, weight in enumerate(weights if begun else ()):
             weight.grad = begun.tensors[str(place)].to(weight.device)
         first = begun.values if begun else 0
         for done, ids in enumerate(input_ids.split(batch)[first:], start=first + 1):
             _loss(model, beside(model, ids), predictions=input_ids[:, 1:].numel()).backward()
-            if memory.due():
-                memory.save("gradients", {str(place): weight.grad for place, weight in enumerate(weights)}, done)
+            if saved.due():
+                saved.save("gradients", {str(place): weight.grad for place, weight in enumerate(weights)}, done)
         # |L(W = 0) - L(W)| to first order, weight by weight: |dL/dW * W|.
         return torch.tensor(
             [
@@ -81,23 +81,23 @@ def taylor(
 
 
 def perplexity(
-    model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+    model: nn.Module, input_ids: Tensor, batch: int = 1, saved: checkpoints.Saved = checkpoints.NOTHING
 ) -> Tensor:
     """Measure how much perplexity rises without each block, float64 [blocks]; negative where the model gets better."""
-    begun = memory.load("perplexities")
+    begun = saved.load("perplexities")
     found = begun.values if begun else [perplexity_of(model, input_ids, batch)]  # the whole model's, then without each
     for index in range(len(found) - 1, len(families.blocks(model))):
         found.append(perplexity_of(depth_prune.without(model, [index]), input_ids, batch))
-        if memory.due():
-            memory.save("perplexities", {}, found)
+        if saved.due():
+            saved.save("perplexities", {}, found)
     return torch.tensor([without - found[0] for without in found[1:]], dtype=torch.float64)
 
 
 def block_influence(
-    model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+    model: nn.Module, input_ids: Tensor, batch: int = 1, saved: checkpoints.Saved = checkpoints.NOTHING
 ) -> Tensor:
     """Compute 1 - the mean cosine of a token's input and output, float64 [blocks], from 0 to 2: ShortGPT's BI."""
-    begun = memory.load("scores")
+    begun = saved.load("scores")
     scores: list[float] = begun.values if begun else []
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
@@ -109,8 +109,8 @@ def block_influence(
             similarity = torch.cosine_similarity(inputs.hidden[where].double(), output.double(), dim=-1)
             total += float(similarity.sum())
         scores.append(1 - total / inputs.hidden[..., 0].numel())
-        if memory.due():
-            memory.save("scores", {}, scores)
+        if saved.due():
+            saved.save("scores", {}, scores)
 
     layers.walk(model, input_ids, visit, batch)
     return torch.tensor(scores, dtype=torch.float64)
@@ -139,28 +139,28 @@ COMPOUND = "compound"
 
 
 def score(
-    model: nn.Module, input_ids: Tensor, method: str, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+    model: nn.Module, input_ids: Tensor, method: str, batch: int = 1, saved: checkpoints.Saved = checkpoints.NOTHING
 ) -> Tensor:
     """Score the blocks by one of the methods, float64 [blocks].
 
     Args:
         input_ids: [windows, length].
         method: a key of `SCORES`, or `compound`.
-        memory: what it holds of an interrupted run isn't computed again.
+        saved: what it holds of an interrupted run isn't computed again.
 
     Raises:
         InputError: a score isn't finite.
     """
     if method == COMPOUND:
-        return combine({name: score(model, input_ids, name, batch, memory) for name in SCORES})
-    memory = memory.part(method)
-    if before := memory.load("score"):
+        return combine({name: score(model, input_ids, name, batch, saved) for name in SCORES})
+    saved = saved.part(method)
+    if before := saved.load("score"):
         return before.tensors["score"]
-    values = SCORES[method](model, input_ids, batch, memory)
+    values = SCORES[method](model, input_ids, batch, saved)
     if not values.isfinite().all():
         broken = (~values.isfinite()).nonzero().flatten().tolist()
         raise InputError(f"the {method} score of layers {broken} is not finite: mend the model or take another method")
-    memory.save("score", {"score": values})
+    saved.save("score", {"score": values})
     return values
 
 

@@ -62,7 +62,7 @@ def compensate(
     teacher: Mapping[str, Tensor],
     size: Size,
     done: Done | None = None,
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> dict[str, Branch]:
     """Compute a branch for every linear of the blocks, on the inputs that it gets when all before it are compensated.
 
@@ -70,7 +70,7 @@ def compensate(
         model: the compressed model with ordinary float32 linears. Changed: the branches are added to its weights.
         input_ids: [windows, length]; every token counts.
         teacher: full module name (of `model`) -> weight [out_features, in_features] to come close to.
-        memory: what it holds of an interrupted run isn't computed again.
+        saved: what it holds of an interrupted run isn't computed again.
 
     Raises:
         InputError: rank above the smaller side of a linear, or a teacher's weight of another shape.
@@ -80,13 +80,13 @@ def compensate(
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
         # Linear by linear, each on inputs that the compensated ones before it in the block produced.
         for name, matrix in matrices.by_block(model)[index].items():
-            if before := memory.load(name):
+            if before := saved.load(name):
                 branches[name] = _recalled(before)
             else:
                 moments = output_error.second_moments({name: matrix}, block, inputs)[name]
                 rank = size.rank if isinstance(size.rank, int) else size.rank[name]
                 branches[name] = _branch(name, matrix.weight, teacher[name], moments, rank, size.bits)
-                memory.save(name, *_noted(branches[name]))
+                saved.save(name, *_noted(branches[name]))
             # Later linears get the inputs of the compensated model; the caller stores the branch, not this sum.
             matrix.weight.add_(branches[name].b.float() @ branches[name].a.float())
             if done:
@@ -132,7 +132,7 @@ def _branch(name: str, weight: Tensor, wanted: Tensor, moments: Tensor, rank: in
 
 
 def _noted(branch: Branch) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Make an entry of a memory of a branch: its tensors and its numbers."""
+    """Make an entry to be saved of a branch: its tensors and its numbers."""
     tensors = {"a": branch.a, "b": branch.b}
     for side, coded in zip("ab", branch.coded or (), strict=False):
         tensors |= {f"{side}.codes": coded.codes, f"{side}.scales": coded.scales}

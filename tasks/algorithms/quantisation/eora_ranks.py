@@ -21,9 +21,7 @@ Done = Callable[[str, float], None]
 """Called after each linear with its name and an error: the one left, or the one that there is."""
 
 
-def curvature(
-    model: nn.Module, input_ids: Tensor, memory: checkpoints.Memory = checkpoints.NOTHING
-) -> dict[str, float]:
+def curvature(model: nn.Module, input_ids: Tensor, saved: checkpoints.Saved = checkpoints.NOTHING) -> dict[str, float]:
     """Measure how much a linear's output errors change the prediction: its outputs' Fisher information, per output.
 
     An error e [tokens, out_features] whose directions are random changes the predicted distributions by about
@@ -33,7 +31,7 @@ def curvature(
     Args:
         model: with ordinary linears in its blocks, in evaluation mode; left as it was.
         input_ids: [windows, length]; windows run one by one, so that one's activations are held.
-        memory: what it holds of an interrupted run isn't computed again.
+        saved: what it holds of an interrupted run isn't computed again.
 
     Returns:
         Full module name -> squared gradient of the summed loss, averaged over outputs and tokens.
@@ -41,7 +39,7 @@ def curvature(
     squares = dict.fromkeys(matrices.of_model(model), 0.0)
     generator = torch.Generator().manual_seed(0)  # the labels are part of the method: the same in every run
     first = 0
-    if begun := memory.load("curvature"):
+    if begun := saved.load("curvature"):
         first, squares = begun.values
         generator.set_state(begun.tensors["generator"])
     with _watching_gradients(model, squares), torch.enable_grad():
@@ -50,8 +48,8 @@ def curvature(
             # Fisher information is E[g g^T] over labels y ~ p(y | x), g the gradient of -log p(y | x).
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)  # [length]
             nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-            if memory.due():
-                memory.save("curvature", {"generator": generator.get_state()}, [done, squares])
+            if saved.due():
+                saved.save("curvature", {"generator": generator.get_state()}, [done, squares])
     return {name: square / input_ids.numel() for name, square in squares.items()}
 
 
@@ -91,7 +89,7 @@ def gains(
     input_ids: Tensor,
     teacher: Mapping[str, Tensor],
     done: Done | None = None,
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> dict[str, Tensor]:
     """Estimate what each rank of each linear's branch is worth: the KL divergence that it removes, nats per token.
 
@@ -104,7 +102,7 @@ def gains(
 
     Args:
         model: the compressed model with ordinary float32 linears; left as it was.
-        input_ids, teacher, memory: as for `eora_branches.compensate`.
+        input_ids, teacher, saved: as for `eora_branches.compensate`.
 
     Returns:
         Full module name -> float64 [smaller side], falling; ranks that remove nothing are 0.
@@ -112,12 +110,12 @@ def gains(
     Raises:
         InputError: a teacher's weight of another shape.
     """
-    weights = curvature(model, input_ids, memory)
+    weights = curvature(model, input_ids, saved)
     worth: dict[str, Tensor] = {}
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
         block_matrices = matrices.by_block(model)[index]
-        if before := memory.load(f"gains{index}"):
+        if before := saved.load(f"gains{index}"):
             worth.update(before.tensors)
             for name, error in before.values.items() if done else ():
                 done(name, error)
@@ -130,7 +128,7 @@ def gains(
             errors[name] = output_error.relative_error(delta, teacher[name], moments)
             if done:
                 done(name, errors[name])
-        memory.save(f"gains{index}", {name: worth[name] for name in block_matrices}, errors)
+        saved.save(f"gains{index}", {name: worth[name] for name in block_matrices}, errors)
 
     layers.walk(model, input_ids, visit)
     return {name: worth[name] for name in teacher}

@@ -150,14 +150,14 @@ def quantise(
     keep: Mapping[str, Tensor],
     settings: Settings = Settings(),
     done: Done | None = None,
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> dict[str, LayerResult]:
     """Quantise a model that gptqmodel loaded with `config`, in place.
 
     Args:
         model: gptqmodel's wrapper of a dense model.
         input_ids: [windows, length]; every token counts, in this order.
-        keep, settings, done, memory: as for `MaskedGptq`.
+        keep, settings, done, saved: as for `MaskedGptq`.
 
     Returns:
         name -> result, sorted by name.
@@ -176,7 +176,7 @@ def quantise(
         )
     # No token is masked out; the rows stay in this order and by themselves: neither sorted by length nor joined.
     rows = [{"input_ids": ids.tolist(), "attention_mask": [1] * length} for ids in input_ids]
-    led = MaskedGptq(keep, settings, done, memory, families.linears_by_block(model.model))
+    led = MaskedGptq(keep, settings, done, saved, families.linears_by_block(model.model))
     with library.contained(), led.in_place():
         model.quantize(rows, batch_size=1, calibration_sort=None)
     unknown = sorted(set(keep) - set(led.results))
@@ -204,7 +204,7 @@ class MaskedGptq:
         keep: Mapping[str, Tensor],
         settings: Settings = Settings(),
         done: Done | None = None,
-        memory: checkpoints.Memory = checkpoints.NOTHING,
+        saved: checkpoints.Saved = checkpoints.NOTHING,
         blocks: Iterable[Collection[str]] = (),
     ) -> None:
         """Note what leads; nothing is replaced yet, `in_place` does it.
@@ -213,13 +213,13 @@ class MaskedGptq:
             keep: full module name -> bool [out_features, in_features], True where kept. Modules without one are not
                 pruned.
             done: called after each linear.
-            memory: linears that it holds are taken from it, others are saved to it.
-            blocks: full names of each block's linears; of a block that `memory` holds as a whole, no inputs are
+            saved: linears that it holds are taken from it, others are saved to it.
+            blocks: full names of each block's linears; of a block that `saved` holds as a whole, no inputs are
                 measured.
         """
         self.results: dict[str, LayerResult] = {}
-        self._keep, self._settings, self._done, self._memory = keep, settings, done, memory
-        self._finished = _Finished(memory, blocks)
+        self._keep, self._settings, self._done, self._saved = keep, settings, done, saved
+        self._finished = _Finished(saved, blocks)
         upstream = library.gptq.GPTQ
         self._solve, self._add, self._invert = upstream.quantize, upstream.add_batch, upstream.hessian_inverse
 
@@ -267,7 +267,7 @@ class MaskedGptq:
             answer, result = _recalled(entry)
         else:
             answer, result = self._solved(gptq, name, blocksize)
-            self._memory.save(name, *_noted(answer, result))
+            self._saved.save(name, *_noted(answer, result))
         self.results[name] = result
         if self._done:
             self._done(name, result.error)
@@ -307,8 +307,8 @@ def _method(replacement: Callable[..., Any]) -> Callable[..., Any]:
 class _Finished:
     """It holds linears that an interrupted run had quantised, those of one block at a time."""
 
-    def __init__(self, memory: checkpoints.Memory, blocks: Iterable[Collection[str]]) -> None:
-        self.memory, self.lock = memory, threading.Lock()
+    def __init__(self, saved: checkpoints.Saved, blocks: Iterable[Collection[str]]) -> None:
+        self.saved, self.lock = saved, threading.Lock()
         self.block = {name: tuple(block) for block in blocks for name in block}
         self.names: tuple[str, ...] = ()
         self.held: dict[str, checkpoints.Entry] = {}
@@ -318,17 +318,17 @@ class _Finished:
         with self.lock:
             if name not in self.names and name in self.block:
                 self.names = self.block[name]
-                entries = {linear: self.memory.load(linear) for linear in self.names}
+                entries = {linear: self.saved.load(linear) for linear in self.names}
                 self.held = entries if all(entries.values()) else {}
             return bool(self.held)
 
     def take(self, name: str) -> checkpoints.Entry | None:
         """Get the entry of a linear, or None."""
-        return self.held[name] if name in self.held else self.memory.load(name)
+        return self.held[name] if name in self.held else self.saved.load(name)
 
 
 def _noted(answer: Answer, result: LayerResult) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Make an entry of a memory of an answer and its result."""
+    """Make an entry to be saved of an answer and its result."""
     tensors = {name: getattr(answer, name) for name in TENSORS}
     if result.keep is not None:
         tensors["keep"] = result.keep

@@ -38,7 +38,7 @@ def measure(
     widths: Sequence[int],
     done: Done | None = None,
     batch: int = 1,
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> dict[str, dict[int, float]]:
     """Measure KL(original || model with this linear quantised), averaged over all positions, in nats per token.
 
@@ -48,7 +48,7 @@ def measure(
         quantise: must not change the weight it gets.
         widths: the bits to try.
         batch: windows per forward pass; no effect on the result beyond rounding.
-        memory: linears that it holds aren't measured again.
+        saved: linears that it holds aren't measured again.
 
     Returns:
         full module name -> bits -> divergence, in the order in which the linears run.
@@ -60,7 +60,7 @@ def measure(
     calls: list[Mapping[int, layers.Call]] = []
     last = layers.walk(model, input_ids, lambda index, block, inputs: calls.append(inputs.calls), batch)
     blocks, by_block = families.blocks(model), matrices.by_block(model)
-    before = memory.load("measured")
+    before = saved.load("measured")
     known = {name: dict(found) for name, found in before.values} if before else {}
     measured: dict[str, dict[int, float]] = {}
 
@@ -73,8 +73,8 @@ def measure(
                 with _replaced(matrix, quantise(name, original, bits)):
                     changed = _continued(blocks[index:], calls[index:], inputs)
                     measured[name][bits] = _divergence(model, last, changed)
-            if name not in known and memory.due():
-                memory.save("measured", {}, [(each, list(found.items())) for each, found in measured.items()])
+            if name not in known and saved.due():
+                saved.save("measured", {}, [(each, list(found.items())) for each, found in measured.items()])
             if done:
                 done(len(measured))
 

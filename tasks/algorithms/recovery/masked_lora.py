@@ -44,7 +44,7 @@ COLUMNS = ("step", "loss", "causal_lm", "distillation", "hidden", "learning_rate
 """A row of a training's history has these keys."""
 
 STATE = "state"
-"""Under this key a memory holds a training's state after its last step."""
+"""Under this key is saved a training's state after its last step."""
 
 CLIP = 1.0
 """The gradient of all trained weights together is scaled down to this norm where it is larger."""
@@ -285,7 +285,7 @@ def train(
     teacher: nn.Module | None = None,
     kept: Sequence[int] | None = None,
     report: Callable[[int, float], None] = lambda step, loss: None,
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> list[dict[str, float]]:
     """Train the adapters with AdamW (no weight decay) on windows cut from the corpus at seeded random places.
 
@@ -297,7 +297,7 @@ def train(
         kept: for `recipe.hidden`: the teacher's block whose output each of the model's blocks has to reproduce.
             None: the same block, in models of one depth.
         report: called after each step with its number (from 1) and its loss.
-        memory: what it holds of an interrupted training of the same model is taken up: the rest gives the same bytes.
+        saved: what it holds of an interrupted training of the same model is taken up: the rest gives the same bytes.
 
     Returns:
         One row per step with the keys `COLUMNS`, losses in nats before that step's update (`hidden` is relative);
@@ -318,7 +318,7 @@ def train(
     history: list[dict[str, float]] = []
     model.train()
     with _seeded(recipe.seed), repeatable_attention(device):
-        if before := memory.load(STATE):
+        if before := saved.load(STATE):
             checkpoints.restore_training(before.tensors, parameters, optimizer, generators)
             history = before.values
         for step in range(len(history) + 1, recipe.steps + 1):
@@ -328,8 +328,8 @@ def train(
             update(losses[0], optimizer, step, learning_rate)
             figures = [float(value.detach()) for value in losses]
             history.append(dict(zip(COLUMNS, (step, *figures, learning_rate), strict=True)))
-            if memory.due():
-                memory.save(STATE, checkpoints.training_state(parameters, optimizer, generators), history)
+            if saved.due():
+                saved.save(STATE, checkpoints.training_state(parameters, optimizer, generators), history)
             report(step, figures[0])
     model.eval()
     return history
