@@ -30,8 +30,8 @@ from flows.server import dead_runs  # noqa: E402
 from tasks.algorithms.errors import InputError  # noqa: E402
 from tasks.algorithms.statistics.gate import ACCEPT  # noqa: E402
 from tasks.cli import console, gate  # noqa: E402
-from tasks.nightly import judgement, newer_sources, worktree  # noqa: E402
-from tasks.nightly.worktree import FAILED, Night  # noqa: E402
+from tasks.nightly import judgement, newer_sources, records, worktree  # noqa: E402
+from tasks.nightly.records import FAILED, Night  # noqa: E402
 from tasks.parameters import schema  # noqa: E402
 from tasks.registry import versions  # noqa: E402
 
@@ -54,7 +54,7 @@ def _night(top: Path, started: datetime) -> State:
     if changes := worktree.uncommitted(top):
         get_run_logger().warning("uncommitted changes are left out, a night compresses HEAD: %s", changes)
     folder = worktree.prepare(top)
-    name = f"{worktree.PREFIX}{started:%Y%m%d-%H%M%S}"
+    name = f"{records.PREFIX}{started:%Y%m%d-%H%M%S}"
     record = {"started": started.isoformat(timespec="seconds"), "flow_run": str(flow_run.id), "stages": "none ran"}
     try:
         sources = newer_sources.bring(top, folder)
@@ -81,7 +81,7 @@ def _night(top: Path, started: datetime) -> State:
 
 def _failed(folder: Path, name: str, record: dict[str, Any], reason: str) -> State:
     """Record and announce that the night came to no verdict."""
-    _announce(worktree.save(folder, name, None, record | {"verdict": FAILED, "reason": reason}))
+    _announce(records.save(folder, name, None, record | {"verdict": FAILED, "reason": reason}))
     return Failed(message=f"{name}: {reason}")
 
 
@@ -101,7 +101,7 @@ def _judged(top: Path, folder: Path, name: str, record: dict[str, Any]) -> Night
     rows = [{key: "" if value is None else value for key, value in row.items()} for row in record["checks"]]
     create_table_artifact(key="gate", table=rows, description=f"{name}: {verdict.verdict}: {verdict.reason}")
     print(f"\n{name}\n{console.text(gate.table(verdict))}\n{gate.sentence(verdict)}")
-    return worktree.save(folder, name, candidate, record)
+    return records.save(folder, name, candidate, record)
 
 
 def _promoted(top: Path, found: Night) -> str:

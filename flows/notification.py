@@ -22,7 +22,7 @@ import yaml
 from flows.server import settings
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.statistics.gate import VERDICTS
-from tasks.nightly.worktree import FAILED
+from tasks.nightly.records import FAILED
 
 if TYPE_CHECKING:
     from prefect.automations import Automation

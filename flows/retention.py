@@ -21,10 +21,10 @@ from dvc_data.hashfile.gc import gc
 
 from flows.server import settings
 from tasks.algorithms.errors import InputError
-from tasks.nightly import worktree
+from tasks.nightly import records, worktree
 from tasks.parameters import schema
 from tasks.parameters.schema import Params
-from tasks.registry import tags, versions
+from tasks.registry import overview, tags, versions
 from tasks.runtime import git
 
 PAGE = 200
@@ -53,7 +53,7 @@ class Item(NamedTuple):
 def plan(top: Path, own: Params) -> list[Item]:
     """Everything that would go, in the order in which it has to."""
     kept = own.nightly.retention
-    gone = worktree.listing(top)[: -kept.nights]
+    gone = records.listing(top)[: -kept.nights]
     old = datetime.now(UTC) - timedelta(days=kept.days)
     items = [
         Item("night", night.name, 0, lambda ref=night.ref: git.run(top, "update-ref", "-d", ref)) for night in gone
@@ -99,7 +99,7 @@ def main(given: argparse.Namespace) -> None:
 def _named_commits(top: Path, gone: set[str], own: Params) -> list[str]:
     """Commits whose data stays: of every ref but those of nights and versions that go."""
     staying = {version.revision for version in versions.kept(top, own.registry.keep)}
-    registered = {entry["revision"] for entry in versions.versions(top)}
+    registered = {entry["revision"] for entry in overview.versions(top)}
     form = "%(refname) %(if)%(*objectname)%(then)%(*objectname) %(*objecttype)%(else)%(objectname) %(objecttype)%(end)"
     commits = {git.run(top, "rev-parse", "HEAD"), *staying}
     for line in git.run(top, "for-each-ref", f"--format={form}", "refs").splitlines():

@@ -18,9 +18,9 @@ from typing import Any
 from flows.server import settings
 from tasks.algorithms.errors import InputError
 from tasks.cli import console, exit_codes
-from tasks.nightly import worktree
+from tasks.nightly import records, worktree
 from tasks.parameters import schema
-from tasks.registry import versions
+from tasks.registry import overview
 
 DEPLOYMENT = "nightly"
 FIGURES = ("perplexity_test", "perplexity_test_ood", "bytes", "fit")
@@ -45,7 +45,7 @@ def main(given: argparse.Namespace) -> int | None:
     if given.command == "list":
         return _list(given.json)
     if given.command == "apply":
-        night = worktree.apply(worktree.root(), given.name, given.force)
+        night = records.apply(worktree.root(), given.name, given.force)
         print(f"{night.name} ({night.record['verdict']}) is in the workspace; `dvc repro` has nothing to do")
         return None
     own = schema.load(worktree.root() / "params.yaml").nightly
@@ -94,7 +94,7 @@ def _serve(own: schema.Nightly) -> None:
 
 def _list(as_json: bool) -> None:
     top = worktree.root()
-    known = worktree.listing(top)
+    known = records.listing(top)
     if as_json:
         console.show_json([night._asdict() for night in known])
     elif known:
@@ -105,10 +105,10 @@ def _list(as_json: bool) -> None:
         print("There is no night yet: `make nightly` serves the schedule, `edgepress night --once` runs one.")
 
 
-def _rows(known: list[worktree.Night]) -> list[dict[str, Any]]:
+def _rows(known: list[records.Night]) -> list[dict[str, Any]]:
     top = worktree.root()
-    numbered = {entry["revision"]: entry["version"] for entry in versions.versions(top)}
-    parameters = worktree.changed_parameters(top, known)
+    numbered = {entry["revision"]: entry["version"] for entry in overview.versions(top)}
+    parameters = records.changed_parameters(top, known)
     rows = []
     for night in known:
         record, figures = night.record, night.record.get("figures", {})

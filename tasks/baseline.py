@@ -24,7 +24,11 @@ from tasks.algorithms.model import checkpoints
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.compression import block_quantisation
 from tasks.models import dense_folder, gptq_folder
-from tasks.packed import reader
+from tasks.models.tokenizer_files import copy_tokenizer
+from tasks.packed import source_folder, writer
+from tasks.packed.description import DESCRIPTION, FILE
+from tasks.packed.packed_folder import is_packed
+from tasks.packed.plan import Plan, planned
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -54,14 +58,14 @@ def run(stage: Stage) -> None:
     dense, target = stage.model_in, stage.output("model")
     limit = shipped_bytes(stage.input("package/model"))
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
-    block_quantisation.check_shapes(dense_folder.config(dense), None, chosen.group_size)
-    coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.journal)
+    block_quantisation.check_shapes(dense_folder.config(dense), chosen.group_size)
+    coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.journal, stage.params.device)
     if start is None:
-        start = dense_folder.load_dense(dense)
+        start = dense_folder.load_dense(dense).to(stage.params.device)
     choices = block_quantisation.choices(stage, start, windows, {}, "dense")
     del start
     widths = fit(stage, choices, coded, limit)
-    reader.copy_tokenizer(dense, target)
+    copy_tokenizer(dense, target)
     files.write_csv(stage.output("bits.csv"), table(dense_folder.config(dense), choices, widths), "%.9g")
     found = shipped_bytes(target)
     mean = sum(widths.values()) / len(widths)
@@ -80,7 +84,7 @@ def shipped_bytes(folder: Path) -> int:
     Raises:
         InputError: the folder holds neither.
     """
-    names = (reader.FILE, reader.DESCRIPTION) if reader.is_packed(folder) else sorted(folder.rglob("*.safetensors"))
+    names = (FILE, DESCRIPTION) if is_packed(folder) else sorted(folder.rglob("*.safetensors"))
     return sum((folder / name).stat().st_size for name in names)
 
 
@@ -118,12 +122,12 @@ def _round(
     stage: Stage, number: int, widths: Mapping[str, int], coded: Mapping[str, rounding.Coded]
 ) -> tuple[int, bool]:
     """Bytes of the model with these widths, and whether it is in baseline/model: False where the journal had them."""
-    memory = stage.journal.part(f"round{number}")
-    if before := memory.load("bytes"):
+    saved = stage.journal.part(f"round{number}")
+    if before := saved.load("bytes"):
         return before.values, False
-    linears = memory.part("linears")
+    linears = saved.part("linears")
     size = quantise(stage, widths, coded, linears)
-    memory.save("bytes", {}, size)
+    saved.save("bytes", {}, size)
     linears.forget()
     return size, True
 
@@ -131,15 +135,15 @@ def _round(
 def planned_around(stage: Stage, widths: Mapping[str, int]) -> int:
     """Bytes of a packed model with these widths that aren't its linears': embedding, norms, header and description."""
     chosen = stage.params.gptq
-    components, _ = reader.planned(
-        dense_folder.config(stage.model_in),
-        widths,
+    plan = Plan(
+        bits=widths,
         group_size=chosen.group_size,
         embedding_bits=chosen.embedding.bits,
         embedding_group=chosen.embedding.group_size,
         zeros=not chosen.symmetric,
         order=chosen.act_order == "descending",
     )
+    components = planned(dense_folder.config(stage.input("baseline_lora/model")), plan).sizes
     return sum(components[name] for name in ("embedding", "norms", "metadata"))
 
 
@@ -147,19 +151,20 @@ def quantise(
     stage: Stage,
     widths: Mapping[str, int],
     coded: Mapping[str, rounding.Coded],
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> int:
     """Quantise the dense model with these widths and pack it into baseline/model; bytes of what holds the model."""
     dense, target = stage.model_in, stage.output("model")
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        model = gptq_folder.load_for_quantisation(dense, block_quantisation.settings(stage.params.gptq, widths))
+        settings = block_quantisation.settings(stage.params.gptq, widths, stage.params.device)
+        model = gptq_folder.load_for_quantisation(dense, settings)
         block_quantisation.place(model.model, coded)
-        block_quantisation.quantise_linears(stage, model, windows, {}, memory)
+        block_quantisation.quantise_linears(stage, model, windows, {}, saved)
         folder, codes = Path(scratch) / "model", Path(scratch) / "embedding.safetensors"
         gptq_folder.save_quantised(model, dense, folder)
         block_quantisation.save_embedding(codes, coded, stage.params.gptq)
-        reader.save(reader.read(folder, embedding=codes), target)
+        writer.save(source_folder.read(folder, embedding=codes), target)
     return shipped_bytes(target)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families, layers
+from tasks.algorithms.model import families, layers, matrices
 from tasks.algorithms.scoring import perplexity
 from tasks.models import dense_folder, tensor_files
 from tasks.sources import json_lines
@@ -77,7 +77,7 @@ def choose(tokens: Tensor, windows: int, length: int, seed: int) -> Tensor:
 
 
 def _statistics(model: nn.Module, input_ids: Tensor, progress: Progress) -> dict[str, layers.InputStatistics]:
-    by_block = families.linears_by_block(model)
+    by_block = matrices.by_block(model)
     statistics: dict[str, layers.InputStatistics] = {}
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:

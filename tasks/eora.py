@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families
+from tasks.algorithms.model import families, matrices
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import eora_branches, eora_ranks
 from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
@@ -54,7 +54,7 @@ def run(stage: Stage) -> None:
         check_budget(shapes, chosen.budget_bytes, chosen.bits)
     teacher = read_teacher(stage, described)
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
-    model = gptq_folder.load_dequantised(source)
+    model = gptq_folder.load_dequantised(source).to(stage.params.device)
     write_ledger(stage, model)
     with stage.progress("eora", len(teacher) * (1 if chosen.budget_bytes is None else 2)) as progress:
         finished: list[str] = []
@@ -136,14 +136,14 @@ def teacher_weights(folder: Path, kept: list[int] | range) -> dict[str, Tensor]:
         InputError: the model has no such block.
     """
     model = dense_folder.load_dense(folder)
-    blocks = families.linears_by_block(model)
+    blocks = matrices.by_block(model)
     if max(kept) >= len(blocks):
         raise InputError(f"block {max(kept)} is wanted of a teacher with {len(blocks)}: run stage depth_prune again")
     names = [list(block) for block in blocks]
     return {
-        name: linear.weight.detach()
+        name: matrix.weight
         for place, block in enumerate(kept)
-        for name, linear in zip(names[place], blocks[block].values(), strict=True)
+        for name, matrix in zip(names[place], blocks[block].values(), strict=True)
     }
 
 
@@ -154,8 +154,7 @@ def write_ledger(stage: Stage, model: nn.Module) -> None:
         InputError: they break the pattern, and wanda.enforce says that they must not.
     """
     keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
-    weights = {name: linear.weight.detach() for name, linear in families.block_linears(model).items()}
-    found = sparsity_ledger.ledger(weights, keep, pattern)
+    found = sparsity_ledger.ledger(matrices.weights(model), keep, pattern)
     sparsity_ledger.write(found, stage.output("sparsity.csv"))
     sparsity_ledger.check(found, "gptq", stage.params.wanda.enforce)
 

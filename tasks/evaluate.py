@@ -105,10 +105,10 @@ def sparsity(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def completions(
-    model: Any, tokenizer: Any, p: Evaluate, memory: checkpoints.Memory = checkpoints.NOTHING
+    model: Any, tokenizer: Any, p: Evaluate, saved: checkpoints.Saved = checkpoints.NOTHING
 ) -> list[dict[str, Any]]:
     """The greedy continuation of every prompt, at most `new_tokens` tokens, and what goes wrong in it."""
-    begun = memory.load("completions")
+    begun = saved.load("completions")
     rows = begun.values if begun else []
     end = model.generation_config.eos_token_id
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
@@ -126,6 +126,6 @@ def completions(
         text = tokenizer.decode(new, skip_special_tokens=True)
         described = generation_failures.describe(new.tolist(), text, ends)
         rows.append({"prompt": prompt, "completion": text, **described})
-        if memory.due():
-            memory.save("completions", {}, rows)
+        if saved.due():
+            saved.save("completions", {}, rows)
     return rows

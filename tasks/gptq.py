@@ -46,14 +46,14 @@ def run(stage: Stage) -> None:
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
     described = dense_folder.config(dense)
     widths = None if chosen.budget_bytes else chosen.bits
-    block_quantisation.check_shapes(described, widths, chosen.group_size)
-    coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.journal)
+    block_quantisation.check_shapes(described, chosen.group_size)
+    coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.journal, stage.params.device)
     block_quantisation.save_embedding(stage.output("embedding.safetensors"), coded, chosen)
     if widths is None:
         held = (keep, pattern) if chosen.masked else ({}, "dense")
         widths = block_quantisation.choices(stage, start, windows, *held).within(chosen.budget_bytes)
     del start
-    model = gptq_folder.load_for_quantisation(dense, block_quantisation.settings(chosen, widths))
+    model = gptq_folder.load_for_quantisation(dense, block_quantisation.settings(chosen, widths, stage.params.device))
     block_quantisation.place(model.model, coded)
     results = block_quantisation.quantise_linears(stage, model, windows, keep, stage.journal.part("gptq"))
     gptq_folder.save_quantised(model, dense, target)

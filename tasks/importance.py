@@ -25,7 +25,7 @@ def run(stage: Stage) -> None:
     scores = {}
     with stage.progress("importance", len(importance.SCORES)) as progress:
         for done, name in enumerate(importance.SCORES, 1):
-            scores[name] = importance.score(model, input_ids, name, memory=stage.journal)
+            scores[name] = importance.score(model, input_ids, name, saved=stage.journal)
             progress.update(done)
     scores[importance.COMPOUND] = importance.combine(scores)
     table = pd.DataFrame({name: scores[name].numpy() for name in COLUMNS})

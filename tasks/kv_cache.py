@@ -66,7 +66,7 @@ def run(stage: Stage) -> None:
             reference = None
             for width in bits:
                 cached = kv_cache.Cached(model, width, p.group_size, p.residual)
-                score = likelihood.score(cached, prepared, memory=stage.journal.part(f"{context}-{width}"))
+                score = likelihood.score(cached, prepared, saved=stage.journal.part(f"{context}-{width}"))
                 reference = reference or score
                 if not cached.cache.get_seq_length():  # all windows were in the journal
                     cached(prepared.ids[0][None, :context])

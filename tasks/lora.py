@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from tasks.algorithms.model import families
+from tasks.algorithms.model import matrices
 from tasks.compression import recovery_training
 from tasks.models import dense_folder, mask_files, sparsity_ledger
 
@@ -42,7 +42,7 @@ def skip(stage: Stage) -> None:
 
 def _ledger(stage: Stage, model: nn.Module) -> None:
     keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
-    weights = {name: linear.weight.detach() for name, linear in families.block_linears(model).items()}
+    weights = matrices.weights(model)
     table = sparsity_ledger.ledger(weights, keep, pattern)
     sparsity_ledger.check(table, "lora", stage.params.wanda.enforce)
     sparsity_ledger.write(table, stage.output("sparsity.csv"))

@@ -32,7 +32,7 @@ ENGINE = "PyTorch, float32"
 
 
 def run(stage: Stage) -> None:
-    """Write MODEL/host.json for every model."""
+    """Write measure/MODEL/host.json for every model."""
     p = stage.params.measure
     folders = {folder.parent.name: folder for folder in stage.inputs_named("model")}
     of = _originals(folders)
@@ -110,4 +110,6 @@ def _line(name: str, found: dict[str, Any]) -> str:
 
 
 def _write(stage: Stage, name: str, found: dict[str, Any]) -> None:
-    files.write_json(stage.output(f"{name}/host.json"), found)
+    folder = stage.output("measure") / name
+    folder.mkdir(parents=True)
+    files.write_json(folder / "host.json", found)

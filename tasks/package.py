@@ -21,12 +21,14 @@ import torch
 
 from tasks.algorithms.errors import InputError
 from tasks.models import mask_files, sparsity_ledger
-from tasks.packed import reader
+from tasks.models.tokenizer_files import copy_tokenizer
+from tasks.packed import reader, sizes, source_folder, writer
 from tasks.runtime import files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tasks.packed.stored_model import Linear
     from tasks.parameters.schema import Gptq, Wanda
     from tasks.runtime.stage import Stage
 
@@ -44,11 +46,11 @@ def run(stage: Stage) -> None:
     keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
     codes = stage.input("embedding.safetensors"), stage.input("adapter.safetensors")
     holds = sparsity_ledger.check(
-        _ledger(reader.read(source).blocks, keep, pattern), "package", stage.params.wanda.enforce
+        _ledger(source_folder.read(source).blocks, keep, pattern), "package", stage.params.wanda.enforce
     )
-    model = reader.read(source, stage.input("masks.safetensors") if holds else None, *codes)
-    reader.save(model, folder)
-    reader.copy_tokenizer(source, folder)
+    model = source_folder.read(source, stage.input("masks.safetensors") if holds else None, *codes)
+    writer.save(model, folder)
+    copy_tokenizer(source, folder)
     check_lossless(folder, model.blocks)
     shipped = (linears for _, linears in reader.stream(folder))
     table = _ledger(shipped, keep, pattern)
@@ -70,7 +72,7 @@ def skip(stage: Stage) -> None:
     sparsity_ledger.write(pd.DataFrame(columns=sparsity_ledger.COLUMNS), stage.output("sparsity.csv"))
 
 
-def check_lossless(folder: Path, blocks: Iterable[Mapping[str, reader.Linear]]) -> None:
+def check_lossless(folder: Path, blocks: Iterable[Mapping[str, Linear]]) -> None:
     """Compare a packed folder's linears with what was packed, bit by bit, one block in memory.
 
     Raises:
@@ -102,7 +104,7 @@ def asked(wanda: Wanda, gptq: Gptq) -> str:
     return f"{wanda.keep}:{wanda.of}" if wanda.pattern == "n_m" else wanda.pattern
 
 
-def _ledger(blocks: Iterable[Mapping[str, reader.Linear]], keep: Mapping[str, Tensor], pattern: str) -> pd.DataFrame:
+def _ledger(blocks: Iterable[Mapping[str, Linear]], keep: Mapping[str, Tensor], pattern: str) -> pd.DataFrame:
     """`sparsity.ledger` with one block in memory."""
     tables, known = [], set()
     for linears in blocks:
@@ -116,11 +118,11 @@ def _ledger(blocks: Iterable[Mapping[str, reader.Linear]], keep: Mapping[str, Te
 
 
 def _manifest(stage: Stage, folder: Path, pattern: str, pruned: int) -> dict[str, Any]:
-    """bound: bytes that each component must hold, by what is known of its content (`packed.bound`)."""
+    """bound: bytes that each component must hold, by what is known of its content (`packed.sizes.bound`)."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "files": {str(path.relative_to(folder)): describe(path) for path in paths},
-        "bound": {name: bits / 8 for name, bits in reader.bound(folder).items()},
+        "bound": {name: bits / 8 for name, bits in sizes.bound(folder).items()},
         "pattern": pattern,
         "asked": asked(stage.params.wanda, stage.params.gptq),
         "pruned_matrices": pruned,

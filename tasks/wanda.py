@@ -9,7 +9,7 @@ import pandas as pd
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tasks.algorithms.model import families
+from tasks.algorithms.model import families, matrices
 from tasks.algorithms.pruning import wanda
 from tasks.models import dense_folder, mask_files, sparsity_ledger
 from tasks.runtime import files
@@ -32,7 +32,7 @@ def run(stage: Stage) -> None:
         InputError: a linear's inputs aren't divisible by `of`, or a metric isn't finite.
     """
     chosen = stage.params.wanda
-    model = dense_folder.load_dense(stage.model_in)
+    model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
     input_ids = load_file(stage.input("windows.safetensors"))["input_ids"].long()
     select = SELECTS[chosen.method, chosen.pattern](chosen)
     with stage.progress("wanda", len(families.blocks(model))) as progress:
@@ -65,8 +65,7 @@ SELECTS = {
 
 
 def _ledger(stage: Stage, model: nn.Module, keep: dict[str, Tensor], pattern: str) -> None:
-    weights = {name: linear.weight.detach() for name, linear in families.block_linears(model).items()}
-    table = sparsity_ledger.ledger(weights, keep, pattern)
+    table = sparsity_ledger.ledger(matrices.weights(model), keep, pattern)
     sparsity_ledger.check(table, "wanda", enforce=True)
     sparsity_ledger.write(table, stage.output("sparsity.csv"))
 
@@ -76,10 +75,9 @@ def _pattern(chosen: Wanda) -> str:
 
 
 def _table(model: nn.Module, selections: dict[str, wanda.Selection]) -> pd.DataFrame:
-    linears = families.block_linears(model)
+    weights = matrices.weights(model)
     rows = [
-        (name, *linears[name].weight.shape, int(linears[name].weight.eq(0).sum()), each.alpha)
-        for name, each in selections.items()
+        (name, *weights[name].shape, int(weights[name].eq(0).sum()), each.alpha) for name, each in selections.items()
     ]
     return pd.DataFrame(rows, columns=COLUMNS).astype({"alpha": float})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from tasks.runtime.stage import Inputs
 from tests.support import project
 
 torch.set_num_threads(1)
+
+pytest_plugins = ["tests.support.fetch_stage", "tests.support.model_hub"]
 
 
 class _Progress:
@@ -123,3 +126,11 @@ def tiny_llama():
     """tiny_llama(folder) -> the folder, with a random Llama of four layers (hidden 64) and a byte-level tokenizer."""
 
     return project.tiny_llama
+
+
+@pytest.fixture(scope="module")
+def quick_collections():
+    """gptqmodel collects garbage several times per model: without a look at every object of torch, it takes no time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

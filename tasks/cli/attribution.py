@@ -42,8 +42,8 @@ def rows() -> list[dict[str, Any]]:
     """`tasks.evaluation.attribution.rows` and `seconds`, for every stage in the order of dvc.yaml; unknown is None."""
     with Repo() as repo:
         stages = {stage.name.partition("@")[0]: [dep.def_path for dep in stage.deps] for stage in repo.index.stages}
-        metrics = {folder.name: results.read(folder) for folder in _folders(repo, "metrics.json")}
-        hosts = {folder.name: _json(folder / "host.json") for folder in _folders(repo, "host.json")}
+        metrics = {path.parent.name: results.read(path.parent) for path in _written(repo, "evaluate", "metrics.json")}
+        hosts = {path.parent.name: _json(path) for path in _written(repo, "measure", "host.json")}
         order = [name for name in stages if name in metrics]
         metrics = {name: metrics[name] for name in order}
         before = attribution.previous(stages, order)
@@ -77,11 +77,13 @@ def _quality(row: dict[str, Any], split: str) -> str:
     return value if low is None else f"{value} [{low:+.3f}, {high:+.3f}]"
 
 
-def _folders(repo: Repo, name: str) -> list[Path]:
-    """Folders of all stages' outputs of this name that exist and belong to one model, in the order of dvc.yaml."""
-    outs = (Path(out.fs_path) for stage in repo.index.stages for out in stage.outs)
-    wanted = {"metrics.json": "evaluate", "host.json": "measure"}[name]
-    return [path.parent for path in outs if path.name == name and path.parents[1].name == wanted and path.exists()]
+def _written(repo: Repo, name: str, file: str) -> list[Path]:
+    """data/NAME/MODEL/FILE of every model for which the stage wrote it, be the file its output or a folder above it."""
+    outs = [
+        Path(out.fs_path) for stage in repo.index.stages if stage.name.partition("@")[0] == name for out in stage.outs
+    ]
+    below = [path for out in outs for path in ([out] if out.name == file else sorted(out.glob(f"*/{file}")))]
+    return [path for path in below if path.exists()]
 
 
 def _json(path: Path) -> Any:

@@ -9,6 +9,7 @@ import argparse
 from typing import Any
 
 from tasks.cli import console, project
+from tasks.registry import overview
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,10 +21,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> None:
     """Print a table for each kind of difference."""
-    from tasks.registry import versions
 
     project.require()
-    found = versions.diff(project.ROOT, project.revision(given.a), project.revision(given.b))
+    found = overview.diff(project.ROOT, project.revision(given.a), project.revision(given.b))
     if given.json:
         console.show_json(found)
         return

@@ -32,8 +32,8 @@ PROFILES = Path(__file__).resolve().parents[2] / "data" / "devices"
 CONTEXT = 2048
 """Tokens in the KV cache unless said otherwise, where the model has as many positions."""
 PLAN = ("bits", "group_size", "pattern", "embedding_bits", "embedding_group", "dtype")
-"""Options of a model yet to be made, as `tasks.device_profiles.contents.planned` names them."""
-TABLE_BITS, DTYPES = (4, 8, 16), ("F32", "F16", "BF16")
+"""Options of a model yet to be made, as `tasks.packed.plan.Plan` names them."""
+MATRIX_BITS, DTYPES = (4, 8, 16), ("F32", "F16", "BF16")
 """What `contents` knows, written again, as importing it takes seconds, which --help needn't; a test compares them."""
 
 
@@ -51,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--bits", type=int, choices=range(2, 9), help="of the blocks' linears; default: not quantised")
     plan.add_argument("--group-size", type=int, help="inputs that share a scale, -1: the whole row; default 32")
     plan.add_argument("--pattern", help="keep:of, unstructured or dense")
-    plan.add_argument("--embedding-bits", type=int, choices=TABLE_BITS)
+    plan.add_argument("--embedding-bits", type=int, choices=MATRIX_BITS)
     plan.add_argument("--embedding-group", type=int, help="values of a row that share a scale; default 32")
     plan.add_argument("--dtype", choices=DTYPES, help="of what isn't quantised; default BF16")
 
@@ -124,6 +124,8 @@ def _model(given: argparse.Namespace) -> Model:
         InputError: a number that is none; as `contents` says.
     """
     from tasks.device_profiles import contents
+    from tasks.device_profiles.planned_contents import planned
+    from tasks.packed.plan import Plan
 
     for name in ("context", "batch"):
         value = getattr(given, name)
@@ -131,7 +133,7 @@ def _model(given: argparse.Namespace) -> Model:
             raise InputError(f"--{name} {value} is not positive: expected the number of tokens or sequences, from 1 on")
     plan = {name: getattr(given, name) for name in PLAN if getattr(given, name) is not None}
     if plan or given.model.is_file():
-        return contents.planned(contents.config_of(given.model), **({"bits": None, "dtype": "BF16"} | plan))
+        return planned(contents.config_of(given.model), Plan(**({"bits": None, "dtype": "BF16"} | plan)))
     without_weights = given.model.is_dir() and not any(given.model.rglob("*.safetensors"))
     if without_weights and (given.model / contents.CONFIG).exists():
         raise InputError(

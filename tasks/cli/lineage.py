@@ -16,7 +16,7 @@ from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
 from tasks.cli import console, exit_codes, subcommands
-from tasks.runtime import lineage
+from tasks.runtime import provenance
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +40,11 @@ def main(given: argparse.Namespace) -> int:
 
 def _show(repo: Repo, path: str) -> tuple[dict[str, Any], list[str], int]:
     """(what --json prints, the lines of text, the exit code)."""
-    return {"stages": lineage.described(repo, path)}, lineage.show(repo, path), exit_codes.DONE
+    return {"stages": provenance.described(repo, path)}, provenance.show(repo, path), exit_codes.DONE
 
 
 def _verify(repo: Repo, path: str) -> tuple[dict[str, Any], list[str], int]:
-    findings, hashed = lineage.verify(repo, path)
+    findings, hashed = provenance.verify(repo, path)
     faults = sum(finding.fault for finding in findings)
     content = {"hashed": hashed, "ok": not faults, "findings": [finding._asdict() for finding in findings]}
     lines = [f"{finding.stage}: {'' if finding.fault else 'note: '}{finding.sentence}" for finding in findings]

@@ -9,7 +9,7 @@ from tasks.algorithms.errors import InputError
 from tasks.parameters import schema
 
 if TYPE_CHECKING:
-    from tasks.registry.versions import Manifest
+    from tasks.registry.standing import Manifest
 
 ROOT = Path(".")
 

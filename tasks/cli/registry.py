@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 from tasks.cli import console, project, subcommands
-from tasks.registry import versions
+from tasks.registry import overview, versions
 from tasks.registry.versions import Version
 
 SHOWN = (("ppl test", "perplexity_test"), ("ppl ood", "perplexity_test_ood"))
@@ -53,7 +53,7 @@ def promote(rev: str, *, again: bool = False) -> Version:
 
 
 def _list(given: argparse.Namespace) -> None:
-    rows = versions.versions(project.ROOT)
+    rows = overview.versions(project.ROOT)
     if given.json:
         console.show_json(rows)
     elif rows:

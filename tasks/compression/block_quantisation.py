@@ -15,10 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms import packing
-from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import checkpoints, families, layers, masks
+from tasks.algorithms.model import checkpoints, families, layers, masks, matrices
 from tasks.algorithms.model.shape import shape_of_config
-from tasks.algorithms.quantisation import allocation, embedding, masked_gptq, masked_grid, rounding, sensitivity
+from tasks.algorithms.quantisation import (
+    allocation,
+    embedding,
+    masked_gptq,
+    masked_grid,
+    packable,
+    rounding,
+    sensitivity,
+)
 from tasks.models import dense_folder, tensor_files
 
 if TYPE_CHECKING:
@@ -35,42 +42,42 @@ SNAPPED_BITS = 6
 """What a scale of `scale_steps` takes when coded: an estimate, the package's coder sees how they are distributed."""
 
 
-def settings(chosen: Gptq, widths: int | Mapping[str, int]) -> Any:
-    """gptqmodel's configuration.
+def settings(chosen: Gptq, widths: int | Mapping[str, int], device: str = "cpu") -> Any:
+    """Make gptqmodel's configuration.
 
     Args:
         widths: bits of all linears, or full module name -> bits.
     """
-    return masked_gptq.config(widths, chosen.group_size, chosen.symmetric, chosen.damp, chosen.act_order, chosen.mse)
+    return masked_gptq.config(
+        widths, chosen.group_size, chosen.symmetric, chosen.damp, chosen.act_order, chosen.mse, device=device
+    )
 
 
-def check_shapes(described: Mapping[str, Any], bits: int | None, group_size: int) -> None:
+def check_shapes(described: Mapping[str, Any], group_size: int) -> None:
     """Refuse a model whose linears don't pack.
 
     Args:
         described: the model's config.json.
-        bits: of all linears; None if they are yet to be chosen.
 
     Raises:
-        InputError: as `masked_gptq.check_shapes`; or a linear that packs at no width.
+        InputError: as `packable.check`.
     """
-    shapes = shape_of_config(described).linears
-    for name, shape in shapes.items():
-        packable = masked_gptq.packable(shape)
-        if not packable and bits is None:
-            raise InputError(f"{name} is {shape[0]} x {shape[1]}, which packs at none of {masked_gptq.WIDTHS} bits")
-        masked_gptq.check_shapes({name: shape}, bits or packable[-1], group_size)
+    packable.check(shape_of_config(described).linears, group_size)
 
 
 def compress_embedding(
-    dense: Path, windows: Tensor, chosen: Gptq, memory: checkpoints.Memory = checkpoints.NOTHING
+    dense: Path,
+    windows: Tensor,
+    chosen: Gptq,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
+    device: str = "cpu",
 ) -> tuple[dict[str, rounding.Coded], nn.Module | None]:
     """Quantise the embedding, and the head where it is a matrix of its own.
 
     Args:
         dense: folder of the model.
         windows: calibration windows [windows, length].
-        memory: what it holds isn't computed again.
+        saved: what it holds isn't computed again.
 
     Returns:
         "embedding" (and "head") -> coded [vocabulary, hidden], nothing at 16 bits; and the dense model with these
@@ -79,19 +86,19 @@ def compress_embedding(
     wanted = chosen.embedding
     if wanted.bits == 16 and not chosen.budget_bytes:
         return {}, None
-    model = dense_folder.load_dense(dense)
+    model = dense_folder.load_dense(dense).to(device)
     if wanted.bits == 16:
         return {}, model
-    matrices = _tables(model)
-    if before := memory.load("embedding"):
-        coded = {name: rounding.Coded(*_sides(before.tensors, name), *before.values[name]) for name in matrices}
+    tables = _tables(model)  # [vocabulary, hidden] each
+    if before := saved.load("embedding"):
+        coded = {name: rounding.Coded(*_sides(before.tensors, name), *before.values[name]) for name in tables}
         place(model, coded)
         return coded, model
     moments = head_moments(model, windows) if wanted.method == "gptq" else None
     coded = {}
-    for name, matrix in matrices.items():
+    for name, matrix in tables.items():
         # Where there are two, the moments are the head's: nothing multiplies the embedding with an input.
-        compensated = moments is not None and (name == "head" or len(matrices) == 1)
+        compensated = moments is not None and (name == "head" or len(tables) == 1)
         coded[name] = embedding.compress(
             matrix.detach(),
             wanted.bits,
@@ -101,7 +108,7 @@ def compress_embedding(
             chosen.scale_steps,
         )
     tensors = {f"{name}.{side}": getattr(each, side) for name, each in coded.items() for side in SIDES}
-    memory.save("embedding", tensors, {name: [each.bits, each.group_size] for name, each in coded.items()})
+    saved.save("embedding", tensors, {name: [each.bits, each.group_size] for name, each in coded.items()})
     place(model, coded)
     return coded, model
 
@@ -111,22 +118,22 @@ def _sides(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
 
 
 def head_moments(model: nn.Module, windows: Tensor) -> Tensor:
-    """Second moments of the head's inputs (final norm included), float64 [hidden, hidden]: X^T X / tokens."""
+    """Average X^T X over tokens, X the head's inputs (final norm included): float64 [hidden, hidden]."""
     hidden = layers.walk(model, windows, lambda *_: None, BATCH)  # [windows, length, hidden]
     norm = model.get_submodule(families.of_model(model).final_norm)
-    total = torch.zeros(hidden.shape[-1], hidden.shape[-1], dtype=torch.float64)
+    total = torch.zeros(hidden.shape[-1], hidden.shape[-1], dtype=torch.float64, device=hidden.device)
     with torch.no_grad():
         for part in hidden.split(BATCH):
-            x = norm(part).flatten(0, 1).double()
+            x = norm(part).flatten(0, 1).double()  # [tokens, hidden]
             total += x.T @ x
     return total / hidden[..., 0].numel()
 
 
 def place(model: nn.Module, coded: Mapping[str, rounding.Coded]) -> None:
     """Put dequantised values in the place of the embedding's (and head's) weights; tied ones stay tied."""
-    matrices = _tables(model)
+    tables = _tables(model)
     for name, each in coded.items():
-        matrices[name].data.copy_(rounding.values(each))
+        tables[name].data.copy_(rounding.values(each))
 
 
 def save_embedding(path: Path, coded: Mapping[str, rounding.Coded], chosen: Gptq) -> None:
@@ -143,7 +150,7 @@ SIDES = ("codes", "scales")
 
 
 class Choices(NamedTuple):
-    """What each width of each linear costs: full module name -> bits -> cost, of the widths that pack.
+    """It says what each width of each linear costs: full module name -> bits -> cost.
 
     Attributes:
         harm: divergence of the model's predictions, in nats per token, with this linear alone rounded to the nearest.
@@ -155,7 +162,7 @@ class Choices(NamedTuple):
     sizes: dict[str, dict[int, int]]
 
     def within(self, budget: int) -> dict[str, int]:
-        """Bits per linear with the least harm in at most this many bytes.
+        """Choose bits per linear with the least harm in at most this many bytes.
 
         Raises:
             InputError: the smallest widths don't fit.
@@ -175,27 +182,23 @@ def choices(stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, 
     """
     chosen = stage.params.gptq
     config = settings(chosen, chosen.bits)
-    weights = {name: linear.weight for name, linear in families.block_linears(model).items()}
-    packable = {name: masked_gptq.packable(tuple(weight.shape)) for name, weight in weights.items()}
-    widths = sorted({bits for each in packable.values() for bits in each})
+    weights = matrices.weights(model)
 
     def quantise(name: str, weight: Tensor, bits: int) -> Tensor:
         return masked_grid.nearest(weight, keep.get(name), config, bits, chosen.scale_steps)
 
     with stage.progress("sensitivity", len(weights)) as progress:
-        memory = stage.journal.part("sensitivity")
-        harm = sensitivity.measure(model, windows[:MEASURED], quantise, widths, progress.update, BATCH, memory)
-    return Choices(
-        {name: {bits: harm[name][bits] for bits in each} for name, each in packable.items()},
-        {
-            name: {bits: linear_bytes(weights[name], keep.get(name), pattern, bits, chosen) for bits in each}
-            for name, each in packable.items()
-        },
-    )
+        saved = stage.journal.part("sensitivity")
+        harm = sensitivity.measure(model, windows[:MEASURED], quantise, packable.WIDTHS, progress.update, BATCH, saved)
+    sizes = {
+        name: {bits: linear_bytes(weight, keep.get(name), pattern, bits, chosen) for bits in packable.WIDTHS}
+        for name, weight in weights.items()
+    }
+    return Choices(harm, sizes)
 
 
 def linear_bytes(weight: Tensor, keep: Tensor | None, pattern: str, bits: int, chosen: Gptq) -> int:
-    """Bytes that a linear's positions, codes, scales, zero points and order of columns take when packed.
+    """Count the bytes that a linear's positions, codes, scales, zero points and order of columns take when packed.
 
     Unstructured positions count as the information that they hold, scales on a coarse grid as `SNAPPED_BITS`.
 
@@ -204,10 +207,12 @@ def linear_bytes(weight: Tensor, keep: Tensor | None, pattern: str, bits: int, c
         keep: bool of the same shape, or None where nothing is pruned or `joint` will choose.
         pattern: of the masks.
     """
+    # The reader's layout (`tasks.packed`): where the kept weights are, their codes, then what each group needs.
     total, cols = weight.numel(), weight.shape[1]
     groups = cols // (cols if chosen.group_size == -1 else chosen.group_size)  # per row
     shape = masks.parse(pattern)
     if shape:
+        # Each group of `of` weights is one of (of choose keep) cases.
         kept, positions = total // shape[1] * shape[0], packing.positions_bytes(total, *shape)
     else:
         kept = total if keep is None else int(keep.sum())
@@ -223,19 +228,19 @@ def quantise_linears(
     model: Any,
     windows: Tensor,
     keep: Mapping[str, Tensor],
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> dict[str, masked_gptq.LayerResult]:
-    """GPTQ of all linears of the blocks, with the stage's progress; says where more damping was needed.
+    """Quantise all linears of the blocks by GPTQ, with the stage's progress; say where more damping was needed.
 
     Args:
-        model: gptqmodel's wrapper of the dense model (`quantised.load_for_quantisation`); it is changed.
+        model: gptqmodel's wrapper of the dense model (`gptq_folder.load_for_quantisation`); it is changed.
         windows: [windows, length].
         keep: full module name -> bool [out_features, in_features]; unused where `gptq.masked` is false.
-        memory: linears that it holds aren't quantised again.
+        saved: linears that it holds aren't quantised again.
     """
     chosen = stage.params.gptq
     finished: list[str] = []
-    with stage.progress("gptq", len(families.block_linears(model.model))) as progress:
+    with stage.progress("gptq", len(matrices.of_model(model.model))) as progress:
 
         def done(name: str, error: float) -> None:
             finished.append(name)
@@ -243,7 +248,7 @@ def quantise_linears(
 
         joint = (chosen.joint.keep, chosen.joint.of) if chosen.joint else None
         led = masked_gptq.Settings(chosen.scale_steps, joint, chosen.descent_cycles)
-        results = masked_gptq.quantise(model, windows, keep if chosen.masked else {}, led, done, memory)
+        results = masked_gptq.quantise(model, windows, keep if chosen.masked else {}, led, done, saved)
     for name, result in results.items():
         if result.damp > chosen.damp:
             print(f"{name}: the Hessian needed damping {result.damp:.3g} instead of gptq.damp = {chosen.damp:.3g}")
@@ -251,7 +256,7 @@ def quantise_linears(
 
 
 def _tables(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of embedding and, where it is not the same parameter, head: [vocabulary, hidden] each."""
+    """Find the weights of embedding and, where it is not the same parameter, head: [vocabulary, hidden] each."""
     family = families.of_model(model)
     weight, head = (model.get_submodule(name).weight for name in (family.embedding, family.head))
     return {"embedding": weight} if head is weight else {"embedding": weight, "head": head}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families
+from tasks.algorithms.model import families, matrices
 from tasks.algorithms.recovery import masked_lora, reconstruction
 from tasks.algorithms.scoring import perplexity
 from tasks.models import dense_folder
@@ -96,20 +96,20 @@ def _adapt(
     keep: Mapping[str, Tensor],
     kept: Sequence[int],
     report: reconstruction.Report,
-    memory: checkpoints.Memory,
+    saved: checkpoints.Saved,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Methods masked and remasked: train adapters, merge."""
     _check_zeros(model, keep)
     adapted = masked_lora.attach(
         model,
-        masked_lora.select(families.block_linears(model), params.targets),
+        masked_lora.select(model, params.targets),
         keep if params.method == "masked" else {},
         rank=params.rank,
         alpha=params.alpha,
         dropout=params.dropout,
         seed=params.seed,
     )
-    if params.start == "eora" and memory.load(masked_lora.STATE) is None:
+    if params.start == "eora" and saved.load(masked_lora.STATE) is None:
         _start(params, adapted, teacher, tokens, kept)
     distils = params.distillation.weight > 0 or params.distillation.hidden > 0
     history = masked_lora.train(
@@ -119,7 +119,7 @@ def _adapt(
         teacher=teacher if distils else None,
         kept=kept,
         report=report,
-        memory=memory,
+        saved=saved,
     )
     if params.method == "masked":
         return masked_lora.merge(adapted, keep), history
@@ -131,11 +131,11 @@ def _adapt(
 def _start(params: Lora, adapted: nn.Module, teacher: nn.Module, tokens: Tensor, kept: Sequence[int]) -> None:
     generator = torch.Generator().manual_seed(params.seed)
     windows = masked_lora.sample(tokens, EORA_WINDOWS, params.length, generator)
-    by_block = families.linears_by_block(teacher)
+    by_block = matrices.by_block(teacher)
     wanted = {
-        name: linear.weight.detach()
+        name: matrix.weight
         for names, index in zip(by_block, kept, strict=False)
-        for name, linear in zip(names, by_block[index].values(), strict=True)
+        for name, matrix in zip(names, by_block[index].values(), strict=True)
     }
     masked_lora.start_from_eora(adapted, wanted, windows.to(teacher.device), params.batch)
 
@@ -148,13 +148,13 @@ def _reconstruct(
     keep: Mapping[str, Tensor],
     kept: Sequence[int],
     report: reconstruction.Report,
-    memory: checkpoints.Memory,
+    saved: checkpoints.Saved,
 ) -> list[dict[str, float]]:
     _check_zeros(model, keep)
-    targets = masked_lora.select(families.block_linears(model), params.targets)
+    targets = masked_lora.select(model, params.targets)
     recipe = _recipe(params)
     return reconstruction.reconstruct(
-        model, teacher, tokens, recipe, targets=targets, keep=keep, kept=kept, report=report, memory=memory
+        model, teacher, tokens, recipe, targets=targets, keep=keep, kept=kept, report=report, saved=saved
     )
 
 

@@ -1,6 +1,6 @@
 """What a model folder holds, as hardware fit counts it: every matrix with its format, from headers and descriptions.
 
-A folder is packed, quantised by gptqmodel, or dense; a config.json alone is a model that is only planned. No weights
+A folder is packed, quantised by gptqmodel, or dense; a model that is only planned is `planned_contents`'s. No weights
 are read, so of zeros it knows what a packed folder says: in other folders they count as weights. It says nothing of
 devices.
 """
@@ -20,14 +20,15 @@ from tasks.algorithms.model import families, masks
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.models import tensor_headers
 from tasks.models.tensor_headers import Entry
-from tasks.packed import file_format, reader
+from tasks.packed.description import SIZES, read_bytes
+from tasks.packed.layout import Layout, Spec, divisor
+from tasks.packed.packed_folder import PackedFolder, is_packed
+from tasks.packed.sizes import component_bytes
 
 CONFIG = "config.json"
 DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 GPTQ_TENSORS = (".qweight", ".qzeros", ".scales", ".g_idx")
 """Tensors of a GPTQ linear: one matrix together."""
-TABLE_BITS = (4, 8, 16)
-"""Of a planned model's embedding and head; 16 is not quantised."""
 _WORD = 32
 """Bits of an integer into which gptqmodel packs codes."""
 
@@ -38,78 +39,31 @@ def read(folder: Path) -> Model:
     Raises:
         InputError: it has no config.json, no tensor file, a damaged one, or an architecture that isn't described.
     """
-    config = reader.config(folder) if reader.is_packed(folder) else config_of(folder)
-    if reader.is_packed(folder):
-        parts, components = _layout_parts(reader.layout(folder)), reader.component_bytes(folder)
+    if is_packed(folder):
+        layout = PackedFolder(folder).layout
+        config, parts, components = layout.description.config, layout_parts(layout), component_bytes(folder)
     else:
+        config = config_of(folder)
         parts, components = _tensor_parts(folder, config), tensor_headers.component_bytes(folder)
     stored = tensor_headers.stored_bytes(folder)
     weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     return Model(shape_of_config(config), parts, stored - weights, stored, components)
 
 
-def planned(
-    config: Mapping[str, Any],
-    bits: int | None,
-    group_size: int = 32,
-    pattern: str = "dense",
-    embedding_bits: int = 16,
-    embedding_group: int = 32,
-    dtype: str = "F16",
-) -> Model:
-    """A model yet to be made, from a config alone. It has no metadata; `stored` is what its packed file would take.
-
-    Args:
-        config: a config.json.
-        bits: of the blocks' linears, 2 to 8; None is not quantised.
-        group_size, embedding_group: inputs that share a scale; -1 is the whole row.
-        pattern: of the blocks' linears: "keep:of", "unstructured" (half of them zero) or "dense".
-        embedding_bits: of `TABLE_BITS`; of an untied head, too.
-        dtype: of what isn't quantised: F16, BF16 or F32.
-
-    Raises:
-        InputError: the config's architecture isn't supported, or bits, pattern or group don't fit its linears.
-    """
-    if not (bits is None or 2 <= bits <= 8) or embedding_bits not in TABLE_BITS:
-        raise InputError(f"bits = {bits} must be 2 to 8 and the embedding's {embedding_bits} one of 4, 8, 16")
-    shape = shape_of_config(config)
-    row = shape.hidden if embedding_group == -1 else embedding_group
-    if embedding_bits < 16 and (row < 1 or shape.hidden % row):
-        raise InputError(f"embedding_group = {embedding_group} doesn't divide rows of {shape.hidden}")
-    sizes, _ = reader.planned(config, bits, pattern, group_size, embedding_bits, row, dtype=dtype)
-    config = file_format.clean(config)
-    shapes = file_format.shapes_of(json.dumps(config))
-    table = None if embedding_bits == 16 else file_format.Coding(bits=embedding_bits, group_size=row)
-    inputs = max(cols for block in shapes.linears for _, cols in block.values())
-    description = file_format.Description(
-        **file_format.HEAD,
-        config=config,
-        tied=shapes.tied,
-        dtype=dtype,
-        bits=bits,
-        group_size=inputs if group_size == -1 else group_size,
-        pattern=pattern,
-        embedding=table,
-        head=None if shapes.tied else table,
-        sha256={},
-    )
-    parts = _layout_parts(file_format.lay_out(description))
-    return Model(shape, parts, 0, sum(sizes.values()), sizes)
-
-
-def _layout_parts(layout: reader.Layout) -> tuple[Part, ...]:
+def layout_parts(layout: Layout) -> tuple[Part, ...]:
+    """A packed model's matrices, block by block."""
     description = layout.description
     parts = []
     for index, specs in enumerate(layout.specs):
         matrices = [matrix for spec in specs for matrix in _spec_matrices(layout, spec)]
-        biases = sum(spec.rows * file_format.SIZES[layout.dtype(f"{spec.name}.bias")] for spec in specs if spec.bias)
+        biases = sum(spec.rows * SIZES[layout.dtype(f"{spec.name}.bias")] for spec in specs if spec.bias)
         prefix = f".{index}."
         parts.append(Part(f"layers.{index}", tuple(matrices), biases + _rest_bytes(layout, prefix)))
     rows, cols = layout.table_shape
     for name in ("embedding",) if description.tied else ("embedding", "head"):
         coding, looked_up = getattr(description, name), name == "embedding" and not description.tied
         if coding:
-            size = file_format.divisor(cols, coding.group_size)
+            size = divisor(cols, coding.group_size)
             named = _coded(coding.bits, size, cols)
             matrix = Matrix("embedding", rows, cols, named, size, looked_up=looked_up)
         else:
@@ -118,7 +72,7 @@ def _layout_parts(layout: reader.Layout) -> tuple[Part, ...]:
     return (*parts, Part("norms", norms=_rest_bytes(layout, None)))
 
 
-def _spec_matrices(layout: reader.Layout, spec: file_format.Spec) -> Iterable[Matrix]:
+def _spec_matrices(layout: Layout, spec: Spec) -> Iterable[Matrix]:
     """A linear and its adapter's two factors."""
     pattern = masks.parse(spec.pattern)
     named = _coded(spec.bits, spec.group_size, spec.cols) if spec.bits else DTYPES[layout.dtype(f"{spec.name}.weight")]
@@ -138,16 +92,16 @@ def _spec_matrices(layout: reader.Layout, spec: file_format.Spec) -> Iterable[Ma
     codings = layout.description.adapter or (None, None)
     for part, length, coding in zip("ab", (spec.cols, spec.rows), codings, strict=True):
         if coding:
-            size = file_format.divisor(length, coding.group_size)
+            size = divisor(length, coding.group_size)
             yield Matrix("adapter", spec.rank, length, _coded(coding.bits, size, length), size)
         else:
             yield Matrix("adapter", spec.rank, length, DTYPES[layout.dtype(f"{spec.name}.{part}")])
 
 
-def _rest_bytes(layout: reader.Layout, block: str | None) -> int:
+def _rest_bytes(layout: Layout, block: str | None) -> int:
     """Bytes of the norms of a block (".3."), or of those that are in none."""
     blocks = [f".{index}." for index in range(len(layout.specs))]
-    sizes = {name: math.prod(shape) * file_format.SIZES[layout.dtype(name)] for name, shape in layout.rest.items()}
+    sizes = {name: math.prod(shape) * SIZES[layout.dtype(name)] for name, shape in layout.rest.items()}
     if block:
         return sum(size for name, size in sizes.items() if block in name)
     return sum(size for name, size in sizes.items() if not any(one in name for one in blocks))
@@ -223,15 +177,15 @@ def _coded(bits: int, group_size: int, columns: int) -> str:
     return f"int{bits}-{'channel' if group_size == columns else 'group'}"
 
 
-def config_of(path: Path) -> dict[str, Any]:
-    """A config.json, given by itself or by its folder.
+def config_of(path: Path, hint: str = "name a model folder or a config.json") -> dict[str, Any]:
+    """A config.json, given by itself or by its folder; the hint is for what can't be read.
 
     Raises:
         InputError: there is none, or it is no JSON object.
     """
     path = path / CONFIG if path.is_dir() else path
     try:
-        found = json.loads(file_format.read_bytes(path, "name a model folder or a config.json"))
+        found = json.loads(read_bytes(path, hint))
     except ValueError as error:
         raise InputError(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict):

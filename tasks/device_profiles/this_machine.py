@@ -26,6 +26,7 @@ import yaml
 
 from tasks.algorithms.errors import InputError
 from tasks.device_profiles import profiles
+from tasks.parameters import machine
 from tasks.runtime import files
 
 SECONDS = 1.0
@@ -36,7 +37,6 @@ _LEAST, _MOST = 2**28, 2**30
 """Bytes of the array read from memory: eight last-level caches, within these limits."""
 _SIZE = 1024
 """Rows and columns of the matrices multiplied."""
-_CONTROL_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -126,20 +126,15 @@ def cache_bytes() -> int | None:
 
 def memory_bytes() -> tuple[int, int]:
     """(bytes of memory, bytes of it that others use now); the machine's, or the control group's limit if lower."""
-    memory = psutil.virtual_memory()
-    total = memory.total
-    for path in _CONTROL_GROUPS:
-        try:
-            limit = path.read_text(encoding="utf-8").strip()
-        except OSError:
-            continue
-        total = min(total, int(limit)) if limit.isdigit() else total
+    memory, limit = psutil.virtual_memory(), machine.memory_limit()
+    total = memory.total if limit is None else min(memory.total, limit)
     return total, min(memory.total - memory.available, total - 1)
 
 
 def profile(rates: Rates) -> dict[str, Any]:
     """The content of host.yaml."""
     total, used = memory_bytes()
+    processor = machine.processor() or platform.machine()
     command, threads = "measured by edgepress profile", torch.get_num_threads()
     by = f"{threads} thread{'s' if threads > 1 else ''}"
 
@@ -158,7 +153,7 @@ def profile(rates: Rates) -> dict[str, Any]:
     product = f"{command}: a product of {_SIZE} x {_SIZE} matrices by {by}"
     return {
         "name": profiles.HOST,
-        "description": f"This machine ({_processor()}), {by}, as it was when it was measured.",
+        "description": f"This machine ({processor}), {by}, as it was when it was measured.",
         "tiers": [
             {
                 "name": "dram",
@@ -182,15 +177,6 @@ def profile(rates: Rates) -> dict[str, Any]:
 
 def _figure(value: float, source: str) -> dict[str, Any]:
     return {"value": int(value), "source": source}
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def write(content: dict[str, Any], path: Path) -> profiles.Profile:

@@ -28,9 +28,9 @@ from tasks.algorithms.statistics.bootstrap import (
 SPLITS = ("test", "test_ood")
 DOMAINS = {"test": "in domain", "test_ood": "out of domain"}
 """What the splits are meant to be, said where stage overlap measured nothing."""
-BASE, RECOVERED, PACKAGE, PLAIN = "fetch", "baseline_lora", "package", "baseline"
+FETCHED, RECOVERED_DENSE, PACKAGE, PLAINLY_QUANTISED = "fetch", "baseline_lora", "package", "baseline"
 """The evaluated models that the report is about: as fetched, recovered without pruning, shipped, plainly quantised."""
-PLAIN_MODELS = (RECOVERED, PLAIN)
+PLAIN_MODELS = (RECOVERED_DENSE, PLAINLY_QUANTISED)
 MARGIN = 0.005
 """Ratios no further from 1 are no difference, where there is no interval."""
 SEED = 0
@@ -192,7 +192,7 @@ def recovery(metrics: Mapping[str, Metrics]) -> list[Share]:
     """What recovery (wanda to lora) closed of the gap to the fetched and to the equally recovered dense model."""
     shares = []
     for split in SPLITS:
-        for reference in (BASE, RECOVERED):
+        for reference in (FETCHED, RECOVERED_DENSE):
             models = [metrics.get(name, {}) for name in ("wanda", "lora", reference)]
             scale = measure(models, split)
             values = [model[scale][split] for model in models] if scale else [math.inf]

@@ -31,16 +31,16 @@ CHUNK = 64
 
 
 class Model(HFLM):
-    """lm_eval's wrapper of a transformers model, with a memory.
+    """lm_eval's wrapper of a transformers model, which takes answers of earlier runs.
 
     Args:
         model: on its device, in evaluation mode; of any folder that `tasks.runners.any_folder` loads.
         batch: requests per forward pass.
         progress: a stage's.
-        memory: answers of earlier runs with the same model, code and libraries.
+        saved: answers of earlier runs with the same model, code and libraries.
 
     Attributes:
-        asked: requests that the model was asked, not the memory.
+        asked: requests that the model was asked, whose answers were not saved.
         truncated: requests that were cut from the left to fit the model's context.
 
     Raises:
@@ -53,12 +53,12 @@ class Model(HFLM):
         tokenizer: Any,
         batch: int,
         progress: Callable[[str, int], Any],
-        memory: checkpoints.Memory = checkpoints.NOTHING,
+        saved: checkpoints.Saved = checkpoints.NOTHING,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError("lm_eval needs a tokenizer with an eos token; set `eos_token` in tokenizer_config.json")
         super().__init__(model, tokenizer=tokenizer, batch_size=batch, logits_cache=False)
-        self.memory, self.progress = memory, progress
+        self.saved, self.progress = saved, progress
         self.asked = self.truncated = 0
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -97,18 +97,18 @@ class Model(HFLM):
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
     def _answered(self, kind: str, ask: Callable[..., list[Any]], requests: Sequence[Instance]) -> list[Any]:
-        """The answers in the order of the requests, from the memory as far as it has them."""
+        """The answers in the order of the requests, from what is saved as far as it goes."""
         answers: list[Any] = []
         with self.progress(kind, len(requests)) as bar:
             for start in range(0, len(requests), CHUNK):
                 chunk = requests[start : start + CHUNK]
                 described = json.dumps([kind, self.batch_size, [request.args for request in chunk]], sort_keys=True)
                 key = hashlib.sha256(described.encode()).hexdigest()
-                known = self.memory.load(key)
+                known = self.saved.load(key)
                 if known is None:
                     self.asked += len(chunk)
                     found = ask(chunk, disable_tqdm=True)
-                    self.memory.save(key, {}, found)
+                    self.saved.save(key, {}, found)
                 answers += found if known is None else known.values
                 bar.update(len(answers))
         return answers

@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 from tasks.algorithms.errors import InputError
+from tasks.parameters.machine import processor
 from tasks.runtime import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 POWER = Path("/sys/class/powercap")
-PROCESSOR = Path("/proc/cpuinfo")
 TOGETHER = 4
 """Sequences of the larger batch."""
 REFUSED = 2
@@ -124,10 +124,7 @@ def here(folder: Path, workload: Workload) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """The processor's name, where Linux tells it, and the number of cores that this process may use."""
-    with contextlib.suppress(OSError):
-        if named := re.search(r"^model name\s*: (.+)$", PROCESSOR.read_text(encoding="utf-8"), re.MULTILINE):
-            return {"processor": named[1].strip(), "cores": len(os.sched_getaffinity(0))}
-    return {"processor": None, "cores": len(os.sched_getaffinity(0))}
+    return {"processor": processor(), "cores": len(os.sched_getaffinity(0))}
 
 
 def _import_engine(folder: Path) -> None:

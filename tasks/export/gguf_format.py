@@ -32,8 +32,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from tasks.algorithms.errors import InputError
 from tasks.export import source_model
 from tasks.export.source_model import Change, Source
-from tasks.packed import reader
-from tasks.packed.reader import Linear
+from tasks.models.tokenizer_files import copy_tokenizer
+from tasks.packed.stored_model import Linear
 from tasks.runners.engines import GGUF, LORA
 
 ARCHITECTURES = {
@@ -91,7 +91,7 @@ def write(source: Source, folder: Path) -> dict[str, Change]:
         writer.add_tensor(f"{place}.weight", values.float().numpy())
     _close(writer)
     notes |= _write_adapter(source, architecture, names, folder)
-    reader.copy_tokenizer(source.folder, folder)
+    copy_tokenizer(source.folder, folder)
     return notes
 
 
@@ -110,7 +110,7 @@ def steps(folder: Path) -> dict[str, np.ndarray]:
 
 
 def component_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of the tensors by what they are for, with the names of `packed.COMPONENTS`, and `rotary`."""
+    """Bytes of the tensors by what they are for, with the names of `layout.COMPONENTS`, and `rotary`."""
     found = dict.fromkeys(("values", "scales", "embedding", "norms", "adapter", "rotary"), 0)
     for tensor in gguf.GGUFReader(folder / GGUF).tensors:
         block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]

@@ -31,8 +31,8 @@ from torch import Tensor
 from tasks.algorithms.errors import InputError
 from tasks.export import source_model
 from tasks.export.source_model import Change, Source
-from tasks.packed import reader
-from tasks.packed.reader import Linear
+from tasks.models.tokenizer_files import copy_tokenizer
+from tasks.packed.stored_model import Linear
 
 MODEL = "model.onnx"
 CONFIG = "genai_config.json"
@@ -82,7 +82,7 @@ def int8(source: Source, folder: Path) -> dict[str, Change]:
         options = {"DefaultTensorType": TensorProto.FLOAT, "MatMulConstBOnly": True}
         quantize_dynamic(drawn, folder / MODEL, per_channel=True, weight_type=QuantType.QInt8, extra_options=options)
         _finish(source, drawn.parent, folder)
-        reader.copy_tokenizer(source.folder, folder)
+        copy_tokenizer(source.folder, folder)
     again = "quantised again to int8, one scale per output; activations per call"
     notes = {"codes and scales": Change(again, "values", exact=False)}
     if any(linear.adapter for linear in source.linears.values()):
@@ -95,7 +95,7 @@ def int8(source: Source, folder: Path) -> dict[str, Change]:
 def _finish(source: Source, drawn: Path, folder: Path) -> None:
     """What the engine reads beside the graph."""
     shutil.copyfile(drawn / CONFIG, folder / CONFIG)
-    reader.copy_tokenizer(source.folder, folder)
+    copy_tokenizer(source.folder, folder)
 
 
 def codes(folder: Path) -> dict[str, np.ndarray]:
@@ -112,7 +112,7 @@ def codes(folder: Path) -> dict[str, np.ndarray]:
 
 
 def component_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of the graph's constants by what they are for, with the names of `packed.COMPONENTS`, and `rotary`."""
+    """Bytes of the graph's constants by what they are for, with the names of `layout.COMPONENTS`, and `rotary`."""
     found = dict.fromkeys(("values", "scales", "zeros", "embedding", "norms", "adapter", "rotary"), 0)
     graph = onnx.load(folder / MODEL).graph
     for tensor in graph.initializer:

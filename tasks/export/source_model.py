@@ -20,8 +20,10 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.quantisation import rounding
 from tasks.models import tensor_files
-from tasks.packed import reader
-from tasks.packed.reader import Linear
+from tasks.models.tokenizer_files import copy_tokenizer
+from tasks.packed import reader, source_folder
+from tasks.packed.packed_folder import is_packed
+from tasks.packed.stored_model import Linear
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Change:
 
     Attributes:
         done: half a sentence.
-        component: whose bytes it changes (`packed.COMPONENTS`, or `rotary`); None: none.
+        component: whose bytes it changes (`packed.layout.COMPONENTS`, or `rotary`); None: none.
         exact: whether the weights and what is computed with them are the package's, but for float32's rounding.
     """
 
@@ -79,7 +81,7 @@ def read(folder: Path) -> Source:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: name one with a packed, a quantised or a dense model")
-    model = reader.load(folder) if reader.is_packed(folder) else reader.read(folder)
+    model = reader.load(folder) if is_packed(folder) else source_folder.read(folder)
     families.family(model.config)
     head = None if model.head is None else _linear(model.head)
     blocks = [dict(block) for block in model.blocks]
@@ -156,7 +158,7 @@ def write_dense(source: Source, folder: Path, merged: bool) -> None:
     tensors[f"{described.embedding}.weight"] = table(source.embedding)
     if source.head is not None:
         tensors[f"{described.head}.weight"] = table(source.head)
-    reader.copy_tokenizer(source.folder, folder)
+    copy_tokenizer(source.folder, folder)
     tensor_files.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(source.config | {"dtype": "float32"}), encoding="utf-8")
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
+from tasks.algorithms.model.shape import shape_of_model
 
 LARGEST = {"config.json": 2**20, "tokenizer.json": 2**28, "model.safetensors.index.json": 2**26}
 """Bytes that a file of a model folder may have: the folder is untrusted, and a JSON text is read into memory whole."""
@@ -75,8 +76,8 @@ def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 def parameter_count(model: PreTrainedModel) -> int:
     """Weights of the model; those of a matrix count alike whether quantised or not, an adapter doesn't count."""
-    matrices = families.block_linears(model)
-    inside = tuple(f"{name}." for name in matrices)
+    modules = families.block_linears(model)
+    inside = tuple(f"{name}." for name in modules)
     rest = sum(w.numel() for name, w in model.named_parameters() if not name.startswith(inside))
-    biases = sum(linear.bias.numel() for linear in matrices.values() if linear.bias is not None)
-    return rest + biases + sum(linear.in_features * linear.out_features for linear in matrices.values())
+    biases = sum(linear.bias.numel() for linear in modules.values() if linear.bias is not None)
+    return rest + biases + shape_of_model(model).in_blocks

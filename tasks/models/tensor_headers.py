@@ -26,21 +26,32 @@ class Entry(NamedTuple):
     size: int
 
 
+def header_text(path: Path, largest: int = LARGEST_HEADER) -> bytes:
+    """The JSON of a safetensors file's header, unchecked (8 bytes little-endian length, then JSON).
+
+    Raises:
+        ValueError: by its length it goes on behind the file, or has more than `largest` bytes.
+        struct.error: the file is shorter than a length.
+    """
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(largest, size - 8):
+            raise ValueError(f"the header is longer than the file or than {largest} bytes")
+        return file.read(length)
+
+
 def header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Metadata and tensor entries of a safetensors file (8 bytes little-endian length, then JSON).
+    """Metadata and tensor entries of a safetensors file.
 
     Raises:
         InputError: it is no safetensors file, cut off, or its entries lie outside of it or over each other.
     """
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(LARGEST_HEADER, size - 8):
-                raise ValueError(f"the header is longer than the file or than {LARGEST_HEADER} bytes")
-            entries = json.loads(file.read(length))
+        text = header_text(path)
+        entries = json.loads(text)
         metadata = entries.pop("__metadata__", {})
-        _check(entries, size - 8 - length)
+        _check(entries, path.stat().st_size - 8 - len(text))
     except (struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is no safetensors file or is cut off: {error}; write it again") from error
     return metadata, entries

@@ -27,8 +27,8 @@ from dvc.scm import SCMError
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.statistics import bootstrap, gate
 from tasks.algorithms.statistics.bootstrap import Sums
-from tasks.evaluation import comparison
-from tasks.evaluation.comparison import BASE, PACKAGE, RECOVERED
+from tasks.evaluation import comparison, results
+from tasks.evaluation.comparison import FETCHED, PACKAGE, RECOVERED_DENSE
 from tasks.parameters.schema import Gate
 
 PACKAGE_FOLDER = "data/package/model"
@@ -82,7 +82,7 @@ def judge(candidate: Evidence, promoted: Evidence | None, limits: Gate) -> gate.
         promoted.figures if promoted else None,
         _limits(limits),
         _against(candidate, promoted, limits) if promoted else gate.Comparison(),
-        gate.Comparison(_ratios(own, candidate.sums.get(BASE, {}), limits)),
+        gate.Comparison(_ratios(own, candidate.sums.get(FETCHED, {}), limits)),
         gate.Comparison(_ratios(own, dense, limits)),
     )
 
@@ -98,15 +98,15 @@ def described(evidence: Evidence) -> dict[str, Any]:
 
 
 def _evidence(fs: DVCFileSystem) -> Evidence:
-    metrics = {name: _json(fs, f"data/evaluate/{name}/metrics.json") for name in (PACKAGE, BASE, RECOVERED)}
+    metrics = {name: _json(fs, f"data/evaluate/{name}/metrics.json") for name in (PACKAGE, FETCHED, RECOVERED_DENSE)}
     if not metrics[PACKAGE].get("evaluated"):
         raise KeyError(f"data/evaluate/{PACKAGE} holds no evaluation")
     sections = _yaml(fs, "params.yaml")  # not validated: an older revision has an older schema
     recovered, dense_too = (sections.get(name, {}).get("enabled", False) for name in ("lora", "baseline_lora"))
     scored = {name: _sums(fs, name) for name, found in metrics.items() if found.get("evaluated")}
-    dense = (RECOVERED if dense_too else None) if recovered else BASE
+    dense = (RECOVERED_DENSE if dense_too else None) if recovered else FETCHED
     accuracy, errors = _tasks(fs)
-    found = {name: _json(fs, f"data/measure/{name}/host.json") for name in (PACKAGE, BASE)}
+    found = {name: _json(fs, f"data/measure/{name}/host.json") for name in (PACKAGE, FETCHED)}
     hosts = {name: one if one.get("measured") else {} for name, one in found.items()}
     seconds = hosts[PACKAGE]["seconds_per_token"]["median"] if hosts[PACKAGE] else None
     figures = _figures(fs, metrics[PACKAGE], scored[PACKAGE])
@@ -190,8 +190,8 @@ def _latency(own: Mapping[str, Any], other: Mapping[str, Any]) -> gate.Interval 
     if not _alike(own[PACKAGE], other[PACKAGE], "host", "workload"):
         return None
     plain = _slower(own[PACKAGE], other[PACKAGE])
-    comparable = _alike(own[BASE], other[BASE], "host", "workload", "bytes")
-    paired = plain / _slower(own[BASE], other[BASE]) if comparable else plain
+    comparable = _alike(own[FETCHED], other[FETCHED], "host", "workload", "bytes")
+    paired = plain / _slower(own[FETCHED], other[FETCHED]) if comparable else plain
     found = np.concatenate([plain, paired])
     return gate.Interval(float(plain[0]), float(found.min()), float(found.max()))
 
@@ -242,12 +242,7 @@ def _limits(limits: Gate) -> gate.Limits:
 
 def _sums(fs: DVCFileSystem, model: str) -> dict[str, Sums]:
     with fs.open(f"data/evaluate/{model}/documents.csv") as file:
-        rows = pd.read_csv(file)
-    counts = ("document", "predictions", "bytes")
-    return {
-        split: Sums(*(own[name].to_numpy(np.int64) for name in counts), own["nll"].to_numpy(np.float64))
-        for split, own in rows.groupby("split", sort=False)
-    }
+        return results.sums(pd.read_csv(file))
 
 
 def _hashes(fs: DVCFileSystem, folder: str) -> dict[str, str]:

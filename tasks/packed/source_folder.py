@@ -20,8 +20,10 @@ from tasks.algorithms import packing
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, masks
 from tasks.algorithms.quantisation import rounding
-from tasks.packed import file_format
-from tasks.packed.file_format import Linear, Model, Shapes
+from tasks.packed.description import read_bytes
+from tasks.packed.model_config import clean
+from tasks.packed.shapes import Shapes, shapes_of
+from tasks.packed.stored_model import CHUNK, Linear, Model
 
 
 def read(
@@ -39,8 +41,8 @@ def read(
             in the folder; a tied head that differs from the embedding; what gptqmodel stores in a way not known here.
             (While the blocks are read:) a pruned weight that isn't zero.
     """
-    config = file_format.clean(json.loads(file_format.read_bytes(folder / "config.json", "it is no model folder")))
-    shapes = file_format.shapes_of(json.dumps(config))
+    config = clean(json.loads(read_bytes(folder / "config.json", "it is no model folder")))
+    shapes = shapes_of(config)
     described = families.family(config)
     tensors = _Tensors(folder)
     table, head = f"{described.embedding}.weight", f"{described.head}.weight"
@@ -216,7 +218,7 @@ def _matched(coded: Mapping[str, rounding.Coded], name: str, stored: Tensor) -> 
     if name not in coded:
         return stored
     found = coded[name]
-    step = max(1, file_format.CHUNK // stored.shape[1])
+    step = max(1, CHUNK // stored.shape[1])
     for start in range(0, len(stored), step):
         part = rounding.Coded(found.codes[start : start + step], found.scales[start : start + step], *found[2:])
         if not torch.equal(rounding.values(part), stored[start : start + step].float()):

@@ -1,15 +1,15 @@
 """Write a model as a packed folder, one block at a time.
 
-Blobs are spooled to a file without their scales, because only all scales together tell how they are best stored: as
-float16 or as indices into a table of the distinct ones. It reads nothing back; `tasks.packed.reader.save` does.
+Blobs are spooled to a file without their scales, which are stored once it is known how they are best stored
+(`tasks.packed.spool`). What was written is opened as a reader opens it before it takes its name.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,83 +22,37 @@ from tasks.algorithms import packing
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import masks
 from tasks.algorithms.quantisation import rounding
-from tasks.packed import file_format
-from tasks.packed.file_format import DESCRIPTION, FILE, Coding, Description, Linear, Model, Shapes, Spec, Table
+from tasks.packed.blob_header import header_bytes
+from tasks.packed.description import DESCRIPTION, FILE, HEAD, Coding, Description, uniform
+from tasks.packed.layout import COUNTS, Spec, divisor
+from tasks.packed.model_config import clean
+from tasks.packed.packed_folder import PackedFolder
+from tasks.packed.shapes import Shapes, shapes_of
+from tasks.packed.spool import Spool
+from tasks.packed.stored_model import DTYPES, Linear, Model, zero_codes
 
-_TABLE_OVERHEAD = 220
-"""Bytes that a table adds to header and model.json, about."""
-
-_NAMES = {dtype: name for name, dtype in file_format.DTYPES.items()}
-
-
-def write(model: Model, folder: Path) -> None:
-    """Write model.safetensors and model.json into an existing folder; arguments and errors as `reader.save`."""
-    with (folder / "bodies").open("w+b") as bodies:
-        spool = _Spool(bodies)
-        description = _spool(model, spool)
-        with (folder / FILE).open("wb") as file:
-            text = _write(description, spool, file)
-    (folder / "bodies").unlink()
-    (folder / DESCRIPTION).write_bytes(text)
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class _Spool:
-    """Blobs but for their scales, in a file; the scales in memory, until it is known how they are best stored."""
+def save(model: Model, folder: Path) -> None:
+    """Write model.safetensors and model.json, one block at a time; both take their names when they are complete.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.bodies: dict[str, int] = {}
-        self.scales: dict[str, list[tuple[str, np.ndarray]]] = {}
+    Same content, same bytes. Memory: a block, the embedding, and all scales.
 
-    def add(self, name: str, body: Iterable[np.ndarray], scales: list[tuple[str, Tensor]]) -> None:
-        """Write a blob's body; scales: (kind, float16)."""
-        self.bodies[name] = sum(self.file.write(memoryview(part)) for part in body)
-        self.scales[name] = [
-            (kind, tensor.contiguous().view(torch.int16).numpy().view(np.uint16).reshape(-1)) for kind, tensor in scales
-        ]
-
-    def tail(self, name: str, table: Table | None, index: np.ndarray | None) -> Iterator[np.ndarray]:
-        """The bytes of a blob's scales."""
-        for kind, values in self.scales[name]:
-            if table and kind in table.kinds:
-                yield packing.pack_digits(index[values], table.values)
-            else:
-                yield values.astype("<u2").view(np.uint8)
-
-    def tail_bytes(self, name: str, table: Table | None) -> int:
-        """How many bytes `tail` has."""
-        return sum(
-            packing.digits_bytes(values.size, table.values) if table and kind in table.kinds else 2 * values.size
-            for kind, values in self.scales[name]
-        )
-
-    def content(self, name: str, table: Table | None, index: np.ndarray) -> Iterator[np.ndarray | bytes]:
-        """A blob's bytes; blobs are asked for in the order in which they were added."""
-        left = self.bodies[name]
-        while left:
-            part = self.file.read(min(left, file_format.CHUNK))
-            left -= len(part)
-            yield part
-        yield from self.tail(name, table, index)
-
-    def best_table(self) -> tuple[Table | None, np.ndarray]:
-        """The kinds whose scales take fewer bytes as indices into a table of those that occur; the table, sorted."""
-        seen = {kind: np.zeros(2**16, bool) for kind in ("linears", "embedding", "adapter")}
-        counts: dict[str, list[int]] = {kind: [] for kind in seen}
-        for kind, values in itertools.chain.from_iterable(self.scales.values()):
-            seen[kind][values] = True
-            counts[kind].append(values.size)
-        best, least = None, sum(2 * sum(sizes) for sizes in counts.values())
-        for kinds in file_format.subsets([kind for kind in seen if counts[kind]]):
-            if kinds:
-                found = int(np.logical_or.reduce([seen[kind] for kind in kinds]).sum())
-                size = 2 * found + _TABLE_OVERHEAD
-                for kind, sizes in counts.items():
-                    size += sum(packing.digits_bytes(n, found) if kind in kinds else 2 * n for n in sizes)
-                if size < least:
-                    best, least = Table(values=found, kinds=list(kinds)), size
-        used = np.logical_or.reduce([seen[kind] for kind in best.kinds]) if best else np.zeros(0, bool)
-        return best, used.nonzero()[0].astype(np.uint16)
+    Raises:
+        InputError: tensors that don't fit the config or each other; pruned weights that are not zero; a mask that isn't
+            of its pattern.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".packing") as path:
+        scratch = Path(path)
+        with (scratch / "bodies").open("w+b") as bodies, (scratch / FILE).open("wb") as file:
+            spool = Spool(bodies)
+            text = _write(_spool_blobs(model, spool), spool, file)
+        (scratch / DESCRIPTION).write_bytes(text)
+        PackedFolder(scratch)  # refuses what could not be read back
+        for name in (FILE, DESCRIPTION):
+            os.replace(scratch / name, folder / name)
 
 
 @dataclass
@@ -117,10 +71,10 @@ class _Facts:
         return _raw(tensor)
 
 
-def _spool(model: Model, spool: _Spool) -> Description:
+def _spool_blobs(model: Model, spool: Spool) -> Description:
     """Write all bodies; the description, but for scales and checksums."""
-    config = file_format.clean(model.config)
-    shapes, facts = file_format.shapes_of(json.dumps(config)), _Facts()
+    config = clean(model.config)
+    shapes, facts = shapes_of(config), _Facts()
     count = 0
     for block, expected in zip(model.blocks, shapes.linears, strict=False):
         if {name: linear.shape for name, linear in block.items()} != expected:
@@ -152,17 +106,17 @@ def _describe(
     factors = [pair for pair in facts.factors if pair]
     adapter = tuple(_common_coding([pair[side] for pair in factors]) for side in (0, 1)) if factors else None
     return Description(
-        **file_format.HEAD,
+        **HEAD,
         config=config,
         tied=shapes.tied,
         dtype=dtype,
         dtypes={name: found for name, found in facts.dtypes.items() if found != dtype},
-        bits=file_format.uniform([spec.bits for spec in specs]),
+        bits=uniform([spec.bits for spec in specs]),
         group_size=_group([spec.cols for spec in specs], [spec.group_size for spec in specs]),
-        pattern=file_format.uniform([spec.pattern for spec in specs]),
-        zeros=file_format.uniform([spec.zeros for spec in specs]),
-        order=file_format.uniform([spec.order for spec in specs]),
-        rank=file_format.uniform([spec.rank for spec in specs]),
+        pattern=uniform([spec.pattern for spec in specs]),
+        zeros=uniform([spec.zeros for spec in specs]),
+        order=uniform([spec.order for spec in specs]),
+        rank=uniform([spec.rank for spec in specs]),
         adapter=adapter,
         embedding=codings["embedding"],
         head=codings.get("head"),
@@ -185,12 +139,12 @@ def _common_coding(found: list[rounding.Coded]) -> Coding:
 def _group(lengths: list[int], sizes: list[int]) -> int | list[int]:
     """One size that gives all of these as their rows' divisors, or the list."""
     largest = max(sizes)
-    fits = all(file_format.divisor(length, largest) == size for length, size in zip(lengths, sizes, strict=True))
+    fits = all(divisor(length, largest) == size for length, size in zip(lengths, sizes, strict=True))
     return largest if fits else sizes
 
 
 def _pack_matrix(
-    name: str, matrix: rounding.Coded | Tensor, shape: tuple[int, int], facts: _Facts, spool: _Spool
+    name: str, matrix: rounding.Coded | Tensor, shape: tuple[int, int], facts: _Facts, spool: Spool
 ) -> Coding | None:
     found = tuple((matrix.codes if isinstance(matrix, rounding.Coded) else matrix).shape)
     if found != shape:
@@ -238,7 +192,7 @@ def _pack_keep(keep: np.ndarray, pattern: str) -> list[np.ndarray]:
     if parsed:
         return [packing.pack_positions(keep, *parsed)]
     code = packing.encode_mask(keep)
-    return [np.frombuffer(file_format.COUNTS.pack(int(keep.sum()), code.size), np.uint8), code]
+    return [np.frombuffer(COUNTS.pack(int(keep.sum()), code.size), np.uint8), code]
 
 
 def _pack_adapter(name: str, linear: Linear, facts: _Facts, scales: list[tuple[str, Tensor]]) -> list[np.ndarray]:
@@ -264,34 +218,43 @@ def _check_linear(name: str, linear: Linear, biased: bool) -> None:
         )
     if biased != (linear.bias is not None):
         raise InputError(f"{name} has a bias where its config has none, or the reverse: run the stages again")
-    sides = [part.codes if isinstance(part, rounding.Coded) else part for part in linear.adapter or ()]
-    expected = [
-        (linear.rank, cols),
-        (linear.rank, rows)
-        if linear.adapter and isinstance(linear.adapter[1], rounding.Coded)
-        else (rows, linear.rank),
-    ]
-    if sides and [tuple(side.shape) for side in sides] != expected:
-        raise InputError(f"the adapter of {name} has factors {[tuple(side.shape) for side in sides]}, not {expected}")
-    if linear.codes is None:
-        alive = 0 if linear.keep is None else masks.revived(linear.weight, linear.keep)
-    else:
-        grid = (rows, cols // linear.group_size)
-        for what, tensor in (("scales", linear.scales), ("zero points", linear.zeros)):
-            if tensor is not None and tuple(tensor.shape) != grid:
-                raise InputError(f"the {what} of {name} are {tuple(tensor.shape)}, not {grid}: run stage gptq again")
-        if linear.scales.dtype != torch.float16:
-            raise InputError(f"the scales of {name} are {linear.scales.dtype}, not float16: run stage gptq again")
-        alive = 0
-        if linear.keep is not None:
-            alive = int(
-                (linear.codes.numpy() != file_format.zero_codes(linear, rows, cols))[~linear.keep.numpy()].sum()
-            )
+    if linear.adapter:
+        _check_adapter(name, linear)
+    if linear.codes is not None:
+        _check_scales(name, linear)
+    alive = 0 if linear.keep is None else _revived(linear)
     if alive:
         raise InputError(f"{alive} pruned weights of {name} are not zero: package without masks, or run gptq again")
 
 
-def _write(description: Description, spool: _Spool, file: BinaryIO) -> bytes:
+def _check_adapter(name: str, linear: Linear) -> None:
+    rows, cols = linear.shape
+    coded = isinstance(linear.adapter[1], rounding.Coded)
+    expected = [(linear.rank, cols), (linear.rank, rows) if coded else (rows, linear.rank)]
+    sides = [part.codes if isinstance(part, rounding.Coded) else part for part in linear.adapter]
+    shapes = [tuple(side.shape) for side in sides]
+    if shapes != expected:
+        raise InputError(f"the adapter of {name} has factors {shapes}, not {expected}")
+
+
+def _check_scales(name: str, linear: Linear) -> None:
+    rows, cols = linear.shape
+    grid = (rows, cols // linear.group_size)
+    for what, tensor in (("scales", linear.scales), ("zero points", linear.zeros)):
+        if tensor is not None and tuple(tensor.shape) != grid:
+            raise InputError(f"the {what} of {name} are {tuple(tensor.shape)}, not {grid}: run stage gptq again")
+    if linear.scales.dtype != torch.float16:
+        raise InputError(f"the scales of {name} are {linear.scales.dtype}, not float16: run stage gptq again")
+
+
+def _revived(linear: Linear) -> int:
+    """How many pruned weights are not zero."""
+    if linear.codes is None:
+        return masks.revived(linear.weight, linear.keep)
+    return int((linear.codes.numpy() != zero_codes(linear, *linear.shape))[~linear.keep.numpy()].sum())
+
+
+def _write(description: Description, spool: Spool, file: BinaryIO) -> bytes:
     """Write the safetensors file; the bytes of model.json."""
     table, used = spool.best_table()
     description.scales = table
@@ -299,7 +262,7 @@ def _write(description: Description, spool: _Spool, file: BinaryIO) -> bytes:
     index[used] = np.arange(len(used), dtype=np.uint16)
     sizes = {name: body + spool.tail_bytes(name, table) for name, body in spool.bodies.items()}
     sizes |= {"scales": 2 * len(used)} if table else {}
-    file.write(file_format.header(sizes, "0" * 64))
+    file.write(header_bytes(sizes, "0" * 64))
     spool.file.seek(0)
     for name, size in sizes.items():
         digest = hashlib.sha256()
@@ -313,7 +276,7 @@ def _write(description: Description, spool: _Spool, file: BinaryIO) -> bytes:
         description.sha256[name] = digest.hexdigest()
     text = description.json()
     file.seek(0)
-    file.write(file_format.header(sizes, hashlib.sha256(text).hexdigest()))
+    file.write(header_bytes(sizes, hashlib.sha256(text).hexdigest()))
     return text
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from tasks.algorithms.model.shape import ModelShape
 from tasks.algorithms.scoring import protocols
+from tasks.parameters import machine
 from tasks.parameters.schema import Params
 
 LIBRARIES = 700 * 2**20
@@ -23,7 +23,6 @@ PROBE = 128
 """Tokens on which stage vocabulary compares the logits of both models."""
 UNLIMITED = 2048
 """Tokens that lm_eval takes for the context of a model without one."""
-CONTROL_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def problems(params: Params, model: ModelShape, todo: list[str]) -> Iterator[str]:
@@ -157,15 +156,8 @@ def available_memory() -> int:
     """Bytes that this process may still get: the machine's, or its control group's limit if that is lower."""
     import psutil
 
-    available = psutil.virtual_memory().available
-    for path in CONTROL_GROUPS:
-        try:
-            limit = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit():  # otherwise "max"
-            available = min(available, int(limit))
-    return available
+    available, limit = psutil.virtual_memory().available, machine.memory_limit()
+    return available if limit is None else min(available, limit)
 
 
 def _size(size: int) -> str:

@@ -67,7 +67,7 @@ class Gate(Section):
 
     perplexity_ratio: BySplit
     """Most that its perplexity may be of the promoted model's."""
-    base_ratio: BySplit
+    fetched_ratio: BySplit
     """Most that it may be of the fetched model's, which bounds what many small regressions add up to."""
     dense_ratio: BySplit
     """Least that it may be of the dense model with the same recovery: below it is too good to be true."""

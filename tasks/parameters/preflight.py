@@ -15,6 +15,7 @@ from typing import Any
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model.shape import ModelShape, shape_of_config
+from tasks.algorithms.quantisation import packable
 from tasks.algorithms.scoring import protocols
 from tasks.parameters import needs
 from tasks.parameters.schema import Params
@@ -25,8 +26,6 @@ FETCHED = Path("data/fetch/model")
 """Where fetch puts a hub model; a local one is looked at where it is."""
 LARGEST_CONFIG = 2**20
 """Bytes of a config.json that are read; the folder is untrusted."""
-PACKED = 32
-"""gptqmodel 7.6 packs codes in 32 x 32 tiles, whatever the bits, and refuses other sizes only when it is done."""
 FOLLOWS = {"baseline_lora": "lora", "baseline": "gptq"}
 """Stages that pass their input on where another one is switched off."""
 
@@ -200,14 +199,8 @@ def _lora(params: Params, model: ModelShape) -> Iterator[str]:
 def _gptq(params: Params, model: ModelShape) -> Iterator[str]:
     if params.gptq.group_size != -1:
         yield from _indivisible("gptq.group_size", params.gptq.group_size, model)
-    odd = [name for name, sizes in model.linears.items() if any(size % PACKED for size in sizes)]
-    if odd:
-        rows, columns = model.linears[odd[0]]
-        yield (
-            f"gptq packs {PACKED} rows and columns at a time, but {odd[0]} is {rows} x {columns};"
-            " switch gptq and eora off, or take another model"
-        )
-
+    if sentence := packable.refusal(model.linears):
+        yield sentence
     if params.gptq.joint:
         yield from _indivisible("gptq.joint.of", params.gptq.joint.of, model)
     table = params.gptq.embedding

@@ -34,6 +34,8 @@ STAGE = "package"
 """The stage whose output is shipped."""
 MANIFEST = "manifest.json"
 """Of a package: its files by sha256; tasks.package.MANIFEST, without the import of torch."""
+EVALUATION = "data/evaluate/package/metrics.json"
+"""Of a commit: the figures of a version that is promoted without any."""
 CHUNK = 2**20
 """Bytes that are copied at once."""
 TRACKED = ("dvc.yaml", "dvc.lock", "params.yaml")
@@ -129,6 +131,16 @@ def read_json(root: Path, revision: str, path: str) -> dict[str, Any]:
     except (OSError, ValueError, DvcException):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def figures(root: Path, revision: str) -> dict[str, float]:
+    """perplexity_<split> and bits_per_byte_<split> of the package of a commit; empty where it was not evaluated."""
+    metrics = read_json(root, revision, EVALUATION)
+    return {
+        f"{measure}_{split}": value
+        for measure in ("perplexity", "bits_per_byte")
+        for split, value in metrics.get(measure, {}).items()
+    }
 
 
 def snapshot(root: Path) -> str:

@@ -7,21 +7,23 @@ search for similar bytes: packed content is close to random, and a section eithe
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from tasks.algorithms.errors import InputError
-from tasks.packed import file_format, reader
+from tasks.models import tensor_headers
+from tasks.packed.description import FILE
+from tasks.packed.layout import COUNTS, Layout, Spec
+from tasks.packed.packed_folder import PackedFolder, is_packed
 
 CHUNK = 2**20
 """Bytes that are compared at once."""
 
 
 class Segment(NamedTuple):
-    """A named run of bytes of a file; component: what it is for (`tasks.packed.reader.COMPONENTS`)."""
+    """A named run of bytes of a file; component: what it is for (`tasks.packed.layout.COMPONENTS`)."""
 
     name: tuple[str, ...]
     component: str
@@ -61,22 +63,15 @@ def segments(path: Path) -> Iterator[Segment]:
     Raises:
         InputError: it is none.
     """
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > file_format.LIMIT:
-            raise InputError(f"{path} is no safetensors file that can be read: its header has {size} bytes")
-        try:
-            header = json.loads(file.read(size))
-            tensors = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is no safetensors file: its header can't be read") from error
-    yield Segment(("header",), "metadata", 0, 8 + size)
-    layout = reader.layout(path.parent) if path.name == reader.FILE and reader.is_packed(path.parent) else None
+    tensors = {name: entry["data_offsets"] for name, entry in tensor_headers.header(path)[1].items()}
+    first = path.stat().st_size - sum(stop - start for start, stop in tensors.values())  # they fill the file
+    yield Segment(("header",), "metadata", 0, first)
+    layout = PackedFolder(path.parent).layout if path.name == FILE and is_packed(path.parent) else None
     for name, (start, stop) in sorted(tensors.items(), key=lambda item: item[1]):
         if layout:
-            yield from _sections(path, layout, name, 8 + size + start, stop - start)
+            yield from _sections(path, layout, name, first + start, stop - start)
         else:
-            yield Segment((name,), "tensors", 8 + size + start, stop - start)
+            yield Segment((name,), "tensors", first + start, stop - start)
 
 
 def adapter_parameters(folder: Path) -> tuple[int, int]:
@@ -85,7 +80,7 @@ def adapter_parameters(folder: Path) -> tuple[int, int]:
     Raises:
         InputError: it is none.
     """
-    layout = reader.layout(folder)
+    layout = PackedFolder(folder).layout
     specs = [spec for block in layout.specs for spec in block]
     rows, cols = layout.table_shape
     table = rows * cols * (1 if layout.description.tied else 2)
@@ -95,13 +90,13 @@ def adapter_parameters(folder: Path) -> tuple[int, int]:
     return sum(spec.rank * (spec.rows + spec.cols) for spec in specs), own
 
 
-def _sections(path: Path, layout: file_format.Layout, blob: str, start: int, size: int) -> Iterator[Segment]:
+def _sections(path: Path, layout: Layout, blob: str, start: int, size: int) -> Iterator[Segment]:
     """The sections of a packed blob that begins at `start`."""
 
-    def peek(spec: file_format.Spec, offset: int) -> tuple[int, int]:
+    def peek(spec: Spec, offset: int) -> tuple[int, int]:
         with path.open("rb") as file:
             file.seek(start + offset)
-            return file_format.COUNTS.unpack(file.read(file_format.COUNTS.size))
+            return COUNTS.unpack(file.read(COUNTS.size))
 
     offset = 0
     for section in layout.sections(blob, peek):

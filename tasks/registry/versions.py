@@ -1,4 +1,4 @@
-"""The registry of models: versions, which of them is promoted, which is a canary; promotion, rollback, differences.
+"""The registry of models: versions, which of them is promoted, which is a canary; promotion, rollback, their folders.
 
 Git tags in GTO's format are the truth (`tasks.registry.tags`): a version's tag holds the hashes of its files, its
 figures and its verdict. `data/registry/current.json` follows from them: the one small file that a server or the nightly
@@ -9,75 +9,28 @@ tag and the file is completed by the next call, and a lost file is made anew.
 Order of a promotion: bytes out of DVC's cache into `data/registry/<version>`, every hash checked; version tag; stage
 tag (from here it is promoted); the file. So no tag names bytes that weren't there, and no reader sees half of it.
 
-It judges no model (that is the gate's part), runs no stage and needs no Prefect. `edgepress registry` is its
-command.
+What follows from the tags is `tasks.registry.standing`'s, the list of versions and their differences
+`tasks.registry.overview`'s. It judges no model (that is the gate's part), runs no stage and needs no Prefect.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dvc.repo import Repo
-
 from tasks.algorithms.errors import InputError
-from tasks.registry import contents, tags
-from tasks.registry.tags import CANARY, PROMOTED, Assignment, History, Version
+from tasks.registry import contents, standing, tags
+from tasks.registry.standing import FOLDER, Canary, Manifest
+from tasks.registry.tags import CANARY, PROMOTED, History, Version
 from tasks.runtime import files
 
-FOLDER = Path("data/registry")
-"""A folder per version whose bytes are kept, and the manifest; ignored by git."""
 MANIFEST = FOLDER / "current.json"
-EVALUATION = "data/evaluate/package/metrics.json"
-"""Of a commit: the figures of a version that is promoted without any."""
 
 
 class Withdrawn(InputError):
     """The version was rolled back, and isn't promoted again unless asked for."""
-
-
-@dataclass(frozen=True)
-class Canary:
-    """The candidate beside the promoted version.
-
-    Attributes:
-        share: of the requests, 0 to 1.
-        folder: of its package, from the project's root.
-    """
-
-    version: str
-    share: float
-    since: str
-    folder: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What is in use; the content of current.json.
-
-    Attributes:
-        version: "v0.0.2".
-        revision: the commit whose dvc.lock names the data.
-        tag: the promotion, "edgepress#prod#3".
-        promoted: when, ISO 8601.
-        folder: of the package's files, from the project's root.
-        package: path, md5 (DVC's), bytes, files: name -> bytes, md5, sha256.
-        figures: what was measured, as `promote` was told.
-        verdict: of the gate, as `promote` was told; empty where it was promoted by hand.
-    """
-
-    version: str
-    revision: str
-    tag: str
-    promoted: str
-    folder: str
-    package: Mapping[str, Any]
-    figures: Mapping[str, Any]
-    verdict: Mapping[str, Any]
-    canary: Canary | None
 
 
 def current(root: Path, *, strict: bool = True) -> Manifest | None:
@@ -90,7 +43,36 @@ def current(root: Path, *, strict: bool = True) -> Manifest | None:
         InputError: no git repository; the promoted version's data is gone.
     """
     with tags.locked(root):
-        return _settle(root, strict=strict)
+        return settle(root, strict=strict)
+
+
+def settle(root: Path, *, strict: bool = True) -> Manifest | None:
+    """Bring current.json to what the tags say.
+
+    Args:
+        strict: False: where the data is gone (as in a new clone) current.json stays as it is, instead of an error.
+    """
+    history = tags.read(root)
+    stack, _ = standing.promotions(history)
+    path = root / MANIFEST
+    if not stack:
+        path.unlink(missing_ok=True)
+        return None
+    manifest = standing.manifest(history, stack[-1])
+    text = files.json_text(asdict(manifest))
+    folders = [root / manifest.folder] + ([root / manifest.canary.folder] if manifest.canary else [])
+    same = path.exists() and path.read_text(encoding="utf-8", errors="replace") == text
+    if not same or not all(map(Path.is_dir, folders)):
+        try:
+            for folder in folders:
+                _keep_folder(root, history.versions[folder.name])
+        except InputError:
+            if strict:
+                raise
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(path, text)
+    return manifest
 
 
 def promote(
@@ -113,10 +95,10 @@ def promote(
         Withdrawn: it was rolled back.
     """
     with tags.locked(root):
-        _settle(root, strict=False)
+        settle(root, strict=False)
         version = _register(root, rev, figures, verdict)
         history = tags.read(root)
-        stack, withdrawn = _promotions(history)
+        stack, withdrawn = standing.promotions(history)
         if version.name in withdrawn and not again:
             raise Withdrawn(
                 f"{version.name} was rolled back ({withdrawn[version.name]}); promote it --again if it shall be used"
@@ -124,7 +106,7 @@ def promote(
         if stack[-1:] != [version.name]:
             tags.assign(root, version.name, PROMOTED, _note("promote", figures, verdict))
         _end_canary(root, version.name, "promote", only=version.name)
-        _settle(root)
+        settle(root)
     return version
 
 
@@ -137,9 +119,9 @@ def rollback(root: Path, version: str | None = None, reason: str = "by hand") ->
         InputError: there is none, or its data is gone or damaged; then nothing changes.
     """
     with tags.locked(root):
-        _settle(root, strict=False)
+        settle(root, strict=False)
         history = tags.read(root)
-        stack, withdrawn = _promotions(history)
+        stack, withdrawn = standing.promotions(history)
         if not stack:
             raise InputError("nothing is promoted, so there is nothing to roll back")
         target = version or next((name for name in reversed(stack[:-1]) if name not in withdrawn), None)
@@ -153,7 +135,7 @@ def rollback(root: Path, version: str | None = None, reason: str = "by hand") ->
         _keep_folder(root, history.versions[target])
         note = {"action": "rollback", "from": stack[-1], "reason": reason}
         tags.assign(root, target, PROMOTED, note)
-        _settle(root)
+        settle(root)
     return history.versions[target]
 
 
@@ -172,7 +154,7 @@ def start_canary(
     if not 0 < share < 1:
         raise InputError(f"share = {share} must be above 0 and below 1")
     with tags.locked(root):
-        manifest = _settle(root)
+        manifest = settle(root)
         if manifest is None:
             raise InputError("nothing is promoted that a canary could be compared with: promote a version first")
         running = manifest.canary.version if manifest.canary else None
@@ -181,11 +163,11 @@ def start_canary(
             raise InputError(f"{version.name} is promoted itself; it can't be its own canary")
         if running not in (None, version.name):
             raise InputError(f"{running} is a canary already; `canary stop` ends it")
-        _, withdrawn = _promotions(tags.read(root))
+        _, withdrawn = standing.promotions(tags.read(root))
         if version.name in withdrawn:
             raise InputError(f"{version.name} was rolled back ({withdrawn[version.name]}); promote it --again")
         tags.assign(root, version.name, CANARY, _note("canary", figures, verdict) | {"share": share})
-        return _settle(root).canary
+        return settle(root).canary
 
 
 def stop_canary(root: Path, reason: str = "by hand", *, withdraw: bool = False) -> str:
@@ -195,81 +177,26 @@ def stop_canary(root: Path, reason: str = "by hand", *, withdraw: bool = False) 
         InputError: there is none.
     """
     with tags.locked(root):
-        manifest = _settle(root, strict=False)
+        manifest = settle(root, strict=False)
         if manifest is None or manifest.canary is None:
             raise InputError("there is no canary; `canary start VERSION --share 0.05` begins one")
         _end_canary(root, manifest.canary.version, "rollback" if withdraw else "stop", reason=reason)
-        _settle(root, strict=False)
+        settle(root, strict=False)
         return manifest.canary.version
-
-
-def versions(root: Path) -> list[dict[str, Any]]:
-    """Every version, the newest first: version, stage, date, bytes, figures, verdict, revision, data.
-
-    data: "kept" in a folder of the registry, "cached" by DVC, or "gone".
-    """
-    with tags.locked(root):
-        _settle(root, strict=False)
-        history = tags.read(root)
-    return [
-        {
-            "version": version.name,
-            "stage": _stage(history, version.name),
-            "date": version.date,
-            "bytes": version.record.get("package", {}).get("bytes"),
-            "figures": _latest(history, version.name, "figures"),
-            "verdict": _latest(history, version.name, "verdict"),
-            "revision": version.revision,
-            "data": _data(root, version),
-        }
-        for version in reversed(history.versions.values())
-    ]
-
-
-def diff(root: Path, old: str, new: str) -> dict[str, Any]:
-    """What differs between two versions or commits: figures, parameters, files by sha256, bytes.
-
-    Returns:
-        figures and parameters: name -> (old, new), None where one has none; files: name -> (bytes, bytes) of those that
-        differ; bytes: (old, new), None where the package is unknown.
-
-    Raises:
-        InputError: no such version or commit.
-    """
-    history = tags.read(root)
-    sides = [_side(root, history, rev) for rev in (old, new)]
-    packages = [side["package"] or {"bytes": None, "files": {}} for side in sides]
-    with Repo(str(root)) as repo:
-        changed = repo.params.diff(a_rev=sides[0]["revision"], b_rev=sides[1]["revision"])
-    parameters = {
-        name: (values["old"], values["new"])
-        for file in changed.get("diff", {}).values()
-        for name, values in sorted(file.items())
-    }
-    hashes = [{name: file["sha256"] for name, file in each["files"].items()} for each in packages]
-    files = [{name: file["bytes"] for name, file in each["files"].items()} for each in packages]
-    altered = {name for name in hashes[0] | hashes[1] if hashes[0].get(name) != hashes[1].get(name)}
-    return {
-        "revisions": tuple(side["revision"] for side in sides),
-        "figures": _differing(*(side["figures"] for side in sides)),
-        "parameters": parameters,
-        "files": {name: (files[0].get(name), files[1].get(name)) for name in sorted(altered)},
-        "bytes": (packages[0]["bytes"], packages[1]["bytes"]),
-    }
 
 
 def kept(root: Path, keep: int) -> list[Version]:
     """The versions whose data stays: the promoted one, those promoted before it, `keep` in all, and the canary."""
     history = tags.read(root)
-    stack, _ = _promotions(history)
-    names = dict.fromkeys([*reversed(stack[-keep:]), *filter(None, [_canary(history)])])
+    stack, _ = standing.promotions(history)
+    names = dict.fromkeys([*reversed(stack[-keep:]), *filter(None, [standing.canary(history)])])
     return [history.versions[name] for name in names]
 
 
 def prune(root: Path, keep: int, dry: bool = False) -> list[Path]:
     """Remove the folders of versions that aren't `kept`; returns them."""
     with tags.locked(root):
-        _settle(root)
+        settle(root)
         names = {version.name for version in kept(root, keep)}
         folder = root / FOLDER
         paths = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
@@ -349,22 +276,12 @@ def _new_version(
 ) -> Version:
     record = {
         "package": package,
-        "figures": _evaluated(root, revision) if figures is None else figures,
+        "figures": contents.figures(root, revision) if figures is None else figures,
         "verdict": verdict or {},
     }
     name = history.following()
     tags.register(root, name, revision, record)
     return tags.read(root).versions[name]
-
-
-def _evaluated(root: Path, revision: str) -> dict[str, float]:
-    """perplexity_<split> and bits_per_byte_<split> of the package of a commit; empty where it was not evaluated."""
-    metrics = contents.read_json(root, revision, EVALUATION)
-    return {
-        f"{measure}_{split}": value
-        for measure in ("perplexity", "bits_per_byte")
-        for split, value in metrics.get(measure, {}).items()
-    }
 
 
 def _keep_folder(root: Path, version: Version) -> Path:
@@ -390,92 +307,10 @@ def _keep_folder(root: Path, version: Version) -> Path:
     return folder
 
 
-def _settle(root: Path, *, strict: bool = True) -> Manifest | None:
-    """Bring current.json to what the tags say.
-
-    Args:
-        strict: False: where the data is gone (as in a new clone) current.json stays as it is, instead of an error.
-    """
-    history = tags.read(root)
-    stack, _ = _promotions(history)
-    path = root / MANIFEST
-    if not stack:
-        path.unlink(missing_ok=True)
-        return None
-    manifest = _manifest(history, stack[-1])
-    text = files.json_text(asdict(manifest))
-    folders = [root / manifest.folder] + ([root / manifest.canary.folder] if manifest.canary else [])
-    same = path.exists() and path.read_text(encoding="utf-8", errors="replace") == text
-    if not same or not all(map(Path.is_dir, folders)):
-        try:
-            for folder in folders:
-                _keep_folder(root, history.versions[folder.name])
-        except InputError:
-            if strict:
-                raise
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_text(path, text)
-    return manifest
-
-
-def _manifest(history: History, name: str) -> Manifest:
-    version, promotion = history.versions[name], history.of(PROMOTED)[-1]
-    candidate = _canary(history)
-    return Manifest(
-        version=name,
-        revision=version.revision,
-        tag=promotion.tag,
-        promoted=promotion.date,
-        folder=(FOLDER / name).as_posix(),
-        package=version.record.get("package", {}),  # without, the folder can't be kept
-        figures=_latest(history, name, "figures"),
-        verdict=_latest(history, name, "verdict"),
-        canary=_described(history, candidate) if candidate else None,
-    )
-
-
-def _described(history: History, name: str) -> Canary:
-    since = next(each for each in reversed(history.of(CANARY)) if each.version == name and each.given)
-    share = since.note.get("share")
-    if type(share) is not float:
-        raise InputError(f"{since.tag} was tagged by hand, without a share: `git tag -d '{since.tag}'`")
-    return Canary(name, share, since.date, (FOLDER / name).as_posix())
-
-
-def _canary(history: History) -> str | None:
-    """The version that is a canary; one that has been promoted is none any more."""
-    stack, _ = _promotions(history)
-    last = history.of(CANARY)[-1:]
-    active = [each.version for each in last if each.given and each.version not in stack[-1:]]
-    return active[0] if active else None
-
-
-def _promotions(history: History) -> tuple[list[str], dict[str, str]]:
-    """The promoted versions, the one in use last, without those that were rolled back; and these, with the reason."""
-    stack: list[str] = []
-    withdrawn: dict[str, str] = {}
-    for each in history.assignments:
-        if each.stage == PROMOTED and each.given and each.note.get("action") == "rollback" and each.version in stack:
-            while stack[-1] != each.version:
-                withdrawn[stack.pop()] = str(each.note.get("reason"))
-            withdrawn.pop(each.version, None)  # of a canary that failed: it was asked for by name
-        elif each.stage == PROMOTED and each.given:
-            stack = [name for name in stack if name != each.version] + [each.version]
-            withdrawn.pop(each.version, None)
-        elif _failed(each):
-            withdrawn[each.version] = str(each.note.get("reason"))
-    return stack, withdrawn
-
-
-def _failed(each: Assignment) -> bool:
-    return each.stage == CANARY and not each.given and each.note.get("action") == "rollback"
-
-
 def _end_canary(root: Path, name: str, action: str, reason: str = "", only: str | None = None) -> None:
     """Take the stage from the canary; `only`: if it is this version."""
     last = tags.read(root).of(CANARY)[-1:]
-    if any(each.given and only in (None, each.version) for each in last):
+    if any(event.given and only in (None, event.version) for event in last):
         tags.unassign(root, name, CANARY, {"action": action, "reason": reason})
 
 
@@ -483,43 +318,3 @@ def _note(action: str, figures: dict | None, verdict: dict | None) -> dict[str, 
     """What an assignment's tag says: figures and verdict where they are newer than the version's."""
     given = {"figures": figures, "verdict": verdict}
     return {"action": action} | {key: value for key, value in given.items() if value is not None}
-
-
-def _latest(history: History, name: str, what: str) -> dict[str, Any]:
-    """The figures or the verdict of a version, as they were last given."""
-    notes = [each.note[what] for each in history.assignments if each.version == name and what in each.note]
-    return notes[-1] if notes else history.versions[name].record.get(what, {})
-
-
-def _stage(history: History, name: str) -> str:
-    stack, withdrawn = _promotions(history)
-    if name == _canary(history):
-        return f"canary {_described(history, name).share:.3g}"
-    if name in withdrawn:
-        return "rolled back"
-    return PROMOTED if name in stack[-1:] else "before" if name in stack else ""
-
-
-def _data(root: Path, version: Version) -> str:
-    if (root / FOLDER / version.name).is_dir():
-        return "kept"
-    return "cached" if contents.present(root, version.revision) else "gone"
-
-
-def _side(root: Path, history: History, rev: str) -> dict[str, Any]:
-    """revision, package (None where its data is gone), figures of a version or commit."""
-    version = history.versions.get(rev)
-    revision = version.revision if version else tags.resolve(root, rev)
-    version = version or history.at(revision)
-    if version:
-        package, figures = version.record.get("package"), _latest(history, version.name, "figures")
-        return {"revision": revision, "package": package, "figures": figures}
-    return {
-        "revision": revision,
-        "package": contents.described(root, revision),
-        "figures": _evaluated(root, revision),
-    }
-
-
-def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {name: (old.get(name), new.get(name)) for name in sorted(old | new) if old.get(name) != new.get(name)}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from tasks.evaluation import results
-from tasks.evaluation.comparison import PLAIN, RECOVERED
+from tasks.evaluation.comparison import PLAINLY_QUANTISED, RECOVERED_DENSE
 
 if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
@@ -100,14 +100,14 @@ def read(stage: Stage) -> Evidence:
 
     A plain model that was switched off is one that was not evaluated: its folder holds what the stage passed on.
     """
-    folders = stage.inputs_below("evaluate")
+    folders = _items(stage, "evaluate")
     overlap = _json(stage.input("overlap.json"))
     metrics = {folder.name: results.read(folder, overlap) for folder in folders}
     completions = {folder.name: _json(folder / "completions.json") for folder in folders}
     plain = stage.has_input("baseline/bits.csv")
     bits = _table(stage.input("baseline/bits.csv")) if plain else pd.DataFrame()
     plain_history = _table(stage.input("baseline_lora/history.csv"))
-    for name, table in ((PLAIN, bits), (RECOVERED, plain_history)):
+    for name, table in ((PLAINLY_QUANTISED, bits), (RECOVERED_DENSE, plain_history)):
         if table.empty and name in metrics:
             metrics[name], completions[name] = {"model": name, "evaluated": False}, []
     graph = stage.dvc.repo.index.graph  # an edge leads from a stage to one it depends on
@@ -141,23 +141,23 @@ def read(stage: Stage) -> Evidence:
 
 def _task_scores(stage: Stage, measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Scores of models that are what their name says, by task, models in the order of dvc.yaml."""
-    records = [_json(path) for path in _items(stage, "harness", "scores.json")]
+    records = [_json(folder / "scores.json") for folder in _items(stage, "harness")]
     order = list(measured)
-    known = [each for each in records if measured.get(each["model"], {}).get("evaluated")]
-    return sorted(known, key=lambda each: (each["task"], order.index(each["model"])))
+    known = [record for record in records if measured.get(record["model"], {}).get("evaluated")]
+    return sorted(known, key=lambda record: (record["task"], order.index(record["model"])))
 
 
 def _host(stage: Stage, measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """host.json of models that are what their name says, in the order of dvc.yaml."""
     folder = stage.input("data/measure")
-    return {name: _json(folder / name / "host.json") for name, found in measured.items() if found["evaluated"]}
+    return {name: _json(folder / name / "host.json") for name, metrics in measured.items() if metrics["evaluated"]}
 
 
-def _items(stage: Stage, name: str, file: str) -> list[Path]:
-    """This file of each item of a matrix that dvc.yaml has now: older ones may lie beside them."""
+def _items(stage: Stage, name: str) -> list[Path]:
+    """The folder of each item of a matrix that dvc.yaml has now, in its order: older ones may lie beside them."""
     folder = stage.input(f"data/{name}")
     addresses = [node.addressing.partition("@") for node in stage.dvc.repo.index.graph.nodes]
-    return [folder / item / file for stem, _, item in addresses if stem == name]
+    return [folder / item for stem, _, item in addresses if stem == name]
 
 
 def _links(stage: Stage, node: Any) -> list[Link]:

@@ -6,7 +6,15 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from tasks.evaluation import comparison
-from tasks.evaluation.comparison import BASE, BITS_PER_BYTE, PACKAGE, PERPLEXITY, PLAIN, RECOVERED, SPLITS
+from tasks.evaluation.comparison import (
+    BITS_PER_BYTE,
+    FETCHED,
+    PACKAGE,
+    PERPLEXITY,
+    PLAINLY_QUANTISED,
+    RECOVERED_DENSE,
+    SPLITS,
+)
 
 if TYPE_CHECKING:
     from tasks.reporting.evidence import Evidence
@@ -18,16 +26,21 @@ FITTING = ("FITS", "FITS_STREAMING")
 
 def figures(evidence: Evidence) -> dict[str, float | int | str | bool]:
     """Flat scalars of the fetched, the shipped and the plain models; one that was not measured is left out."""
-    base, package = evidence.model(BASE), evidence.model(PACKAGE)
+    base, package = evidence.model(FETCHED), evidence.model(PACKAGE)
     found: dict[str, Any] = {"protocol": package.get("protocol"), "base_parameters": base.get("parameters")}
-    for who, name in (("base", BASE), ("package", PACKAGE), ("baseline", PLAIN), ("baseline_lora", RECOVERED)):
+    for who, name in (
+        ("base", FETCHED),
+        ("package", PACKAGE),
+        ("baseline", PLAINLY_QUANTISED),
+        ("baseline_lora", RECOVERED_DENSE),
+    ):
         model = evidence.model(name)
         found[f"{who}_bytes"] = model.get("bytes", {}).get("total")
         for measure in (PERPLEXITY, BITS_PER_BYTE):
             found |= {f"{who}_{measure}_{split}": model.get(measure, {}).get(split) for split in SPLITS}
     found |= {"package_parameters": package.get("parameters"), "package_zero_fraction": package.get("zero_fraction")}
     found |= _ratios(base, package, "perplexity_ratio", "bits_per_byte_ratio")
-    found |= _ratios(evidence.model(PLAIN), package, "plain_ratio", "plain_bits_per_byte_ratio")
+    found |= _ratios(evidence.model(PLAINLY_QUANTISED), package, "plain_ratio", "plain_bits_per_byte_ratio")
     for share in comparison.recovery(evidence.metrics):
         found[f"recovery_share_{share.reference}_{share.split}"] = share.closed
     found |= _size_figures(found)

@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from tasks.evaluation import comparison
-from tasks.evaluation.comparison import BASE, PACKAGE, PLAIN
+from tasks.evaluation.comparison import FETCHED, PACKAGE, PLAINLY_QUANTISED
 from tasks.reporting.figures import FITTING
 from tasks.reporting.format import change, mebibytes, number
 
@@ -52,7 +52,7 @@ def _short_size(found: dict[str, Any]) -> str | None:
 
 
 def _short_perplexity(evidence: Evidence) -> str | None:
-    compared = comparison.compare(evidence.model(PACKAGE), evidence.model(BASE))
+    compared = comparison.compare(evidence.model(PACKAGE), evidence.model(FETCHED))
     if not compared:
         return None
     split, each = next(iter(compared.items()))
@@ -61,10 +61,10 @@ def _short_perplexity(evidence: Evidence) -> str | None:
 
 
 def _short_plain(evidence: Evidence) -> str | None:
-    compared = comparison.compare(evidence.model(PACKAGE), evidence.model(PLAIN))
+    compared = comparison.compare(evidence.model(PACKAGE), evidence.model(PLAINLY_QUANTISED))
     if not compared:
         return None
-    words = comparison.result(evidence.model(PACKAGE), evidence.model(PLAIN))
+    words = comparison.result(evidence.model(PACKAGE), evidence.model(PLAINLY_QUANTISED))
     return f"{words[0].lower()}{words[1:]} (plain {comparison.score(next(iter(compared.values())).plain)})"
 
 
@@ -89,7 +89,7 @@ def plain_sentence(evidence: Evidence) -> str:
     size = int(evidence.bits["bytes"].sum()) if not evidence.bits.empty else None
     same = evidence.history.empty or not evidence.plain_history.empty
     changes = comparison.way_out(parameters, size)
-    return comparison.sentence(evidence.model(PACKAGE), evidence.model(PLAIN), changes, same)
+    return comparison.sentence(evidence.model(PACKAGE), evidence.model(PLAINLY_QUANTISED), changes, same)
 
 
 def fit_sentence(evidence: Evidence) -> str:
@@ -130,7 +130,7 @@ def _size_sentence(found: dict[str, Any]) -> str:
 
 def _perplexity_sentence(evidence: Evidence) -> str:
     package = evidence.model(PACKAGE)
-    compared = comparison.compare(package, evidence.model(BASE))
+    compared = comparison.compare(package, evidence.model(FETCHED))
     if not compared:
         return "Its perplexity was not measured, or not under the fetched model's protocol."
     parts = []

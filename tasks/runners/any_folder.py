@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from tasks.algorithms.model import families
 from tasks.models import dense_folder, gptq_folder, tensor_headers
-from tasks.packed import reader
+from tasks.packed import packed_folder, reader, sizes
+from tasks.packed.packed_linear import PackedLinear
 
 
 def load_model(folder: Path) -> PreTrainedModel:
@@ -23,7 +24,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     Raises:
         InputError: a packed file is damaged.
     """
-    return reader.load_model(folder) if reader.is_packed(folder) else gptq_folder.load_model(folder)
+    return reader.load_model(folder) if packed_folder.is_packed(folder) else gptq_folder.load_model(folder)
 
 
 def config(folder: Path) -> dict[str, Any]:
@@ -32,13 +33,13 @@ def config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it can't be read.
     """
-    return reader.config(folder) if reader.is_packed(folder) else dense_folder.config(folder)
+    return packed_folder.config(folder) if packed_folder.is_packed(folder) else dense_folder.config(folder)
 
 
 def block_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Full module name -> float32 [out_features, in_features], dequantised, of the blocks; without adapter."""
     linears = families.block_linears(model)
-    if any(isinstance(linear, reader.PackedLinear) for linear in linears.values()):
+    if any(isinstance(linear, PackedLinear) for linear in linears.values()):
         return {name: linear.weight.detach() for name, linear in linears.items()}
     return gptq_folder.block_weights(model)
 
@@ -49,4 +50,4 @@ def component_bytes(folder: Path) -> dict[str, int]:
     Raises:
         InputError: a file of tensors is damaged.
     """
-    return reader.component_bytes(folder) if reader.is_packed(folder) else tensor_headers.component_bytes(folder)
+    return sizes.component_bytes(folder) if packed_folder.is_packed(folder) else tensor_headers.component_bytes(folder)

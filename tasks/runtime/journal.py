@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tasks.algorithms.model.checkpoints import Entry, Memory
+from tasks.algorithms.model.checkpoints import Entry, Saved
 from tasks.runtime import files, lineage
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ UNFINISHED = ".unfinished"
 
 
 class Journal:
-    """A folder of entries; see `tasks.algorithms.model.checkpoints.Memory`. It may be used by several threads.
+    """A folder of entries; see `tasks.algorithms.model.checkpoints.Saved`. It may be used by several threads.
 
     Args:
         folder: made with the first entry.
@@ -134,7 +134,7 @@ class Journal:
             now = self.clock()
             self.next = now + (max(self.interval, (now - started) / SHARE) if self.interval else 0.0)
 
-    def part(self, name: str) -> Memory:
+    def part(self, name: str) -> Saved:
         """This journal for keys of their own."""
         return _Part(self, name)
 
@@ -187,7 +187,7 @@ class _Part:
     def due(self) -> bool:
         return self.journal.due()
 
-    def part(self, name: str) -> Memory:
+    def part(self, name: str) -> Saved:
         return _Part(self.journal, f"{self.prefix}+{name}")
 
     def forget(self) -> None:

@@ -1,8 +1,8 @@
-"""Who made an artifact, from what, with which code, when: one record per stage, and the way back to the first inputs.
+"""Who made an artifact, from what, with which code, when: one record per stage.
 
 A record is an output of its stage that no stage depends on, so that times and machines never change what is downstream.
-Edges and hashes are DVC's own (dvc.yaml, dvc.lock): this module computes no hash of another kind and knows no path of a
-stage. It restores nothing: `dvc checkout` or `dvc repro` do that.
+Hashes are DVC's own (dvc.yaml, dvc.lock): this module computes none of another kind and knows no path of a stage. The
+way back from an artifact along the records is `tasks.runtime.provenance`'s.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from dvc.exceptions import OutputNotFoundError
-from dvc.repo import Repo
 from dvc_data.hashfile.build import build
 from dvc_data.hashfile.db import HashFileDB
 
@@ -61,16 +58,16 @@ def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:
         started: seconds since the epoch.
         run_ids: ids of the runs it belongs to, by kind.
     """
-    path = _record_path(stage.dvc)
+    path = record_path(stage.dvc)
     if path is None:
         return
-    inputs = {_name(dep): md5(dep) for dep in _files(stage.dvc)}
+    hashes = {name(dep): md5(dep) for dep in inputs(stage.dvc)}
     entry = {
         "stage": stage.address,
-        "inputs": inputs,
-        "outputs": {_name(out): md5(out) for out in _results(stage.dvc)},
-        "parameters": _parameters(stage.dvc),
-        "code": _code_hash(inputs),
+        "inputs": hashes,
+        "outputs": {name(out): md5(out) for out in results(stage.dvc)},
+        "parameters": parameters(stage.dvc),
+        "code": code_hash(hashes),
         "git": _git_state(),
         "packages": _versions(),
         "seed": getattr(getattr(stage.params, stage.name, None), "seed", None),
@@ -91,8 +88,8 @@ def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:
 
 def identity(stage: DvcStage) -> dict[str, Any]:
     """What a stage's result depends on, as it is now: hashes of its inputs (code included), parameters, libraries."""
-    inputs = {_name(dep): md5(dep) for dep in _files(stage)}
-    return {"inputs": inputs, "parameters": _parameters(stage), "packages": _versions()}
+    hashes = {name(dep): md5(dep) for dep in inputs(stage)}
+    return {"inputs": hashes, "parameters": parameters(stage), "packages": _versions()}
 
 
 def md5(item: Output, *, trust_state: bool = True) -> str | None:
@@ -109,214 +106,12 @@ def md5(item: Output, *, trust_state: bool = True) -> str | None:
     return found.hash_info.value
 
 
-class Node(NamedTuple):
-    """A stage on the way back from an artifact, and the stages whose outputs it read."""
-
-    stage: DvcStage
-    parents: list[Node]
-
-
-def trace(repo: Repo, path: str) -> list[Node]:
-    """The stages that made the file or folder, as trees towards the first inputs.
-
-    Raises:
-        InputError: no stage makes it.
-    """
-    try:
-        outs = repo.find_outs_by_path(os.path.abspath(path), recursive=True, strict=False)
-    except OutputNotFoundError as error:
-        raise InputError(f"no stage of dvc.yaml makes {path}; name a file or folder of data/ that one does") from error
-    graph, known = repo.index.graph, {}
-
-    def node(stage: DvcStage) -> Node:
-        if stage.addressing not in known:
-            parents = sorted(graph.successors(stage), key=lambda parent: parent.addressing)
-            known[stage.addressing] = Node(stage, [node(parent) for parent in parents])
-        return known[stage.addressing]
-
-    stages = {out.stage.addressing: out.stage for out in outs}
-    return [node(stages[name]) for name in sorted(stages)]
-
-
-def show(repo: Repo, path: str) -> list[str]:
-    """The lines of `show`; a stage that was printed before is only named.
-
-    Raises:
-        InputError: no stage makes it.
-    """
-    lines, seen = [path], set()
-
-    def add(node: Node, first: str, rest: str) -> None:
-        name = node.stage.addressing
-        if name in seen:
-            lines.append(f"{first}{name} (above)")
-            return
-        seen.add(name)
-        lines.append(f"{first}{name}{_headline(node.stage)}")
-        below = rest + ("│    " if node.parents else "     ")
-        lines.extend(below + detail for detail in _details(node.stage))
-        for index, parent in enumerate(node.parents):
-            last = index == len(node.parents) - 1
-            add(parent, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
-
-    roots = trace(repo, path)
-    for index, node in enumerate(roots):
-        last = index == len(roots) - 1
-        add(node, "└─ " if last else "├─ ", "   " if last else "│  ")
-    return lines
-
-
-def described(repo: Repo, path: str) -> list[dict[str, Any]]:
-    """What `show` says, as plain data: every stage on the way back, first inputs first.
-
-    Raises:
-        InputError: no stage makes it.
-    """
-    nodes: dict[str, Node] = {}
-
-    def add(node: Node) -> None:
-        if node.stage.addressing not in nodes:
-            for parent in node.parents:
-                add(parent)
-            nodes[node.stage.addressing] = node
-
-    for root in trace(repo, path):
-        add(root)
-    return [
-        {
-            "stage": name,
-            "frozen": node.stage.frozen,
-            "parents": [parent.stage.addressing for parent in node.parents],
-            "outputs": {_name(out): out.hash_info.value for out in _results(node.stage)},
-            "record": _read_record(node.stage),
-        }
-        for name, node in nodes.items()
-    ]
-
-
-class Finding(NamedTuple):
-    """One thing that `verify` says; a note is no fault."""
-
-    stage: str
-    sentence: str
-    fault: bool = True
-
-
-def verify(repo: Repo, path: str) -> tuple[list[Finding], int]:
-    """Hash everything on the way back from an artifact, and compare with dvc.lock and the records.
-
-    Returns:
-        What was found, and how many files and folders were hashed.
-
-    Raises:
-        InputError: no stage makes it.
-    """
-    findings: dict[Finding, None] = {}
-    hashes: dict[str, str | None] = {}
-
-    def actual(item: Output) -> str | None:
-        if item.fs_path not in hashes:
-            hashes[item.fs_path] = md5(item, trust_state=False)
-        return hashes[item.fs_path]
-
-    for stage in _stages(trace(repo, path)):
-        for finding in (*_against_lock(stage, actual), *_against_record(stage)):
-            findings[finding] = None
-    return list(findings), len(hashes)
-
-
-def _against_lock(stage: DvcStage, actual: Any) -> Iterator[Finding]:
-    name = stage.addressing
-    if not all(out.hash_info for out in stage.outs):
-        yield Finding(name, "never run here: dvc.lock has no entry for it (`dvc repro` makes it)")
-        return
-    for out in stage.outs:
-        yield from _compare(name, f"output {_name(out)}", out.hash_info.value, actual(out))
-    for dep in _files(stage):
-        for finding in _compare(name, f"input {_name(dep)}", dep.hash_info.value, actual(dep)):
-            # a frozen stage's result is kept on purpose when its inputs go on
-            yield finding._replace(fault=False) if stage.frozen else finding
-    for key, now in _parameters(stage).items():
-        then = _locked_parameters(stage).get(key)
-        if then != now:
-            yield Finding(name, f"parameter {key} is {now!r} now, it was made with {then!r}", not stage.frozen)
-
-
-def _against_record(stage: DvcStage) -> Iterator[Finding]:
-    name, path = stage.addressing, _record_path(stage)
-    entry = _read_record(stage)
-    if path is None or not all(out.hash_info for out in stage.outs):
-        return
-    if entry is None:
-        yield Finding(name, f"lineage record {_relative(path)} is missing or unreadable")
-        return
-    sides = (("outputs", "output", _results(stage)), ("inputs", "input", _files(stage)))
-    for side, word, items in sides:
-        written = entry.get(side) if isinstance(entry.get(side), dict) else {}
-        for item in items:
-            then, locked = written.get(_name(item)), item.hash_info.value
-            if then != locked:
-                sentence = f"{word} {_name(item)} is {_short(then)} in the lineage record, {_short(locked)} in dvc.lock"
-                yield Finding(name, sentence)
-    if entry.get("parameters") != _locked_parameters(stage):
-        yield Finding(name, "the lineage record has other parameters than dvc.lock")
-    if entry.get("code") != _code_hash({_name(dep): dep.hash_info.value for dep in _files(stage)}):
-        yield Finding(name, "the lineage record has another code hash than dvc.lock gives")
-
-
-def _compare(stage: str, what: str, locked: str | None, found: str | None) -> Iterator[Finding]:
-    if found is None:
-        yield Finding(stage, f"{what} is missing")
-    elif found != locked:
-        yield Finding(stage, f"{what} was altered: {_short(found)} on disk, {_short(locked)} in dvc.lock")
-
-
-def _headline(stage: DvcStage) -> str:
-    entry = _read_record(stage)
-    if entry is None:
-        return "  (no lineage record)"
-    git = entry["git"] if isinstance(entry.get("git"), dict) else {}
-    revision = f"git {_short(git.get('revision'))}{' + changes' if git.get('dirty') else ''}"
-    when = f"{entry.get('started')}  {entry.get('seconds')} s"
-    return f"  {when}  code {_short(entry.get('code'))}  {revision}{'  frozen' if stage.frozen else ''}"
-
-
-def _details(stage: DvcStage) -> Iterator[str]:
-    """Parameters that are set, outputs, and the inputs that no stage makes."""
-    flat = _flat(_locked_parameters(stage))
-    own = f"{stage.addressing.partition('@')[0]}."
-    parameters = [f"{key.removeprefix(own)}={json.dumps(value)}" for key, value in flat if value is not None]
-    if parameters:
-        yield f"parameters {' '.join(parameters)}"
-    for out in _results(stage):
-        yield f"output {_name(out)} {_short(out.hash_info.value)}"
-    made = [out for made_by in stage.repo.index.stages for out in made_by.outs]
-    for dep in _files(stage):
-        if not _is_code(_name(dep)) and not any(_overlap(dep.fs_path, out.fs_path) for out in made):
-            yield f"source {_name(dep)} {_short(dep.hash_info.value)}"
-
-
-def _stages(nodes: list[Node]) -> Iterator[DvcStage]:
-    """Every stage of the trees once, first inputs first."""
-    seen: set[str] = set()
-
-    def visit(node: Node) -> Iterator[DvcStage]:
-        if node.stage.addressing not in seen:
-            seen.add(node.stage.addressing)
-            for parent in node.parents:
-                yield from visit(parent)
-            yield node.stage
-
-    for node in nodes:
-        yield from visit(node)
-
-
-def _files(stage: DvcStage) -> list[Output]:
+def inputs(stage: DvcStage) -> list[Output]:
     """The dependencies that are files or folders, code included."""
     return [dep for dep in stage.deps if not getattr(dep, "params", ())]
 
 
-def _results(stage: DvcStage) -> list[Output]:
+def results(stage: DvcStage) -> list[Output]:
     """The outputs without the record."""
     return [out for out in stage.outs if not _is_record(out)]
 
@@ -325,20 +120,12 @@ def _is_record(out: Output) -> bool:
     return (Path(out.repo.root_dir) / RECORDS) in Path(out.fs_path).parents
 
 
-def _record_path(stage: DvcStage) -> Path | None:
+def record_path(stage: DvcStage) -> Path | None:
+    """Where a stage's record is; None where it declares none."""
     return next((Path(out.fs_path) for out in stage.outs if _is_record(out)), None)
 
 
-def _read_record(stage: DvcStage) -> dict[str, Any] | None:
-    path = _record_path(stage)
-    try:
-        entry = json.loads(path.read_text(encoding="utf-8")) if path else None
-    except (OSError, ValueError):
-        return None
-    return entry if isinstance(entry, dict) else None
-
-
-def _parameters(stage: DvcStage) -> dict[str, Any]:
+def parameters(stage: DvcStage) -> dict[str, Any]:
     """The declared parameters and their values as they are in the parameter file."""
     values: dict[str, Any] = {}
     for dep in stage.deps:
@@ -347,30 +134,15 @@ def _parameters(stage: DvcStage) -> dict[str, Any]:
     return json.loads(json.dumps(values))  # plain lists and numbers, as they come back from a record
 
 
-def _locked_parameters(stage: DvcStage) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for dep in stage.deps:
-        if getattr(dep, "params", ()) and dep.hash_info:
-            values |= dep.hash_info.value
-    return json.loads(json.dumps(values))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _code_hash(files: dict[str, str | None]) -> str | None:
+def code_hash(hashes: dict[str, str | None]) -> str | None:
     """SHA-256 over names and hashes of the declared Python files; None where a stage declares none."""
-    lines = [f"{value}  {name}\n" for name, value in sorted(files.items()) if _is_code(name)]
+    lines = [f"{value}  {path}\n" for path, value in sorted(hashes.items()) if is_code(path)]
     return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
 
 
-def _is_code(name: str) -> bool:
-    return name.endswith(".py")
+def is_code(path: str) -> bool:
+    """Whether a dependency is Python code."""
+    return path.endswith(".py")
 
 
 def _git_state() -> dict[str, Any]:
@@ -388,12 +160,12 @@ def _git(*arguments: str) -> str | None:
 
 
 def _versions() -> dict[str, str | None]:
-    return {name: _version(name) for name in PACKAGES}
+    return {package: _version(package) for package in PACKAGES}
 
 
-def _version(name: str) -> str | None:
+def _version(package: str) -> str | None:
     try:
-        return metadata.version(name)
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
@@ -404,23 +176,6 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _name(item: Output) -> str:
+def name(item: Output) -> str:
     """The path as seen from the repository's root, with forward slashes."""
     return Path(os.path.relpath(item.fs_path, item.repo.root_dir)).as_posix()
-
-
-def _relative(path: Path) -> str:
-    return os.path.relpath(path)
-
-
-def _overlap(one: str, other: str) -> bool:
-    first, second = Path(one), Path(other)
-    return first == second or first in second.parents or second in first.parents
-
-
-def _short(value: Any) -> str:
-    """The start of a hash, its ".dir" kept."""
-    if not isinstance(value, str):
-        return "none"
-    start, dot, kind = value.partition(".")
-    return start[:SHORT] + dot + kind

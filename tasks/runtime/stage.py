@@ -69,10 +69,6 @@ class Inputs:
         """Whether exactly one declared dependency ends with `name`."""
         return len(_matches(self.places, name)) == 1
 
-    def inputs_below(self, folder: str) -> list[Path]:
-        """The declared dependencies that lie directly in a folder of this name, in the order of dvc.yaml."""
-        return [place for path, place in self.places.items() if path.parent.name == folder]
-
     def inputs_named(self, name: str) -> list[Path]:
         """The declared dependencies of this last name, in the order of dvc.yaml."""
         return [place for path, place in self.places.items() if path.name == name]

@@ -22,8 +22,14 @@ from typing import Any
 import torch
 
 from tasks.algorithms.model import families
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import rounding
 from tasks.packed import reader
+from tasks.packed.description import DESCRIPTION, FILE
+from tasks.packed.packed_folder import PackedFolder
+from tasks.packed.plan import Plan, planned
+from tasks.packed.stored_model import Linear, Model
+from tasks.packed.writer import save
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -70,8 +76,8 @@ EMBEDDINGS = (16, 8, 4)
 def plan(case: str, embedding: int, **more: Any) -> tuple[int, float]:
     """(bytes of model.safetensors and model.json, bytes of their information)."""
     settings = {"group_size": GROUP, "embedding_bits": embedding, "embedding_group": TABLE_GROUP, **CASES[case]}
-    sizes, bits = reader.planned(CONFIG, **settings, **more)
-    return sum(sizes.values()), sum(bits.values()) / 8
+    made = planned(CONFIG, Plan(**settings, **more))
+    return made.total, sum(made.bound.values()) / 8
 
 
 def show() -> None:
@@ -90,14 +96,14 @@ def show() -> None:
             )
 
 
-def random_model(case: str, embedding: int, seed: int = 0) -> reader.Model:
+def random_model(case: str, embedding: int, seed: int = 0) -> Model:
     """Random content of that shape, a block at a time."""
     generator = torch.Generator().manual_seed(seed)
-    chosen, shapes = CASES[case], families.linear_shapes(CONFIG)
+    chosen, shapes = CASES[case], shape_of_config(CONFIG).linears
     table = (CONFIG["vocab_size"], CONFIG["hidden_size"])
     hidden, prefix = CONFIG["hidden_size"], families.family(CONFIG).blocks
 
-    def blocks() -> Iterator[dict[str, reader.Linear]]:
+    def blocks() -> Iterator[dict[str, Linear]]:
         for block in range(CONFIG["num_hidden_layers"]):
             yield {
                 f"{prefix}.{block}.{name}": random_linear(
@@ -123,12 +129,12 @@ def random_model(case: str, embedding: int, seed: int = 0) -> reader.Model:
             embedding,
             TABLE_GROUP,
         )
-    return reader.Model(CONFIG, blocks(), words, None, rest)
+    return Model(CONFIG, blocks(), words, None, rest)
 
 
-def random_linear(shape: tuple[int, int], bits: int | None, pattern: str, generator: torch.Generator) -> reader.Linear:
+def random_linear(shape: tuple[int, int], bits: int | None, pattern: str, generator: torch.Generator) -> Linear:
     """Random codes and scales; of each group of the pattern, random places are kept."""
-    linear = reader.Linear(pattern=pattern)
+    linear = Linear(pattern=pattern)
     if bits is None:
         linear.weight = torch.randn(shape, generator=generator).bfloat16()
         return linear
@@ -152,10 +158,10 @@ def check(case: str, embedding: int) -> bool:
     """Pack random weights, read them back; whether the files have the planned size."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, started = Path(scratch), time.monotonic()
-        reader.save(random_model(case, embedding), folder)
+        save(random_model(case, embedding), folder)
         written = time.monotonic()
-        size = sum((folder / name).stat().st_size for name in (reader.FILE, reader.DESCRIPTION))
-        table = reader.layout(folder).description.scales
+        size = sum((folder / name).stat().st_size for name in (FILE, DESCRIPTION))
+        table = PackedFolder(folder).description.scales
         count = sum(linear.codes.numel() for _, block in reader.stream(folder) for linear in block.values())
         read = time.monotonic()
     shared = {"distinct_scales": table.values, "kinds": table.kinds} if table else {}

@@ -93,10 +93,11 @@ def show(found: Mapping[str, list[dict[str, float]]], folders: Mapping[str, Path
 
 def pack(unpacked: Path, folder: Path, *parts: Path) -> Path:
     """A packed folder of the model: masks and codes from the `parts`, as the stage package does it."""
-    from tasks.packed import reader
+    from tasks.models.tokenizer_files import copy_tokenizer
+    from tasks.packed import source_folder, writer
 
-    reader.save(reader.read(unpacked, *parts), folder)
-    reader.copy_tokenizer(unpacked, folder)
+    writer.save(source_folder.read(unpacked, *parts), folder)
+    copy_tokenizer(unpacked, folder)
     return folder
 
 
@@ -106,14 +107,15 @@ def write_random(folder: Path, bits: int = 4, group: int = 128) -> Path:
     from transformers import LlamaConfig
 
     from tasks.models import tensor_files
-    from tasks.packed import file_format
+    from tasks.packed.model_config import clean
+    from tasks.packed.shapes import shapes_of
     from tasks.runtime import files
 
     generator = torch.Generator().manual_seed(0)
     config = LlamaConfig(**SHAPE, num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=True)
     described = json.loads(config.to_json_string(use_diff=False)) | {"architectures": ["LlamaForCausalLM"]}
-    described = file_format.clean(described)
-    shapes = file_format.shapes_of(json.dumps(described))
+    described = clean(described)
+    shapes = shapes_of(described)
     tensors = {name: torch.ones(shape, dtype=torch.float16) for name, shape in shapes.rest.items()}
     tensors["model.embed_tokens.weight"] = torch.randn(shapes.table, generator=generator).half()
     zero = sum(2 ** (bits - 1) - 1 << place for place in range(0, 32, bits))  # the format stores them less one

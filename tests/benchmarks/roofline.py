@@ -86,24 +86,26 @@ def random_package(layers: int, folder: Path) -> Path:
     import torch
 
     from tasks.algorithms.model import families
-    from tasks.packed import reader
+    from tasks.algorithms.model.shape import shape_of_config
+    from tasks.models.tokenizer_files import copy_tokenizer
+    from tasks.packed import stored_model, writer
 
     generator = torch.Generator().manual_seed(0)
     config = CONFIG | {"num_hidden_layers": layers, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
     prefix, hidden = families.family(config).blocks, config["hidden_size"]
 
-    def linear(rows: int, cols: int) -> reader.Linear:
+    def linear(rows: int, cols: int) -> stored_model.Linear:
         codes = torch.randint(0, 16, (rows, cols), generator=generator, dtype=torch.uint8)
         scales = torch.full((rows, cols // GROUP), 0.25 / cols**0.5).half()
-        return reader.Linear(codes=codes, scales=scales, bits=4, group_size=GROUP)
+        return stored_model.Linear(codes=codes, scales=scales, bits=4, group_size=GROUP)
 
-    shapes = families.linear_shapes(config)
+    shapes = shape_of_config(config).linears
     blocks = ({f"{prefix}.{block}.{name}": linear(*shape) for name, shape in shapes.items()} for block in range(layers))
     norms = [f"{prefix}.{b}.{name}.weight" for b in range(layers) for name in families.family(config).norms]
     rest = {name: torch.ones(hidden).half() for name in [*norms, f"{families.family(config).final_norm}.weight"]}
     words = torch.randn(config["vocab_size"], hidden, generator=generator).half()
-    reader.save(reader.Model(config, blocks, words, None, rest), folder)
-    reader.copy_tokenizer(TOKENIZER, folder)
+    writer.save(stored_model.Model(config, blocks, words, None, rest), folder)
+    copy_tokenizer(TOKENIZER, folder)
     return folder
 
 
@@ -147,7 +149,9 @@ def measure(row: dict[str, Any]) -> dict[str, float]:
 def prepare(row: dict[str, Any], scratch: Path) -> tuple[Model, Path, dict[str, Any]]:
     """What the bound counts, the folder to run, and the settings of its engine."""
     from tasks.device_profiles import contents
+    from tasks.device_profiles.planned_contents import planned
     from tasks.export import export
+    from tasks.packed.plan import Plan
 
     dtype, kind = row.get("dtype"), row.get("format")
     folder = Path(row["folder"]) if "folder" in row else scratch / "model"
@@ -158,7 +162,7 @@ def prepare(row: dict[str, Any], scratch: Path) -> tuple[Model, Path, dict[str, 
         return model, folder, {"dtype": dtype}
     export.export(folder, kind, scratch / "export")
     if kind == "gguf-f32":  # the package's values, each in 32 bits
-        model = contents.planned(CONFIG | {"num_hidden_layers": row["layers"]}, None, dtype="F32")
+        model = planned(CONFIG | {"num_hidden_layers": row["layers"]}, Plan(bits=None, dtype="F32"))
     return model, scratch / "export", {}
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from tasks.algorithms.model import families
+from tasks.algorithms.model import shape
 from tasks.algorithms.scoring import perplexity
 from tasks.built_in_model import documents, splits
 from tasks.models import dense_folder, tensor_headers
@@ -30,7 +30,7 @@ def test_it_has_the_promised_shape() -> None:
     parameters = sum(int(np.prod(entry.shape)) for entry in entries.values())
     assert 2_500_000 < parameters < 2_700_000
     assert "lm_head.weight" not in entries  # tied
-    assert all(columns % 128 == 0 for _, columns in families.linear_shapes(dense_folder.config(MODEL)).values())
+    assert all(columns % 128 == 0 for _, columns in shape.shape_of_config(dense_folder.config(MODEL)).linears.values())
     assert 2 * parameters > 4 * 2**20  # in bf16 it does not fit Siracusa's weight memory
 
 

@@ -14,13 +14,12 @@ import pytest
 from tasks.algorithms.device_fit import verdict
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.statistics import gate
-from tasks.cli import commands, dispatch, exit_codes, export, fit
+from tasks.cli import commands, dispatch, exit_codes, export, fit, size
 from tasks.cli.commands import COMMANDS
+from tasks.packed import plan
 from tests.support.command import edgepress
 from tests.support.paths import ROOT
 
-FOR_HELP = {"size"}
-"""Commands whose --help needs torch: the choices come from the packed format."""
 WRONG = {
     "run": ["--frobnicate"],
     "stage": [],
@@ -69,7 +68,7 @@ def test_the_overview_imports_nothing_heavy_and_is_the_same_by_python_m() -> Non
 
 
 def test_help_of_no_command_imports_torch_or_prefect() -> None:
-    names = [name for name in COMMANDS if name not in FOR_HELP]
+    names = list(COMMANDS)
     script = f"import sys; from tasks.cli.dispatch import main\nfor name in {names}:\n assert main([name, '-h']) == 0\n"
     script += "print(sorted({'torch', 'prefect', 'transformers'} & set(sys.modules)))"
     done = python("-c", script)
@@ -161,7 +160,7 @@ def test_choices_that_are_written_twice_are_the_same() -> None:
     from tasks.device_profiles import contents
     from tasks.export import export as room
 
-    assert fit.TABLE_BITS == contents.TABLE_BITS and set(fit.DTYPES) == set(contents.DTYPES)
+    assert fit.MATRIX_BITS == size.MATRIX_BITS == plan.MATRIX_BITS and set(fit.DTYPES) == set(contents.DTYPES)
     assert tuple(room.FORMATS) == export.FORMATS
 
 

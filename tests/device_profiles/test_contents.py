@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,11 +13,19 @@ from tasks.algorithms.device_fit import footprint
 from tasks.algorithms.device_fit.footprint import Model, Unit
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import rounding
 from tasks.device_profiles import contents
-from tasks.packed import reader
+from tasks.device_profiles.planned_contents import planned
+from tasks.packed import packed_folder
+from tasks.packed.plan import Plan, planned_bytes
+from tasks.packed.sizes import component_bytes
+from tasks.packed.stored_model import Linear
+from tasks.packed.stored_model import Model as Stored
+from tasks.packed.writer import save
 from tests.algorithms.device_fit.test_footprint import CONFIG
 from tests.benchmarks import llama_bytes
+from tests.support.folder_of_zeros import folder_of_zeros
 
 EVERYTHING = Unit(
     {name: "fp32" for name in ("fp32", "fp16", "bf16")}
@@ -37,31 +44,9 @@ def held(model: Model) -> dict[str, int]:
     return {name: size for name, size in found.items() if name != "metadata"}
 
 
-def model_folder(folder: Path, *, tied: bool = True, quantised: bool = False) -> Path:
-    """Tensors of the right names; only their sizes matter here."""
-    folder.mkdir(parents=True)
-    config = dict(CONFIG)
-    tensors = {"model.embed_tokens.weight": torch.zeros(20, 8, dtype=torch.float32)}
-    if quantised:
-        config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 8, "sym": True}
-        tensors["model.layers.0.mlp.gate_proj.qzeros"] = torch.zeros(1, 2, dtype=torch.int32)
-        tensors["model.layers.0.mlp.gate_proj.qweight"] = torch.zeros(1, 12, dtype=torch.int32)
-        tensors["model.layers.0.mlp.gate_proj.scales"] = torch.zeros(1, 12, dtype=torch.float16)
-        adapter = {"model.layers.0.mlp.gate_proj.lora_A.weight": torch.zeros(2, 8, dtype=torch.float16)}
-        save_file(adapter, folder / "adapter_model.safetensors")
-    else:
-        tensors["model.layers.0.mlp.gate_proj.weight"] = torch.zeros(12, 8, dtype=torch.float32)
-    if not tied:
-        tensors["lm_head.weight"] = torch.zeros(20, 8, dtype=torch.float32)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "tokenizer.json").write_text("{}" * 50, encoding="utf-8")
-    return folder
-
-
 @pytest.mark.parametrize("quantised", [False, True])
 def test_sizes_equal_stat(tmp_path: Path, quantised: bool) -> None:
-    folder = model_folder(tmp_path / "model", quantised=quantised)
+    folder = folder_of_zeros(tmp_path / "model", quantised=quantised)
     model, sizes = contents.read(folder), {path.name: path.stat().st_size for path in folder.iterdir()}
     assert model.stored == sum(sizes.values()) == sum(model.stored_components.values())
     assert model.metadata == sum(size for name, size in sizes.items() if not name.endswith(".safetensors"))
@@ -73,17 +58,17 @@ def test_sizes_equal_stat(tmp_path: Path, quantised: bool) -> None:
 
 
 def test_an_untied_embedding_is_only_looked_up_in(tmp_path: Path) -> None:
-    model = contents.read(model_folder(tmp_path / "model", tied=False))
+    model = contents.read(folder_of_zeros(tmp_path / "model", tied=False))
     assert [(part.name, part.matrices[0].looked_up) for part in model.parts[-2:]] == [
         ("embedding", True),
         ("head", False),
     ]
-    tied = contents.read(model_folder(tmp_path / "tied"))
+    tied = contents.read(folder_of_zeros(tmp_path / "tied"))
     assert not any(matrix.looked_up for matrix in tied.matrices())
 
 
 def test_damaged_and_missing_files(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "model")
+    folder = folder_of_zeros(tmp_path / "model")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(InputError, match="cut off"):
@@ -101,13 +86,13 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
 
 
 def test_a_type_or_codes_that_can_not_be_counted(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "model")
+    folder = folder_of_zeros(tmp_path / "model")
     save_file(
         {"model.layers.1.mlp.up_proj.weight": torch.zeros(12, 8, dtype=torch.float64)}, folder / "more.safetensors"
     )
     with pytest.raises(InputError, match="up_proj.weight is stored as F64"):
         contents.read(folder)
-    folder = model_folder(tmp_path / "quantised", quantised=True)
+    folder = folder_of_zeros(tmp_path / "quantised", quantised=True)
     save_file({"model.layers.1.mlp.up_proj.qweight": torch.zeros(1, 12, dtype=torch.int32)}, folder / "a.safetensors")
     with pytest.raises(InputError, match="up_proj has packed GPTQ codes, but no scales"):
         contents.read(folder)
@@ -126,7 +111,7 @@ def pack(make_model, tmp_path: Path):
                 coded = rounding.quantise(linear.weight.detach(), 4, 16)
                 keep = torch.tensor([True, False, False, True]).repeat(linear.out_features, linear.in_features // 4)
                 codes = coded.codes * keep if pattern == "2:4" else coded.codes
-                block[name] = reader.Linear(
+                block[name] = Linear(
                     codes=(codes + 8).to(torch.uint8),
                     scales=coded.scales,
                     bits=4,
@@ -140,7 +125,7 @@ def pack(make_model, tmp_path: Path):
         rest = {name: weight.detach().half() for name, weight in model.named_parameters() if "norm" in name}
         config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
         coded = rounding.quantise(table, 8, 32), None if tied else head.half()
-        reader.save(reader.Model(config, blocks, *coded, rest), tmp_path / "packed")
+        save(Stored(config, blocks, *coded, rest), tmp_path / "packed")
         (tmp_path / "packed/tokenizer.json").write_text("{}" * 50, encoding="utf-8")
         return tmp_path / "packed"
 
@@ -150,14 +135,17 @@ def pack(make_model, tmp_path: Path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_packed_folder_is_counted_by_its_description(pack, tied: bool) -> None:
     folder = pack(tied)
-    model, components = contents.read(folder), reader.component_bytes(folder)
+    model, components = contents.read(folder), component_bytes(folder)
     assert model.stored == sum(path.stat().st_size for path in folder.iterdir()) == sum(components.values())
-    found, weights = held(model), 4 * sum(r * c for r, c in families.linear_shapes(reader.config(folder)).values())
+    found, weights = (
+        held(model),
+        4 * sum(r * c for r, c in shape_of_config(packed_folder.config(folder)).linears.values()),
+    )
     assert found["values"] == components["values"] == weights // 2 // 2
     assert found["positions"] == weights // 2 * 2 // 8  # the file's combinatorial codes are shorter
     assert found["scales"] == weights // 16 * 2
     assert found["norms"] == components["norms"]
-    sides = 4 * sum(sum(shape) for shape in families.linear_shapes(reader.config(folder)).values())
+    sides = 4 * sum(sum(shape) for shape in shape_of_config(packed_folder.config(folder)).linears.values())
     assert found["adapter"] == 2 * sides * 2
     assert found["embedding"] == 96 * 32 + 96 * 2 + (0 if tied else 96 * 32 * 2)
     assert {m.pattern for m in model.matrices() if m.component == "values"} == {(2, 4)}
@@ -173,32 +161,33 @@ def test_a_packed_folder_without_a_pattern(pack) -> None:
 def test_a_model_is_planned_as_it_would_be_packed(pack) -> None:
     folder = pack()
     real = contents.read(folder)
-    planned = contents.planned(reader.config(folder), 4, 16, "2:4", 8, 32)
+    plan = Plan(bits=4, group_size=16, pattern="2:4", embedding_bits=8, embedding_group=32)
+    made = planned(packed_folder.config(folder), plan)
     ours = {name: size for name, size in held(real).items() if name != "adapter"}
-    assert held(planned) == ours
-    assert planned.stored == reader.planned_bytes(reader.config(folder), 4, "2:4", 16, 8, 32)
-    assert planned.metadata == 0
+    assert held(made) == ours
+    assert made.stored == planned_bytes(packed_folder.config(folder), plan)
+    assert made.metadata == 0
 
 
 def test_plans_that_can_not_be() -> None:
     config = CONFIG | {"tie_word_embeddings": True}
-    for arguments, said in (
-        ((1,), "bits = 1"),
-        ((4, 5), "group_size = 5"),
-        ((4, 4, "3:7"), "not divisible by groups of 3:7"),
-        ((4, 4, "dense", 5), "embedding's 5"),
-        ((4, 4, "dense", 8, 3), "embedding_group = 3"),
+    for plan, said in (
+        (Plan(bits=1), "bits = 1"),
+        (Plan(group_size=5), "group_size = 5"),
+        (Plan(group_size=4, pattern="3:7"), "not divisible by groups of 3:7"),
+        (Plan(group_size=4, embedding_bits=5), "embedding's 5"),
+        (Plan(group_size=4, embedding_bits=8, embedding_group=3), "embedding_group = 3"),
     ):
         with pytest.raises(InputError, match=said):
-            contents.planned(config, *arguments)
+            planned(config, plan)
     with pytest.raises(InputError, match="supported are"):
-        contents.planned(config | {"architectures": ["GPT2LMHeadModel"]}, 4)
+        planned(config | {"architectures": ["GPT2LMHeadModel"]}, Plan(bits=4))
 
 
 def test_llama_in_bf16_has_its_published_size() -> None:
     # PTE file of the bf16 baseline: 2,358 MiB (pytorch/executorch, examples/models/llama/README.md)
-    model = contents.planned(llama_bytes.CONFIG, None, dtype="BF16")
+    model = planned(llama_bytes.CONFIG, Plan(bits=None, dtype="BF16"))
     assert sum(held(model).values()) / 2**20 == pytest.approx(2358, rel=1e-3)
     average = footprint.with_bits(model, Fraction(7, 2), EVERYTHING)
-    linears = 16 * sum(rows * cols for rows, cols in families.linear_shapes(llama_bytes.CONFIG).values())
+    linears = 16 * sum(rows * cols for rows, cols in shape_of_config(llama_bytes.CONFIG).linears.values())
     assert held(average)["values"] == linears * 7 // 16

@@ -10,11 +10,13 @@ import yaml
 
 from tasks.algorithms.device_fit.footprint import Workload
 from tasks.algorithms.device_fit.verdict import judge
-from tasks.device_profiles import contents, profiles
+from tasks.device_profiles import profiles
+from tasks.device_profiles.planned_contents import planned
+from tasks.packed.plan import Plan
 from tests.benchmarks import llama_bytes
-from tests.device_profiles.test_contents import model_folder
 from tests.device_profiles.test_profiles import NAMES, PROFILES, raw
 from tests.support.command import edgepress
+from tests.support.folder_of_zeros import folder_of_zeros
 
 LLAMA_3B = llama_bytes.CONFIG | {
     "head_dim": 128,
@@ -58,7 +60,7 @@ def test_streaming_has_a_code_of_its_own(llama: Path, tmp_path: Path, capsys: py
 
 
 def test_a_table_of_all_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = model_folder(tmp_path / "model", quantised=True)
+    folder = folder_of_zeros(tmp_path / "model", quantised=True)
     code, out, _ = run(capsys, "--model", folder)
     lines = out.splitlines()
     assert code == 0 and [line.split()[0] for line in lines[3:]] == NAMES
@@ -67,7 +69,7 @@ def test_a_table_of_all_devices(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_json_of_one_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = model_folder(tmp_path / "model")
+    folder = folder_of_zeros(tmp_path / "model")
     code, out, _ = run(capsys, "--model", folder, "--device", "phone", "--json", "--context", 8, "--kv-bits", 8)
     found = json.loads(out)
     assert (code, found["verdict"], found["device"]) == (0, "FITS", "phone")
@@ -92,7 +94,7 @@ def test_json_of_one_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_wrong_input_is_a_sentence_and_code_3(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple, said: str
 ) -> None:
-    code, out, errors = run(capsys, "--model", model_folder(tmp_path / "model"), *arguments)
+    code, out, errors = run(capsys, "--model", folder_of_zeros(tmp_path / "model"), *arguments)
     assert code == 3 and out == "" and said in errors and "Traceback" not in errors
 
 
@@ -112,7 +114,7 @@ def test_folders_that_are_no_models(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_machine_that_was_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = model_folder(tmp_path / "model")
+    folder = folder_of_zeros(tmp_path / "model")
     code, _, errors = run(capsys, "--model", folder, "--device", "host", "--profiles", tmp_path)
     assert code == 3 and "edgepress profile" in errors
 
@@ -130,7 +132,7 @@ ANCHORS = {
 def test_published_speeds_are_below_the_bound_and_not_far(name: str) -> None:
     config, plan, measured = ANCHORS[name]
     device = profiles.pick(profiles.load_all(PROFILES), "oneplus-12").device()
-    result = judge(device, contents.planned(config, **plan), Workload(128, 1, 16, 16))
+    result = judge(device, planned(config, Plan(**plan)), Workload(128, 1, 16, 16))
     assert result.verdict == "FITS" and result.tokens_per_second.limited_by == "bandwidth"
     ratio = measured / result.tokens_per_second.bound
     print(f"{name}: measured {measured}, bound {result.tokens_per_second.bound:.1f} tokens/s, ratio {ratio:.2f}")
@@ -141,10 +143,10 @@ def test_published_file_sizes() -> None:
     # MiB of the PTE files, same source. ExecuTorch's 4-bit file has float32 scales and an embedding beside the head.
     for name, mebibytes in (("1B bf16", 2358), ("3B bf16", 6129)):
         config, plan, _ = ANCHORS[name]
-        assert contents.planned(config, **plan).stored / 2**20 == pytest.approx(mebibytes, rel=0.002)
+        assert planned(config, Plan(**plan)).stored / 2**20 == pytest.approx(mebibytes, rel=0.002)
     for name, mebibytes in (("1B SpinQuant", 1083), ("3B SpinQuant", 2435)):
         config, plan, _ = ANCHORS[name]
-        model = contents.planned(config, **plan)
+        model = planned(config, Plan(**plan))
         linears = sum(m.rows * m.cols for m in model.matrices() if m.component == "values")
         table = config["vocab_size"] * config["hidden_size"]
         assert (linears // 2 + linears // 32 * 4 + 2 * table) / 2**20 == pytest.approx(mebibytes, rel=0.01)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -93,3 +96,25 @@ def test_a_row_in_words(rows) -> None:
     shown = command._shown(rows["wanda"] | {"seconds": None})
     assert (shown["ms/token"], shown["seconds"]) == ("+1050.000", "-")
     assert command._shown({"stage": "calibrate", "seconds": 1.0})["ppl test"] == "-"
+
+
+def test_files_are_found_beside_each_other_and_below_a_stage_s_one_output(tmp_path: Path) -> None:
+    written = [*(f"evaluate/{name}/metrics.json" for name in ("wanda", "fetch")), "measure/fetch/host.json"]
+    for name in (*written, "lineage/measure.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    outs = {
+        "evaluate@fetch": ["evaluate/fetch/documents.csv", "evaluate/fetch/metrics.json"],
+        "evaluate@wanda": ["evaluate/wanda/metrics.json"],
+        "evaluate@lora": ["evaluate/lora/metrics.json"],  # not written yet
+        "measure": ["measure", "lineage/measure.json"],
+        "measure_more": ["evaluate"],
+    }
+    stages = [
+        SimpleNamespace(name=name, outs=[SimpleNamespace(fs_path=str(tmp_path / path)) for path in paths])
+        for name, paths in outs.items()
+    ]
+    repo = SimpleNamespace(index=SimpleNamespace(stages=stages))
+    for name, file, models in (("evaluate", "metrics.json", ["fetch", "wanda"]), ("measure", "host.json", ["fetch"])):
+        paths = command._written(repo, name, file)
+        assert paths == [tmp_path / name / model / file for model in models]

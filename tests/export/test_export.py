@@ -11,7 +11,7 @@ import pytest
 
 from tasks.algorithms.errors import InputError
 from tasks.export import export
-from tasks.packed import reader
+from tasks.packed.sizes import component_bytes
 from tasks.runners import engines
 from tests.benchmarks import engines as benchmark
 from tests.support import random_package
@@ -88,7 +88,7 @@ def test_what_was_densified_or_merged_is_said_with_its_bytes(exported, kind):
     needs_writer(kind)
     folder, out = exported("adapter", kind)
     report = json.loads((out / "export.json").read_text(encoding="utf-8"))
-    found, stored = report["changes"], reader.component_bytes(folder)
+    found, stored = report["changes"], component_bytes(folder)
     assert EXACT[kind].items() <= {what: change["exact"] for what, change in found.items()}.items()
     ours = report["components"]["export"]
     assert found["zeros at 2:4"]["bytes"] == ours["values"] - stored["values"] - stored["positions"] > 0

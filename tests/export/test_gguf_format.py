@@ -10,7 +10,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.export import export
 from tasks.models import dense_folder
-from tasks.packed import reader
+from tasks.packed import packed_folder, reader
 from tasks.runners import engines, llama_bindings
 from tests.support import random_package
 from tests.support.exports import needs_engine, needs_writer
@@ -25,7 +25,7 @@ def test_the_gguf_file_holds_the_package_s_codes(exported, case):
     from tasks.export import gguf_format
 
     folder, out = exported(case, "gguf")
-    found, config = gguf_format.steps(out), reader.config(folder)
+    found, config = gguf_format.steps(out), packed_folder.config(folder)
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     places = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
     places |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.down_proj": "ffn_down"}

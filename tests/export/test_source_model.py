@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from tasks.export import source_model
-from tasks.packed import reader
+from tasks.packed.stored_model import Linear
 
 
 def test_blocks_are_the_largest_power_of_two_that_divides_a_group():
     def size(group, order=None, least=16, most=256):
-        linear = reader.Linear(codes=torch.zeros(1, 1), group_size=group, group_index=order)
+        linear = Linear(codes=torch.zeros(1, 1), group_size=group, group_index=order)
         return source_model.block_size(linear, least, most)
 
     assert [size(group) for group in (32, 48, 96, 128, 1024, 8, 20)] == [32, 16, 32, 128, 256, None, None]
     assert size(32, order=torch.zeros(1)) is None and size(64, least=32, most=32) == 32
-    assert source_model.block_size(reader.Linear(weight=torch.zeros(1, 1)), 16, 256) is None
+    assert source_model.block_size(Linear(weight=torch.zeros(1, 1)), 16, 256) is None

@@ -6,7 +6,6 @@ One Prefect server serves all of them; what a stage computes is of no account he
 from __future__ import annotations
 
 import base64
-import hashlib
 import http.server
 import json
 import os
@@ -21,16 +20,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import yaml
 
 from flows import retention
 from flows.server import dead_runs
 from tasks.algorithms.errors import InputError
-from tasks.nightly import worktree
+from tasks.nightly import records, worktree
 from tasks.parameters import schema
-from tasks.registry import tags, versions
-from tasks.runtime import git
-from tests.support.nightly_project import NightlyProject
+from tasks.registry import overview, tags, versions
+from tests.support.nightly_project import NightlyProject, workspace
 from tests.support.paths import ROOT
 
 ONCE = ("-m", "tasks", "night", "--once")
@@ -78,19 +75,8 @@ def wait_for(condition, seconds):
     return found
 
 
-def workspace(project):
-    """git's state, and the hash of every file but those of server and registry."""
-    state = project.run("git", "status", "--porcelain"), project.run("git", "log", "--format=%H", "--branches")
-    own = (".git", ".prefect", ".dvc", "home")
-    files = [
-        path for path in project.path.rglob("*") if path.is_file() and path.parts[len(project.path.parts)] not in own
-    ]
-    kept = [path for path in files if "registry" not in path.parts and "__pycache__" not in path.parts]
-    return state, {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
-
-
 def last(project):
-    return worktree.listing(project.path)[-1]
+    return records.listing(project.path)[-1]
 
 
 def version(project):
@@ -99,11 +85,11 @@ def version(project):
 
 def serve_until_it_fires(project):
     """Serve until one night more is recorded, then stop gracefully; returns the night."""
-    before = len(worktree.listing(project.path))
+    before = len(records.listing(project.path))
     served = project.start("-m", "tasks", "night")
     threading.Thread(target=served.stdout.read, daemon=True).start()
     try:
-        wait_for(lambda: len(worktree.listing(project.path)) > before or served.poll() is not None, 150)
+        wait_for(lambda: len(records.listing(project.path)) > before or served.poll() is not None, 150)
         wait_for(
             lambda: not ask(project, "flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}), 60
         )
@@ -130,7 +116,7 @@ def test_the_schedule_fires_and_fires_again_after_a_stop_and_a_restart(project) 
 
 @pytest.mark.slow  # six nights
 def test_each_kind_of_night_has_its_verdict_its_event_and_its_exit_code(project) -> None:
-    if not worktree.listing(project.path):
+    if not records.listing(project.path):
         project.python(*ONCE)
     with webhook() as (url, received):
         project.python("-m", "tasks", "notify", "--webhook", url)
@@ -164,7 +150,7 @@ def test_each_kind_of_night_has_its_verdict_its_event_and_its_exit_code(project)
     (project.path / "source/train.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
     project.change({"fetch.model.path": "source/none"})
     project.commit("no such source")
-    assert "source/none" in project.python(*ONCE, expect=1) and last(project).record["verdict"] == worktree.FAILED
+    assert "source/none" in project.python(*ONCE, expect=1) and last(project).record["verdict"] == records.FAILED
     assert version(project) == "v0.0.2"
 
     shown = project.python("-m", "tasks", "night", "list")
@@ -173,7 +159,7 @@ def test_each_kind_of_night_has_its_verdict_its_event_and_its_exit_code(project)
     project.python("-m", "tasks", "night", "apply", accepted.name)
     assert "up to date" in project.run(sys.executable, "-m", "dvc", "status")
     assert "Running stage" not in project.run(sys.executable, "-m", "dvc", "repro")
-    project.python("-m", "tasks", "night", "apply", worktree.listing(project.path)[0].name)  # from one to the next
+    project.python("-m", "tasks", "night", "apply", records.listing(project.path)[0].name)  # from one to the next
     project.run("git", "checkout", "--force", ".")
 
 
@@ -182,14 +168,14 @@ def test_retention_says_what_would_go_and_keeps_what_is_promoted(project) -> Non
     if version_missing(project):
         project.python(*ONCE)
     project.change({"nightly.retention": {"nights": 1, "days": 1}})
-    known = worktree.listing(project.path)
+    known = records.listing(project.path)
     project.weights(0.002)
     project.commit("one more")
     said = project.python("-m", "tasks", "retention")
     assert "would go" in said and said.count("\nnight ") + said.startswith("night ") == len(known) - 1
-    assert worktree.listing(project.path) == known
+    assert records.listing(project.path) == known
     project.python("-m", "tasks", "retention", "--apply")
-    assert [night.name for night in worktree.listing(project.path)] == [known[-1].name]
+    assert [night.name for night in records.listing(project.path)] == [known[-1].name]
     versions.verify(project.path, version(project))
     current = versions.current(project.path)
     project.python("-m", "tasks", "gate", current.revision)  # its figures and its package are still in the cache
@@ -265,7 +251,7 @@ def flow_run(project, run):
 @pytest.mark.slow  # a server
 def test_an_accepted_model_that_cannot_be_promoted_fails_the_night_and_the_next_one_promotes_it(project) -> None:
     sound(project, 0.003)
-    following = f"v0.0.{len(versions.versions(project.path)) + 1}"
+    following = f"v0.0.{len(overview.versions(project.path)) + 1}"
     blocked = project.path / f".git/refs/tags/{tags.ARTIFACT}@{following}.lock"  # as of a git that was killed
     blocked.parent.mkdir(parents=True, exist_ok=True)
     blocked.touch()
@@ -290,9 +276,9 @@ def test_a_night_without_its_source_is_recorded_as_failed(project) -> None:
     sound(project, 0.007)
     project.change({"fetch.model.path": "source/nowhere"})
     project.commit("no source")
-    before = len(worktree.listing(project.path))
+    before = len(records.listing(project.path))
     assert "source/nowhere" in project.python(*ONCE, expect=1)
-    (found,) = worktree.listing(project.path)[before:]
+    (found,) = records.listing(project.path)[before:]
     assert found.record["verdict"] == "FAILED" and "source/nowhere" in found.record["reason"]
     assert found.name in project.python("-m", "tasks", "night", "list")
 
@@ -300,7 +286,7 @@ def test_a_night_without_its_source_is_recorded_as_failed(project) -> None:
 @pytest.mark.slow  # a server and a worker
 def test_the_deployment_of_prefect_yaml_runs_on_a_process_pool(project) -> None:
     sound(project, 0.004)
-    before = len(worktree.listing(project.path))
+    before = len(records.listing(project.path))
     prefect = (str(Path(sys.executable).parent / "prefect"), "--no-prompt")
     named = {"PREFECT_API_URL": (project.path / ".prefect/api-url").read_text().strip()}
     named |= {"PREFECT_HOME": str(project.path / ".prefect"), "EDGEPRESS_PROJECT": str(project.path)}
@@ -308,22 +294,23 @@ def test_the_deployment_of_prefect_yaml_runs_on_a_process_pool(project) -> None:
     project.run(*prefect, "deploy", "--prefect-file", str(ROOT / "prefect.yaml"), "--name", "nightly", env=named)
     project.run(*prefect, "deployment", "run", "night/nightly", env=named)
     project.run(*prefect, "worker", "start", "--pool", "edgepress", "--run-once", env=named)
-    (found,) = worktree.listing(project.path)[before:]
+    (found,) = records.listing(project.path)[before:]
     assert found.record["verdict"] == "ACCEPT"
 
 
 @pytest.mark.slow  # a server
 def test_a_night_a_repro_a_flow_and_a_second_night_at_once(project) -> None:
     sound(project, 0.005, overlap="cancel")
-    before = len(worktree.listing(project.path))
+    before = len(records.listing(project.path))
     commands = (ONCE, ONCE, ("-m", "dvc", "repro"), ("-m", "tasks", "run", "package", "hardware_fit"))
     together = [project.start(*command) for command in commands]
     said = [process.communicate(timeout=300)[0] for process in together]
     for process, text in zip(together, said, strict=True):
         assert "Traceback" not in text
         assert process.returncode == 0 or re.search(r"error: .*process \d+ \(.*\), since \d{4}-", text), text
-    assert len(worktree.listing(project.path)) > before
-    assert "up to date" in project.run(sys.executable, "-m", "dvc", "status") or project.python("-m", "dvc", "repro")
+    assert len(records.listing(project.path)) > before
+    project.python("-m", "dvc", "repro")  # what was refused or cancelled
+    assert "up to date" in project.run(sys.executable, "-m", "dvc", "status")
     versions.verify(project.path, version(project))
 
 
@@ -372,7 +359,7 @@ def test_a_server_with_a_password_serves_those_alone_who_know_it(plain) -> None:
             ask(plain, "flow_runs/filter")
         refused = plain.python(*ONCE, expect=1)
         assert "PREFECT_API_AUTH_STRING" in refused and "Traceback" not in refused
-        assert not worktree.listing(plain.path)
+        assert not records.listing(plain.path)
         wrong = plain.run(sys.executable, *ONCE, expect=1, env={"PREFECT_API_AUTH_STRING": "name:other"})
         assert "PREFECT_API_AUTH_STRING" in wrong and "Traceback" not in wrong
         assert "v0.0.1 is promoted" in plain.run(sys.executable, *ONCE, env=known)
@@ -402,56 +389,6 @@ def test_a_second_night_is_told_who_holds_the_lock_and_a_dead_one_holds_none(pla
         pass
 
 
-def test_the_worktree_shares_the_cache_and_leaves_the_workspace_alone(plain) -> None:
-    before = workspace(plain)
-    (plain.path / "params.yaml").write_text("broken: [", encoding="utf-8")
-    folder = worktree.prepare(plain.path)
-    assert yaml.safe_load((folder / "params.yaml").read_text())["gptq"]["bits"] == 4  # HEAD's
-    (folder / "dvc.lock").write_text("schema: '2.0'\n", encoding="utf-8")
-    (folder / "params.yaml").write_text("left behind", encoding="utf-8")
-    index = Path(git.run(folder, "rev-parse", "--path-format=absolute", "--git-path", "index"))
-    assert index.exists() and index.parent.name == "worktree"
-    index.with_name("index.lock").touch()  # of a git that was killed
-    assert worktree.prepare(plain.path) == folder
-    assert (folder / "dvc.lock").exists() and "gptq" in (folder / "params.yaml").read_text()
-    candidate = worktree.snapshot(folder)
-    found = worktree.save(folder, "night-1", candidate, {"verdict": "ACCEPT"})
-    assert [night.name for night in worktree.listing(plain.path)] == ["night-1"]
-    assert worktree.find(plain.path, "night").commit == found.commit
-    plain.run("git", "checkout", "--", "params.yaml")
-    assert workspace(plain) == before
-    (folder / ".git").unlink()  # a worktree that somebody broke is made anew
-    assert (worktree.prepare(plain.path) / ".git").exists()
-
-
-@pytest.mark.parametrize("gitdir", ["{folder}/.git\n", ""])
-def test_a_kill_in_git_worktree_add_does_not_block_the_next_night(plain, gitdir) -> None:
-    folder = plain.path / worktree.WORKTREE
-    known = plain.path / ".git/worktrees/worktree"  # as git leaves it
-    known.mkdir(parents=True)
-    (known / "locked").write_text("initializing\n")
-    (known / "gitdir").write_text(gitdir.format(folder=folder))
-    assert worktree.prepare(plain.path) == folder
-    assert (folder / "params.yaml").exists() and "locked" not in plain.run("git", "worktree", "list")
-
-
-def test_a_source_that_is_a_link_is_followed_every_night(plain) -> None:
-    from tasks.nightly import newer_sources
-
-    for name in ("one", "two"):
-        (plain.path / f"data/{name}").mkdir(parents=True)
-        (plain.path / f"data/{name}/weights.json").write_text(name)
-    plain.change({"fetch.model.path": "data/current"})
-    plain.commit("a source that git ignores")
-    folder, found = worktree.prepare(plain.path), []
-    for name in ("one", "two"):
-        (plain.path / "data/current").unlink(missing_ok=True)
-        (plain.path / "data/current").symlink_to(name)
-        found.append(newer_sources.digest(newer_sources.bring(plain.path, folder)))
-        assert (folder / "data/current/weights.json").read_text() == name
-    assert found[0] != found[1]
-
-
 def test_retention_keeps_what_anybody_s_own_tag_names(plain) -> None:
     plain.python("-m", "dvc", "repro")
     plain.run("git", "add", "-f", "dvc.lock")
@@ -471,89 +408,3 @@ def test_retention_keeps_what_anybody_s_own_tag_names(plain) -> None:
     assert revision not in retention._named_commits(plain.path, set(), own)
     plain.run("git", "tag", "paper", revision)
     assert revision in retention._named_commits(plain.path, set(), own)
-
-
-def test_sources_are_taken_as_they_lie_in_the_workspace(plain, tmp_path_factory) -> None:
-    from tasks.nightly import newer_sources
-
-    outside = tmp_path_factory.mktemp("outside")
-    (plain.path.parent / "beside").mkdir(exist_ok=True)
-    (plain.path.parent / "beside/test.jsonl").write_text("{}\n")
-    (outside / "ood.jsonl").write_text("{}\n")
-    raw = yaml.safe_load((plain.path / "params.yaml").read_text())
-    raw["fetch"]["corpora"]["test"]["path"] = "../beside/test.jsonl"
-    raw["fetch"]["corpora"]["test_ood"]["path"] = str(outside / "ood.jsonl")
-    (plain.path / "params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
-    plain.commit("sources elsewhere")
-    folder = worktree.prepare(plain.path)
-    first = newer_sources.bring(plain.path, folder)
-    assert (folder / "../beside/test.jsonl").exists()
-    assert {source.name for source in first} == {"model", "corpora.train"}  # the toy's fetch depends on these
-    plain.weights(1.0)
-    changed = newer_sources.bring(plain.path, worktree.prepare(plain.path))
-    assert json.loads((folder / "source/model/weights.json").read_text()) == {"nats": 1.0}
-    assert newer_sources.digest(first) != newer_sources.digest(changed)
-    plain.weights(0.0)
-    assert newer_sources.bring(plain.path, worktree.prepare(plain.path)) == first
-
-
-def test_a_night_pins_the_followed_branch_and_keeps_the_comments(plain, monkeypatch) -> None:
-    import huggingface_hub
-
-    from tasks.nightly import newer_sources
-
-    text = (plain.path / "params.yaml").read_text()
-    raw = yaml.safe_load(text)
-    raw["fetch"]["model"] |= {"hub": "a/b", "revision": "0" * 40}
-    raw["nightly"]["upstream"]["model"] = "main"
-    (plain.path / "params.yaml").write_text("# kept\n" + yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
-    plain.commit("hub")
-    asked = []
-
-    class Api:
-        def repo_info(self, repo, revision, repo_type):
-            asked.append((repo, revision, repo_type))
-            return type("Info", (), {"sha": "a" * 40})
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    folder = worktree.prepare(plain.path)
-    sources = newer_sources.bring(plain.path, folder)
-    assert asked == [("a/b", "main", "model")]
-    assert next(source for source in sources if source.name == "model") == ("model", "a/b", "a" * 40)
-    written = (folder / "params.yaml").read_text()
-    assert "# kept" in written and yaml.safe_load(written)["fetch"]["model"]["revision"] == "a" * 40
-
-
-def test_the_deployment_for_work_pools_is_valid_and_has_the_schedule_of_the_parameters() -> None:
-    from prefect.cli.deploy._models import PrefectYamlModel
-    from prefect.utilities.importtools import import_object
-
-    raw = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
-    (deployment,) = PrefectYamlModel.model_validate(raw).deployments
-    own = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["nightly"]
-    (schedule,) = raw["deployments"][0]["schedules"]
-    assert (schedule["cron"], schedule["timezone"]) == (own["cron"], own["timezone"])
-    strategy = {"cancel": "CANCEL_NEW", "queue": "ENQUEUE"}[own["overlap"]]
-    assert raw["deployments"][0]["concurrency_limit"] == {"limit": 1, "collision_strategy": strategy}
-    assert deployment.name == "nightly"
-    path, _, name = deployment.entrypoint.partition(":")
-    assert import_object(f"{path.removesuffix('.py').replace('/', '.')}.{name}").name == "night"
-
-
-def test_templates_of_notifications_are_valid_for_prefect() -> None:
-    from uuid import uuid4
-
-    from prefect.blocks.notifications import SendgridEmail
-    from prefect.server.events.schemas.automations import AutomationCreate
-    from prefect.server.utilities.user_templates import validate_user_template
-
-    from flows import notification
-
-    for is_webhook in (True, False):
-        automation = notification.template(["accept", "failed"], uuid4(), is_webhook)
-        AutomationCreate.model_validate(automation.model_dump(mode="json", exclude={"id"}))
-        assert automation.trigger.expect == {"edgepress.night.accept", "edgepress.night.failed"}
-    for text in (notification.SUBJECT, notification.BODY, notification.PAYLOAD):
-        validate_user_template(text)
-    SendgridEmail(api_key="x", sender_email="a@example.org", to_emails=["b@example.org"])
-    assert re.fullmatch(r"[a-z.]+", notification.EVENT)

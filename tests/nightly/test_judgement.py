@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 
 LIMITS = gate.Limits(
     perplexity_ratio={"test": 1.02},
-    base_ratio={"test": 1.1},
+    fetched_ratio={"test": 1.1},
     dense_ratio={"test": 0.95},
     task_drop=0.02,
     bytes_ratio=1.02,

@@ -241,14 +241,3 @@ def test_a_file_that_is_none(tmp_path: Path, content: str | None, sentence: str)
     with pytest.raises(InputError) as caught:
         schema.load(path)
     assert str(caught.value).startswith(sentence.format(path=path)) and "\n" not in str(caught.value)
-
-
-def test_each_section_is_a_stage_and_a_module() -> None:
-    path = ROOT / "dvc.yaml"
-    if not path.exists():
-        pytest.skip("there is no dvc.yaml yet")
-    stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
-    assert stages and [*stages, *schema.OPERATIONS] == list(SECTIONS)  # in the same order: preflight goes by it
-    assert list(RAW) == [*schema.SHARED, *SECTIONS]
-    for name, stage in stages.items():
-        assert any(entry.partition(".")[0] == name for entry in stage["params"]), name

@@ -12,7 +12,11 @@ import torch
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.quantisation import rounding
-from tasks.packed import file_format, reader
+from tasks.packed.model_config import clean
+from tasks.packed.shapes import shapes_of
+from tasks.packed.sizes import component_bytes
+from tasks.packed.stored_model import Linear, Model
+from tasks.packed.writer import save
 from tasks.registry import contents, delta, signing, update
 from tests.support.command import edgepress
 
@@ -33,7 +37,7 @@ NAMES = ("v0.0.1", "v0.0.2")
 
 def model(folder: Path, seed: int, adapter: int, rank: int = 1, pattern: str = "unstructured") -> Path:
     """A random packed model: quantised linears with coded adapters, all of `seed` but the adapters."""
-    shapes = file_format.shapes_of(json.dumps(file_format.clean(CONFIG)))
+    shapes = shapes_of(clean(CONFIG))
     weights, branch = (torch.Generator().manual_seed(number) for number in (seed, adapter))
     blocks = []
     for block in shapes.linears:
@@ -45,13 +49,11 @@ def model(folder: Path, seed: int, adapter: int, rank: int = 1, pattern: str = "
             scales = torch.rand(rows, cols // 32, generator=weights).half()
             factors = [torch.randn(rank, size, generator=branch) for size in (cols, rows)]
             coded = tuple(rounding.quantise(matrix, 8, 32) for matrix in factors) if rank else None
-            linears[name] = reader.Linear(
-                codes, scales, bits=4, group_size=32, keep=keep, pattern=pattern, adapter=coded
-            )
+            linears[name] = Linear(codes, scales, bits=4, group_size=32, keep=keep, pattern=pattern, adapter=coded)
         blocks.append(linears)
     embedding = torch.randn(*shapes.table, generator=weights).half()
     rest = {name: torch.randn(*shape, generator=weights).half() for name, shape in shapes.rest.items()}
-    reader.save(reader.Model(CONFIG, blocks, embedding, None, rest), folder)
+    save(Model(CONFIG, blocks, embedding, None, rest), folder)
     (folder / "sub").mkdir()
     (folder / "sub/tokenizer.json").write_text(json.dumps({str(i): i for i in range(500)}))
     return folder
@@ -95,12 +97,12 @@ def refused(made: Path, keys: Path, device: Path, sentence: str) -> None:
 
 def test_an_adapter_costs_the_adapter(folders: tuple, keys: Path, tmp_path: Path) -> None:
     summary = update.make(*folders, NAMES, keys, tmp_path / "u")
-    adapter = reader.component_bytes(folders[1])["adapter"]
+    adapter = component_bytes(folders[1])["adapter"]
     assert summary.adapter_only and summary.components["adapter"] == adapter
     assert set(summary.files) == {"model.safetensors", "model.json"}
     assert summary.files["model.safetensors"] == ("pieces", sum(summary.components.values()))
     own, whole = delta.adapter_parameters(folders[1])
-    shapes = file_format.shapes_of(json.dumps(file_format.clean(CONFIG)))
+    shapes = shapes_of(clean(CONFIG))
     sizes = [size for block in shapes.linears for size in block.values()]
     assert own == sum(rows + cols for rows, cols in sizes)  # rank 1
     assert whole == sum(rows * cols for rows, cols in sizes) + 96 * 64 + 5 * 64
@@ -136,6 +138,14 @@ def test_tensors_of_another_format_are_compared_one_by_one(keys: Path, tmp_path:
     assert summary.components == {"tensors": 200}
     update.apply(tmp_path / "u", keys.with_name("key.pub"), tmp_path / "old")
     assert content(tmp_path / "old") == content(tmp_path / "new")
+
+
+@pytest.mark.parametrize("start", [b"", b"no header", (2**40).to_bytes(8, "little"), (2).to_bytes(8, "little") + b"[]"])
+def test_a_file_whose_header_can_not_be_read_is_refused(tmp_path: Path, start: bytes) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(start)
+    with pytest.raises(InputError, match="weights.safetensors is no safetensors file"):
+        list(delta.segments(path))
 
 
 def test_same_folders_same_bytes(folders: tuple, keys: Path, made: Path, tmp_path: Path) -> None:

@@ -12,88 +12,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gto.api
 import pytest
-import yaml
 from dvc.repo import Repo
 from dvc_data.hashfile.gc import gc
 
-from tasks import package
 from tasks.algorithms.errors import InputError
-from tasks.registry import contents, tags, versions
-from tasks.runtime import files
+from tasks.registry import contents, overview, tags, versions
 from tests.support.command import edgepress
 from tests.support.paths import ROOT
+from tests.support.registry_project import Night
 
 VERDICT = {"verdict": "ACCEPT"}
-
-
-class Night:
-    """A repository whose stage `package` is written by the test, and committed as DVC commits."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.git("init", "-q", "-b", "main")
-        Repo.init(str(root)).close()
-        shutil.copyfile(ROOT / "params.yaml", root / "params.yaml")
-        outs = ["data/package/model", "data/evaluate/package/metrics.json"]
-        stage = {"cmd": "false", "params": ["wanda"], "outs": outs}
-        (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"package": stage}}))
-        (root / ".gitignore").write_text("/data\n")
-
-    def git(self, *arguments: str) -> str:
-        who = ("-c", "user.name=t", "-c", "user.email=t@example.org")
-        done = subprocess.run(["git", *who, *arguments], cwd=self.root, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    def make(self, weights: str, perplexity: float, keep: int = 2) -> None:
-        """Write a package and its figures into the workspace, and dvc.lock."""
-        folder = self.root / "data/package/model"
-        (folder / "sub").mkdir(parents=True, exist_ok=True)
-        (self.root / "data/evaluate/package").mkdir(parents=True, exist_ok=True)
-        for name, text in (("model.bin", weights * 1000), ("sub/tokenizer.json", "{}")):
-            (folder / name).unlink(missing_ok=True)  # it may be a link to DVC's cache
-            (folder / name).write_text(text)
-        named = {"model.bin": {"bytes": len(weights) * 1000, "sha256": files.sha256(folder / "model.bin")}}
-        metrics = self.root / "data/evaluate/package/metrics.json"
-        for path, content in (
-            (folder / "manifest.json", {"files": named}),
-            (metrics, {"perplexity": {"test": perplexity}}),
-        ):
-            path.unlink(missing_ok=True)
-            path.write_text(json.dumps(content))
-        params = yaml.safe_load((self.root / "params.yaml").read_text())
-        params["wanda"]["keep"] = keep
-        (self.root / "params.yaml").write_text(yaml.safe_dump(params))
-        with contextlib.chdir(self.root), Repo() as repo:
-            repo.commit(force=True)
-
-    def commit(self, weights: str, perplexity: float = 40.0, keep: int = 2) -> str:
-        """A commit of the branch."""
-        self.make(weights, perplexity, keep)
-        self.git("add", "-A")
-        self.git("commit", "-qm", weights)
-        return self.git("rev-parse", "HEAD")
-
-    def content(self) -> str:
-        """Of the promoted model."""
-        return (self.root / versions.current(self.root).folder / "model.bin").read_text()[:1]
-
-    def state(self) -> tuple:
-        """Branch, commit, index, status and all files of the workspace but the registry's."""
-        hashes = {
-            str(path.relative_to(self.root)): hashlib.md5(path.read_bytes()).hexdigest()
-            for path in sorted(self.root.rglob("*"))
-            if path.is_file() and ".git" not in path.parts and ".dvc" not in path.parts
-        }
-        kept = {name: value for name, value in hashes.items() if not name.startswith("data/registry")}
-        return self.git("symbolic-ref", "HEAD"), self.git("rev-parse", "HEAD"), self.git("ls-files", "-s"), kept
-
-
-@pytest.fixture
-def night(tmp_path: Path) -> Night:
-    (tmp_path / "project").mkdir()
-    return Night(tmp_path / "project")
 
 
 def run(night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: str) -> tuple:
@@ -129,15 +58,6 @@ def test_promote_and_roll_back_and_what_the_manifest_says(night: Night) -> None:
     assert versions.rollback(night.root).name == "v0.0.1"
 
 
-def test_the_tags_are_gto_s(night: Night) -> None:
-    import gto.api
-
-    for letter in "ab":
-        versions.promote(night.root, night.commit(letter))
-    assert night.git("tag").split() == ["edgepress#prod#1", "edgepress#prod#2", "edgepress@v0.0.1", "edgepress@v0.0.2"]
-    assert {row["version"] for row in gto.api.show(str(night.root), "edgepress")} == {"v0.0.1", "v0.0.2"}
-
-
 def test_a_second_promotion_of_the_same_bytes_changes_nothing(night: Night) -> None:
     first = night.commit("a")
     versions.promote(night.root, first)
@@ -154,7 +74,7 @@ def test_rolling_back_twice_goes_further_back(night: Night) -> None:
     with pytest.raises(InputError, match="v9.9.9 was not promoted before v0.0.3; to choose from: v0.0.1, v0.0.2"):
         versions.rollback(night.root, "v9.9.9")
     assert [versions.rollback(night.root).name for _ in range(2)] == ["v0.0.2", "v0.0.1"]
-    assert [row["stage"] for row in versions.versions(night.root)] == ["rolled back", "rolled back", "prod"]
+    assert [row["stage"] for row in overview.versions(night.root)] == ["rolled back", "rolled back", "prod"]
 
 
 def test_a_night_outside_of_every_branch_leaves_the_workspace_as_it_is(night: Night) -> None:
@@ -176,21 +96,6 @@ def test_a_night_outside_of_every_branch_leaves_the_workspace_as_it_is(night: Ni
     night.git("-c", "gc.pruneExpire=now", "-c", "gc.reflogExpire=now", "gc", "-q")
     contents.remove(night.root / "data/registry")
     assert night.content() == "b"  # the tag kept the commit
-
-
-def test_a_folder_s_present_state_becomes_a_commit_beside_the_branch(night: Night) -> None:
-    head = night.commit("a")
-    assert contents.snapshot(night.root) == head
-    night.make("b", 39.0, keep=1)
-    before = night.state()
-    revision = contents.snapshot(night.root)
-    assert night.state() == before and night.git("rev-parse", f"{revision}^") == head
-    assert versions.promote(night.root, revision).name == "v0.0.1" and night.content() == "b"
-    path = night.root / "data/package/model/model.bin"
-    path.unlink()
-    path.write_text("altered")
-    with pytest.raises(InputError, match="is not the one that dvc.lock names"):
-        contents.snapshot(night.root)
 
 
 KILLS = {
@@ -250,7 +155,7 @@ def test_gc_keeps_the_last_promoted_and_drops_the_others(night: Night) -> None:
         gc(repo.cache.local, used)
     assert {letter for letter in "abcde" if md5(letter) in objects(night)} == {"b", "d", "e"}
     versions.prune(night.root, 2)
-    assert [row["data"] for row in versions.versions(night.root)] == ["kept", "kept", "gone"]
+    assert [row["data"] for row in overview.versions(night.root)] == ["kept", "kept", "gone"]
 
 
 def test_a_bare_gc_can_t_take_what_was_promoted(night: Night) -> None:
@@ -289,7 +194,7 @@ def test_rollback_passes_over_what_was_withdrawn(night: Night) -> None:
     versions.start_canary(night.root, "v0.0.2", 0.05)
     versions.stop_canary(night.root, "worse", withdraw=True)
     assert versions.rollback(night.root).name == "v0.0.1" and night.content() == "a"
-    assert [row["stage"] for row in versions.versions(night.root)] == ["rolled back", "rolled back", "prod"]
+    assert [row["stage"] for row in overview.versions(night.root)] == ["rolled back", "rolled back", "prod"]
 
 
 def test_one_that_was_withdrawn_can_be_gone_back_to_by_name(night: Night) -> None:
@@ -300,7 +205,7 @@ def test_one_that_was_withdrawn_can_be_gone_back_to_by_name(night: Night) -> Non
     with pytest.raises(InputError, match="and not withdrawn: name the one"):
         versions.rollback(night.root)
     assert versions.rollback(night.root, "v0.0.1").name == "v0.0.1"
-    assert [row["stage"] for row in versions.versions(night.root)] == ["rolled back", "prod"]
+    assert [row["stage"] for row in overview.versions(night.root)] == ["rolled back", "prod"]
 
 
 def test_what_is_in_use_may_be_gone_and_the_registry_still_works(night: Night, tmp_path: Path) -> None:
@@ -311,53 +216,10 @@ def test_what_is_in_use_may_be_gone_and_the_registry_still_works(night: Night, t
     (night.root / ".dvc/cache/files/md5" / md5("b")[:2] / md5("b")[2:]).unlink()
     with pytest.raises(InputError, match="is gone from DVC's cache"):
         versions.current(night.root)
-    assert [row["data"] for row in versions.versions(night.root)] == ["gone", "kept"]
+    assert [row["data"] for row in overview.versions(night.root)] == ["gone", "kept"]
     assert versions.rollback(night.root).name == "v0.0.1" and night.content() == "a"
     subprocess.run(["git", "clone", "-q", str(night.root), str(tmp_path / "clone")], check=True)
-    assert [row["data"] for row in versions.versions(tmp_path / "clone")] == ["gone", "gone"]
-
-
-@pytest.mark.parametrize("content", ["[]", '{"files": []}', '{"files": {"model.bin": 5}}', "nope"])
-def test_a_manifest_that_is_none_is_refused(night: Night, content: str) -> None:
-    night.make("a", 40.0)
-    path = night.root / "data/package/model/manifest.json"
-    path.unlink()
-    path.write_text(content)
-    with contextlib.chdir(night.root), Repo() as repo:
-        repo.commit(force=True)
-    night.git("add", "-A")
-    night.git("commit", "-qm", "one")
-    with pytest.raises(InputError, match="manifest of .* can't be read"):
-        versions.promote(night.root, "HEAD")
-
-
-def test_tags_by_hand_are_named(night: Night) -> None:
-    versions.promote(night.root, night.commit("a"))
-    night.git("tag", "-a", "-m", "by hand", "edgepress#canary#2", "HEAD")
-    night.commit("b")
-    night.git("tag", "-a", "-m", "by hand", "edgepress@v0.0.9", "HEAD")
-    night.git("tag", "-a", "-m", "by hand", "edgepress#prod#9", "HEAD")
-    with pytest.raises(InputError, match="edgepress#canary#2 was tagged by hand"):
-        versions.versions(night.root)
-    night.git("tag", "-d", "edgepress#canary#2")
-    assert [row["version"] for row in versions.versions(night.root)] == ["v0.0.9", "v0.0.1"]
-    with pytest.raises(InputError, match="v0.0.9 was tagged by hand"):
-        versions.current(night.root)
-
-
-def test_a_number_is_given_once(night: Night) -> None:
-    for letter in "ab":
-        versions.promote(night.root, night.commit(letter))
-    versions.rollback(night.root)
-    gto.api.deregister(str(night.root), tags.ARTIFACT, version="v0.0.2")
-    assert versions.promote(night.root, night.commit("c")).name == "v0.0.3"
-
-
-@pytest.mark.parametrize("revision", ["HEAD:params.yaml", "HEAD^{tree}"])
-def test_what_is_no_commit_is_refused(night: Night, revision: str) -> None:
-    night.commit("a")
-    with pytest.raises(InputError, match="is no version, folder or git revision"):
-        versions.promote(night.root, revision)
+    assert [row["data"] for row in overview.versions(tmp_path / "clone")] == ["gone", "gone"]
 
 
 def test_the_command_in_a_subfolder_changes_nothing(night: Night, monkeypatch, capsys) -> None:
@@ -371,20 +233,6 @@ def test_the_command_in_a_subfolder_changes_nothing(night: Night, monkeypatch, c
     assert night.content() == "b" and not list((night.root / "src").iterdir())
 
 
-def test_a_package_that_is_not_its_own_manifest_s_is_refused(night: Night) -> None:
-    night.make("a", 40.0)
-    path = night.root / "data/package/model/manifest.json"
-    path.unlink()
-    path.write_text(json.dumps({"files": {"model.bin": {"bytes": 1, "sha256": "0" * 64}}}))
-    with contextlib.chdir(night.root), Repo() as repo:
-        repo.commit(force=True)
-    night.git("add", "-A")
-    night.git("commit", "-qm", "one")
-    with pytest.raises(InputError, match="is not the file that the package's manifest names"):
-        versions.promote(night.root, "HEAD")
-    assert night.git("tag") == "" and not list((night.root / "data/registry").iterdir())
-
-
 def test_a_lost_or_edited_manifest_is_made_anew(night: Night) -> None:
     versions.promote(night.root, night.commit("a"))
     path = night.root / versions.MANIFEST
@@ -392,16 +240,6 @@ def test_a_lost_or_edited_manifest_is_made_anew(night: Night) -> None:
     for damage in (lambda: path.unlink(), lambda: path.write_text("{"), lambda: path.write_bytes(b"\xff")):
         damage()
         assert versions.current(night.root).version == "v0.0.1" and path.read_text() == text
-
-
-def test_order_is_by_counter_though_the_clock_went_back(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
-    commits = [night.commit(letter) for letter in "ab"]
-    versions.promote(night.root, commits[0])
-    versions.promote(night.root, commits[1])
-    night.git("update-ref", "-d", "refs/tags/edgepress#prod#2")
-    monkeypatch.setenv("GIT_COMMITTER_DATE", "2001-01-01T00:00:00Z")
-    night.git("tag", "-a", "edgepress#prod#2", "-m", '{"action":"promote"}', commits[1])
-    assert versions.current(night.root).version == "v0.0.2"
 
 
 def test_canary_from_start_to_either_end(night: Night) -> None:
@@ -443,21 +281,6 @@ def test_two_promotions_at_once_are_one_after_the_other(night: Night) -> None:
     ]
     assert [process.wait(120) for process in running] == [0, 0]
     assert len(night.git("tag").split()) == 4 and night.content() in "ab"
-
-
-@pytest.mark.parametrize("name", ["../x", "/x", "a/../b", "a//b", "./a", "", ".", "a\\b", "a\nb", "a\0"])
-def test_names_that_lead_out_of_a_folder(name: str) -> None:
-    with pytest.raises(InputError, match="is no name of a file in a package"):
-        contents.checked_name(name)
-
-
-def test_the_manifest_s_name_is_the_package_s() -> None:
-    assert contents.MANIFEST == package.MANIFEST
-
-
-def test_no_git_repository(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is in no git repository"):
-        versions.current(tmp_path)
 
 
 def test_the_command(night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

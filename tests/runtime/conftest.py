@@ -1,4 +1,4 @@
-"""Fixtures of a toy DVC project as working folder, and of its stage `toy` run in this process."""
+"""A toy DVC project as working folder, its stage `toy` run in this process; and a repository with lineage records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dvc.repo import Repo
 
 from tasks.runtime import execution
 from tasks.runtime import stage as stages
-from tests.support import toy_stages
+from tests.support import lineage_project, toy_stages
 from tests.support.toy_stages import OUTPUTS, Toy
 
 
@@ -71,3 +71,20 @@ def run_here(monkeypatch: pytest.MonkeyPatch):
         execution.execute("toy")
 
     return go
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with lineage records."""
+    root = tmp_path_factory.mktemp("recorded")
+    lineage_project.create(root)
+    return root
+
+
+@pytest.fixture
+def repository(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it as working folder."""
+    root = tmp_path / "copy"
+    shutil.copytree(recorded, root)
+    monkeypatch.chdir(root)
+    return root

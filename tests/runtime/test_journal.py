@@ -137,10 +137,10 @@ def test_a_disk_that_is_full_costs_the_journal_and_not_the_stage(folder, monkeyp
 def test_parts_are_apart_and_are_forgotten_alone(folder):
     journal = Journal(folder, 0)
     one, other = journal.part("one"), journal.part("other").part("inner")
-    for memory, value in ((journal, 0), (one, 1), (other, 2)):
-        memory.save("key", {}, value)
+    for saved, value in ((journal, 0), (one, 1), (other, 2)):
+        saved.save("key", {}, value)
     again = Journal(folder, 0)
-    assert [memory.load("key").values for memory in (again, again.part("one"))] == [0, 1]
+    assert [saved.load("key").values for saved in (again, again.part("one"))] == [0, 1]
     again.part("one").forget()
     assert again.part("one").load("key") is None
     assert Journal(folder, 0).part("one").load("key").values == 1  # until what replaces it is on the disk

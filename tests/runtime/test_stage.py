@@ -21,7 +21,7 @@ def test_inputs_and_outputs_are_those_of_dvc_yaml(toy: Toy, run_here) -> None:
     stage = Stage("toy", Repo())
     assert stage.input("source/text.txt") == Path("data/source/text.txt")
     assert stage.has_input("source/text.txt") and not stage.has_input("text.txt") and not stage.has_input("x")
-    assert stage.inputs_below("other") == [Path("other/text.txt")]
+    assert stage.inputs_named("text.txt") == [Path("data/source/text.txt"), Path("other/text.txt")]
     assert stage.output("table.csv") == Path("data/.scratch/toy/data/toy/table.csv")
     assert stage.outs == [Path("data/toy/model"), Path("data/toy/table.csv")]  # the record is not the module's
     listed = re.escape("dvc.yaml declares ['data/source/text.txt', 'other/text.txt']")

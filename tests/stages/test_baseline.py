@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tasks import baseline
 from tasks.models import dense_folder, tensor_files
 from tasks.packed import reader
+from tasks.packed.sizes import component_bytes
 from tasks.parameters import schema
 from tasks.runners import any_folder
 
@@ -67,6 +69,10 @@ def size(folder):
     return sum((folder / "model" / name).stat().st_size for name in ("model.safetensors", "model.json"))
 
 
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def stored_bits(folder):
     return {name: linear.bits for _, block in reader.stream(folder / "model") for name, linear in block.items()}
 
@@ -79,7 +85,7 @@ def test_it_fills_the_bytes_of_the_package(run, limit, changed):
     table = pd.read_csv(folder / "bits.csv").set_index("linear")
     assert table["bits"].to_dict() == stored_bits(folder) and table["bits"].nunique() > 1
     if not changed:  # scales are stored as they are: what was counted is what the file has
-        found = reader.component_bytes(folder / "model")
+        found = component_bytes(folder / "model")
         assert table["bytes"].sum() == found["positions"] + found["values"] + found["scales"] + found["zeros"]
 
 
@@ -104,6 +110,31 @@ def test_more_bytes_harm_less(run):
     assert harm[0] > harm[1] > harm[2] > 0
 
 
+def test_sensitivity_is_what_rounding_a_linear_alone_does_to_the_predictions(run, given):
+    folder = run(60_000)
+    model, windows = dense_folder.load_dense(given.dense), load_file(given.windows)["input_ids"].long()
+    table = any_folder.load_model(folder / "model").get_input_embeddings().weight  # coded before anything else
+    model.get_input_embeddings().weight.data.copy_(table.detach())
+    with torch.no_grad():
+        before = model(input_ids=windows).logits.double().log_softmax(-1)
+        for row in pd.read_csv(folder / "bits.csv").itertuples():
+            weight = model.get_submodule(row.linear).weight
+            original = weight.clone()
+            weight.copy_(to_the_nearest(original, row.bits))
+            after = model(input_ids=windows).logits.double().log_softmax(-1)
+            weight.copy_(original)
+            nats = float((before.exp() * (before - after)).sum(-1).mean())
+            assert row.sensitivity == pytest.approx(nats, rel=1e-3), row.linear
+
+
+def to_the_nearest(weight, bits, group=32):
+    """Symmetric: codes from 0 to 2 ** bits - 1 around half of them, a float16 scale for a group's largest magnitude."""
+    groups, top = weight.view(len(weight), -1, group), 2**bits - 1
+    scale = (2 * groups.abs().amax(2, keepdim=True) / top).half().float()
+    codes = ((groups / scale).round() + (top + 1) / 2).clamp(0, top)
+    return (scale * (codes - (top + 1) / 2)).view_as(weight)
+
+
 def test_a_package_smaller_than_any_plain_model_is_met_by_the_narrowest(run):
     folder = run(20_000)
     assert size(folder) > 20_000
@@ -116,14 +147,12 @@ def test_a_plan_that_was_too_hopeful_is_put_right(run, monkeypatch):
 
 
 def test_the_same_inputs_give_the_same_bytes(run):
-    one, other = run(60_000, "one"), run(60_000, "other")
-    for path in sorted(one.rglob("*")):
-        assert path.is_dir() or path.read_bytes() == (other / path.relative_to(one)).read_bytes()
+    one, other = (contents(run(60_000, out)) for out in ("one", "other"))
+    assert one == other and {"bits.csv", "model/model.safetensors", "model/model.json"} < one.keys()
 
 
 def test_without_gptq_there_is_no_plain_model(run, given):
     folder = run(60_000, enabled=False)
     assert pd.read_csv(folder / "bits.csv").empty
     assert list(pd.read_csv(folder / "bits.csv").columns) == baseline.COLUMNS
-    for path in given.dense.iterdir():
-        assert (folder / "model" / path.name).read_bytes() == path.read_bytes()
+    assert contents(folder / "model") == contents(given.dense) and "model.safetensors" in contents(given.dense)

@@ -1,7 +1,6 @@
-"""EoRA against its closed forms, and the adapter through saved folders."""
+"""Stage eora: the adapter through saved folders, its codes, and what is refused."""
 
-import itertools
-import json
+from __future__ import annotations
 
 import pandas as pd
 import pytest
@@ -13,257 +12,10 @@ from tasks import eora as stage_module
 from tasks import gptq
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
-from tasks.algorithms.quantisation import eora, eora_branches, eora_ranks, masked_gptq, rounding, unpacking
 from tasks.algorithms.quantisation import gptqmodel_library as library
+from tasks.algorithms.quantisation import masked_gptq, rounding, unpacking
 from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def inputs(columns, tokens=256):
-    return normal(tokens, columns, seed=1) @ normal(columns, columns, seed=2) * normal(columns, seed=3).exp()
-
-
-def rest(delta, a, b, x):
-    return float((x.double() @ (delta - b @ a).double().T).norm())
-
-
-def test_full_rank_restores_the_weight():
-    x, delta = inputs(24), normal(40, 24)
-    a, b = eora.factors(delta, x.double().T @ x.double(), 24)
-    assert rest(delta, a, b, x) < 1e-4 * float((x @ delta.T).norm())
-    assert torch.allclose(b @ a, delta, atol=1e-2)
-
-
-def test_full_rank_restores_the_weight_on_the_range_of_singular_inputs():
-    x = inputs(24)
-    x[:, 5] = 0  # an input that never fires
-    x[:, 7] = x[:, 8]
-    delta = normal(40, 24)
-    a, b = eora.factors(delta, x.double().T @ x.double(), 24)
-    assert rest(delta, a, b, x) < 1e-4 * float((x @ delta.T).norm())
-    assert a.isfinite().all() and a[:, 5].abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("rank", [1, 3, 8])
-def test_unit_moments_give_the_truncated_svd(rank):
-    delta = normal(16, 24)
-    a, b = eora.factors(delta, 7.0 * torch.eye(24), rank)
-    u, s, v = torch.linalg.svd(delta.double())
-    expected = u[:, :rank] * s[:rank] @ v[:rank]
-    assert torch.allclose((b @ a).double(), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("rank", [1, 4, 12])
-def test_the_error_is_the_least_that_any_matrix_of_that_rank_leaves(rank):
-    # Eckart-Young on the outputs: X delta^T has rank min(...), and a B A^T of rank r can't beat its tail.
-    x, delta = inputs(24), normal(16, 24)
-    a, b = eora.factors(delta, x.double().T @ x.double(), rank)
-    tail = torch.linalg.svdvals(x.double() @ delta.double().T)[rank:]
-    assert rest(delta, a, b, x) == pytest.approx(float(tail.norm()), rel=1e-3)
-
-
-def test_the_error_falls_with_the_rank():
-    x, delta = inputs(24), normal(16, 24)
-    moments = x.double().T @ x.double()
-    errors = [rest(delta, *eora.factors(delta, moments, rank), x) for rank in range(1, 17)]
-    assert all(after < before for before, after in zip(errors, errors[1:], strict=False))
-
-
-def test_signs_are_fixed_and_scale_of_the_moments_does_not_matter():
-    x, delta = inputs(24), normal(16, 24)
-    moments = x.double().T @ x.double()
-    a, b = eora.factors(delta, moments, 6)
-    assert (a.gather(1, a.abs().argmax(dim=1, keepdim=True)) > 0).all()
-    again, _ = eora.factors(delta, moments * 3, 6)
-    assert torch.allclose(a, again, rtol=1e-3, atol=1e-4)
-
-
-def test_a_rank_above_the_smaller_side_is_refused():
-    with pytest.raises(InputError, match="eora.rank = 17 is above 16"):
-        eora.factors(normal(16, 24), torch.eye(24), 17)
-    with pytest.raises(InputError, match="eora.rank = 33 is above 32, the smaller side of k_proj: choose at most that"):
-        stage_module.check_rank({"q_proj": (64, 64), "k_proj": (32, 64)}, 33)
-
-
-def test_each_branch_is_computed_on_inputs_of_compensated_linears(make_model, make_windows):
-    teacher, student = make_model(), make_model()
-    windows = make_windows(4, 32)
-    for linear in families.block_linears(student).values():
-        linear.weight.data = (linear.weight * 4).round() / 4
-    wanted = {name: linear.weight.detach().clone() for name, linear in families.block_linears(teacher).items()}
-    branches = eora_branches.compensate(student, windows, wanted, eora_branches.Size(16))
-    assert list(branches) == list(wanted)
-    # At full rank of the smaller sides everything is restored, so that later inputs are the teacher's.
-    small = [name for name in wanted if min(wanted[name].shape) == 16]
-    assert small and all(branches[name].error_after < 2e-3 for name in small)  # float16
-    name = "model.layers.3.mlp.down_proj"
-    seen = []
-    linear = families.block_linears(student)[name]
-    linear.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
-    with torch.no_grad():
-        student(input_ids=windows)
-    x, branch = torch.cat(seen).double(), branches[name]
-    left = wanted[name] - linear.weight.detach()
-    whole = (x @ wanted[name].double().T).norm()
-    assert branch.error_after == pytest.approx(float((x @ left.double().T).norm() / whole), rel=1e-3)
-    lost = left + branch.b.float() @ branch.a.float()
-    assert branch.error_before == pytest.approx(float((x @ lost.double().T).norm() / whole), rel=1e-3)
-    assert branch.error_after < branch.error_before
-
-
-@pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
-def test_the_spectrum_is_what_each_rank_removes_of_the_squared_output_error(shape):
-    x, delta = inputs(shape[1]), normal(*shape)
-    moments = x.double().T @ x.double()
-    removed = eora.spectrum(delta, moments)
-    errors = [rest(delta, *eora.factors(delta, moments, rank), x) ** 2 for rank in range(17)]
-    assert len(removed) == 16 and float(removed.sum()) == pytest.approx(errors[0], rel=1e-6)
-    for rank in range(16):
-        assert float(removed[rank]) == pytest.approx(errors[rank] - errors[rank + 1], rel=1e-2, abs=1e-5 * errors[0])
-
-
-def test_refit_is_least_squares_on_the_outputs():
-    x, delta = inputs(24), normal(16, 24)
-    a = (eora.factors(delta, x.double().T @ x.double(), 4)[0] * 2).round() / 2
-    b = eora.refit(delta, x.double().T @ x.double(), a)
-    wanted = torch.linalg.lstsq((x @ a.T).double(), (x @ delta.T).double()).solution.T
-    assert torch.allclose(b.double(), wanted, rtol=1e-4, atol=1e-5)
-    a[2] = 0
-    assert eora.refit(delta, x.double().T @ x.double(), a)[:, 2].abs().max() < 1e-6
-
-
-def naive_best(worth, sizes, budget):
-    """The most that ranks within the budget are worth, over all of them."""
-    most = 0.0
-    for ranks in itertools.product(*(range(len(worth[name]) + 1) for name in worth)):
-        if sum(rank * sizes[name] for rank, name in zip(ranks, worth, strict=True)) <= budget:
-            most = max(most, sum(float(worth[name][:rank].sum()) for rank, name in zip(ranks, worth, strict=True)))
-    return most
-
-
-def falling(seed, ranks=4):
-    return normal(ranks, seed=seed).abs().double().sort(descending=True).values
-
-
-@pytest.mark.parametrize("budget", [10, 37, 60, 95, 120])
-def test_ranks_of_one_size_are_allocated_optimally(budget):
-    worth = {name: falling(place) * (place + 1) for place, name in enumerate("abc")}
-    ranks = eora_ranks.allocate(worth, dict.fromkeys(worth, 10), budget)
-    assert list(ranks) == ["a", "b", "c"] and sum(ranks.values()) == min(budget // 10, 12)
-    found = sum(float(worth[name][:rank].sum()) for name, rank in ranks.items())
-    assert found == pytest.approx(naive_best(worth, dict.fromkeys(worth, 10), budget))
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_ranks_of_several_sizes_fit_and_are_short_of_the_best_by_less_than_one(seed):
-    sizes, budget = {"a": 7, "b": 12, "c": 19}, 20 + 10 * seed
-    worth = {name: falling(3 * seed + place) for place, name in enumerate(sizes)}
-    ranks = eora_ranks.allocate(worth, sizes, budget)
-    taken = sum(rank * sizes[name] for name, rank in ranks.items())
-    assert taken <= budget
-    left = [name for name, rank in ranks.items() if rank < 4]
-    assert all(taken + sizes[name] > budget for name in left)  # nothing that is worth something fits any more
-    found, best = sum(float(worth[name][:rank].sum()) for name, rank in ranks.items()), naive_best(worth, sizes, budget)
-    assert best - max(float(gain[0]) for gain in worth.values()) < found <= best + 1e-12
-
-
-def test_worthless_ranks_are_not_bought_and_a_budget_that_buys_nothing_is_refused():
-    worth = {"a": torch.tensor([1.0, 0.0]), "b": torch.zeros(2)}
-    assert eora_ranks.allocate(worth, {"a": 5, "b": 5}, 100) == {"a": 1, "b": 0}
-    assert eora_ranks.allocate(worth, {"a": 6, "b": 5}, 4) == {"a": 0, "b": 0}
-    shapes = {"q_proj": (64, 64), "k_proj": (32, 64)}
-    stage_module.check_budget(shapes, 52, 4)
-    with pytest.raises(InputError, match="eora.budget_bytes = 51 is below 52, one rank of k_proj at eora.bits = 4"):
-        stage_module.check_budget(shapes, 51, 4)
-
-
-def test_curvature_foretells_what_a_random_error_of_the_output_does_to_the_predictions(make_model, make_windows):
-    model, windows = make_model(), make_windows(24, 32)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    found = eora_ranks.curvature(model, windows)
-    assert eora_ranks.curvature(model, windows) == found
-    assert all(p.grad is None and p.requires_grad and torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert list(found) == list(families.block_linears(model))
-    with torch.no_grad():
-        clean = model(input_ids=windows).logits.double().log_softmax(-1)
-    for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj", "model.layers.3.mlp.down_proj"):
-        generator, squares = torch.Generator().manual_seed(5), []
-
-        def disturb(_, __, output, generator=generator, squares=squares):
-            error = 1e-2 * torch.randn(output.shape, generator=generator)
-            squares.append(float(error.double().square().sum()))
-            return output + error
-
-        handle = families.block_linears(model)[name].register_forward_hook(disturb)
-        with torch.no_grad():
-            noisy = [model(input_ids=windows).logits.double().log_softmax(-1) for _ in range(4)]
-        handle.remove()
-        divergence = sum(float((clean.exp() * (clean - each)).sum()) for each in noisy)
-        assert divergence == pytest.approx(found[name] * sum(squares) / 2, rel=0.15)
-
-
-def test_gains_are_the_spectra_on_the_compressed_models_inputs_times_the_curvature(make_model, make_windows):
-    teacher, student = make_model(), make_model()
-    windows = make_windows(4, 32)
-    for linear in families.block_linears(student).values():
-        linear.weight.data = (linear.weight * 4).round() / 4
-    weights = {name: linear.weight.detach().clone() for name, linear in families.block_linears(student).items()}
-    wanted = {name: linear.weight.detach().clone() for name, linear in families.block_linears(teacher).items()}
-    found, importance = eora_ranks.gains(student, windows, wanted), eora_ranks.curvature(student, windows)
-    assert list(found) == list(wanted)
-    for name, linear in families.block_linears(student).items():
-        assert torch.equal(linear.weight, weights[name])
-    name, seen = "model.layers.2.mlp.down_proj", []
-    families.block_linears(student)[name].register_forward_pre_hook(
-        lambda _, given: seen.append(given[0].flatten(0, 1))
-    )
-    with torch.no_grad():
-        student(input_ids=windows)
-    lost = torch.linalg.svdvals(torch.cat(seen).double() @ (wanted[name] - weights[name]).double().T).square()
-    assert torch.allclose(found[name], lost * importance[name] / (2 * 4 * 32), rtol=1e-4, atol=1e-12)
-    with pytest.raises(InputError, match="in the teacher .*another model's"):
-        eora_ranks.gains(student, windows, wanted | {name: wanted[name].T})
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_b_is_fitted_to_the_rounded_a_before_it_is_rounded(make_model, make_windows, bits):
-    teacher, student = make_model(), make_model()
-    windows, name, seen = make_windows(4, 32), "model.layers.0.self_attn.q_proj", []
-    wanted = {name: linear.weight.detach().clone() for name, linear in families.block_linears(teacher).items()}
-    linear = families.block_linears(student)[name]
-    linear.weight.data = (linear.weight * 4).round() / 4
-    delta = wanted[name] - linear.weight.detach()
-    handle = linear.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
-    with torch.no_grad():
-        student(input_ids=windows)
-    handle.remove()
-    x = torch.cat(seen).double()
-    branches = eora_branches.compensate(
-        student, windows, wanted, eora_branches.Size({n: 6 if n == name else 0 for n in wanted}, bits)
-    )
-    a, b, coded, _, after = branches[name]
-    assert torch.equal(a.float(), rounding.values(coded[0])) and torch.equal(b.float(), rounding.values(coded[1]).T)
-    rounded_a = rounding.quantise(eora.factors(delta, x.T @ x, 6)[0], bits, 32)
-    assert torch.allclose(a.float(), rounding.values(rounded_a), atol=1e-3)
-    fitted = torch.linalg.lstsq(x @ a.double().T, x @ delta.double().T).solution.T.float()
-    expected = rounding.values(rounding.quantise(fitted.T, bits, 32)).T
-    assert torch.allclose(b.float(), expected, atol=1e-3)
-    whole = float((x @ wanted[name].double().T).norm())
-    assert after == pytest.approx(rest(delta, a.float(), b.float(), x) / whole, rel=1e-3)
-    other = branches["model.layers.0.self_attn.k_proj"]
-    assert other.a.shape == (0, 32) and other.b.shape == (16, 0) and other.coded is None
-    assert other.error_after == other.error_before == 0
-
-
-def test_groups_divide_the_rows_and_bytes_are_counted_per_rank():
-    assert [eora_branches.group_size(length) for length in (32, 64, 96, 192, 172, 67)] == [32, 64, 48, 64, 43, 1]
-    assert eora_branches.rank_bytes((64, 192), 16) == 2 * 256
-    assert eora_branches.rank_bytes((64, 192), 8) == 256 + 2 * (1 + 3)
-    assert eora_branches.rank_bytes((64, 192), 4) == 128 + 2 * (1 + 3)
-
+from tests.support.matrices import normal
 
 SETTINGS = {"bits": 2, "group_size": 32, "symmetric": False, "damp": 0.05, "act_order": "none"}
 
@@ -338,6 +90,18 @@ def merged(files, folder):
         a, b = factors[name]
         linear.weight.data += b.float() @ a.float()
     return model
+
+
+def test_a_rank_that_a_linear_can_not_have_is_refused():
+    with pytest.raises(InputError, match="eora.rank = 33 is above 32, the smaller side of k_proj: choose at most that"):
+        stage_module.check_rank({"q_proj": (64, 64), "k_proj": (32, 64)}, 33)
+
+
+def test_a_budget_that_buys_nothing_is_refused():
+    shapes = {"q_proj": (64, 64), "k_proj": (32, 64)}
+    stage_module.check_budget(shapes, 52, 4)
+    with pytest.raises(InputError, match="eora.budget_bytes = 51 is below 52, one rank of k_proj at eora.bits = 4"):
+        stage_module.check_budget(shapes, 51, 4)
 
 
 @pytest.mark.parametrize("teacher", ["lora", "fetch"])
@@ -477,21 +241,6 @@ def test_two_runs_write_the_same_bytes(run):
     for file in files:
         assert (first / file).read_bytes() == (second / file).read_bytes(), file
     assert str(first.parent) not in (first / "model/eora/adapter_config.json").read_text()
-
-
-def test_peft_is_told_the_ranks(tmp_path):
-    factors = {
-        f"model.layers.{place}.mlp.up_proj": (torch.zeros(rank, 8), torch.zeros(4, rank))
-        for place, rank in enumerate((3, 0, 5))
-    }
-    gptq_folder.save_adapter(tmp_path, factors)
-    described = json.loads((tmp_path / "eora/adapter_config.json").read_text())
-    assert described["r"] == described["lora_alpha"] == 5
-    assert described["rank_pattern"] == described["alpha_pattern"] == {"model.layers.0.mlp.up_proj": 3}
-    assert described["target_modules"] == ["model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"]
-    (tmp_path / "none").mkdir()
-    gptq_folder.save_adapter(tmp_path / "none", {"q": (torch.zeros(0, 8), torch.zeros(4, 0))})
-    assert not list((tmp_path / "none").iterdir())
 
 
 def test_the_ledger_is_that_of_the_quantised_weights_and_a_broken_pattern_ends_the_stage(

@@ -17,7 +17,10 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.scoring import generation_failures
 from tasks.models import dense_folder, tensor_headers
+from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed import reader
+from tasks.packed.stored_model import Linear, Model
+from tasks.packed.writer import save
 
 PARAMS = {
     "protocol": "joined",
@@ -81,7 +84,7 @@ def pack(model: torch.nn.Module, folder: Path, adapter: bool = False) -> Path:
         extra = index == 0 and adapter
         blocks.append(
             {
-                name: reader.Linear(
+                name: Linear(
                     weight=linear.weight.detach(),
                     adapter=(torch.ones(2, linear.in_features), torch.ones(linear.out_features, 2)) if extra else None,
                 )
@@ -90,7 +93,7 @@ def pack(model: torch.nn.Module, folder: Path, adapter: bool = False) -> Path:
         )
     rest = {name: weight.detach() for name, weight in model.named_parameters() if "norm" in name}
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    reader.save(reader.Model(config, blocks, model.get_input_embeddings().weight.detach(), None, rest), folder)
+    save(Model(config, blocks, model.get_input_embeddings().weight.detach(), None, rest), folder)
     return folder
 
 
@@ -230,7 +233,7 @@ def test_off_says_that_nothing_was_measured(stage) -> None:
 
 def test_a_packed_model_is_measured_as_its_original(stage, model_folder: Path, tmp_path: Path, make_stage) -> None:
     folder = pack(dense_folder.load_dense(model_folder), tmp_path / "packed")
-    reader.copy_tokenizer(model_folder, folder)
+    copy_tokenizer(model_folder, folder)
     other = make_stage({"evaluate": dict(PARAMS)}, {"model": folder, "corpora": tmp_path}, out="other", item="package")
     evaluate.run(stage)
     evaluate.run(other)

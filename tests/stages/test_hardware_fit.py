@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from tasks import hardware_fit
 from tasks.algorithms.errors import InputError
 from tasks.device_profiles import profiles, tables
-from tests.device_profiles.test_contents import model_folder
 from tests.device_profiles.test_profiles import NAMES, PROFILES
+from tests.support.folder_of_zeros import folder_of_zeros
 
 PARAMS = {"device": "siracusa", "context": 16, "batch": 1, "kv_bits": 16, "activation_bits": 16}
 
@@ -25,8 +25,8 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_the_stage_writes_its_verdict(make_stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    package = model_folder(tmp_path / "package" / "model", quantised=True)
-    fetched = model_folder(tmp_path / "fetch" / "model")
+    package = folder_of_zeros(tmp_path / "package" / "model", quantised=True)
+    fetched = folder_of_zeros(tmp_path / "fetch" / "model")
     inputs = {"devices": PROFILES, "package/model": package, "fetch/model": fetched}
     hardware_fit.run(make_stage({"hardware_fit": PARAMS}, inputs))
     capsys.readouterr()
@@ -51,7 +51,7 @@ def test_the_stage_writes_its_verdict(make_stage, tmp_path: Path, capsys: pytest
 
 
 def test_does_not_fit_is_a_result(make_stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    package = model_folder(tmp_path / "package" / "model")
+    package = folder_of_zeros(tmp_path / "package" / "model")
     save_file({"padding": torch.zeros(2**10, 2**10, dtype=torch.float32)}, package / "more.safetensors")
     hardware_fit.run(make_stage({"hardware_fit": PARAMS}, {"devices": PROFILES, "package/model": package}))
     result = json.loads((tmp_path / "out/fit.json").read_text(encoding="utf-8"))

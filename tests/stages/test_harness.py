@@ -20,7 +20,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.scoring import likelihood, protocols
 from tasks.algorithms.text import task_documents, triviaqa
 from tasks.models import dense_folder
-from tasks.packed import reader
+from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.runtime.journal import Journal
 from tests.stages.test_evaluate import pack
 from tests.stages.test_harness_data import HUB_ROWS
@@ -241,7 +241,7 @@ def test_the_batch_size_changes_nothing(task: str, documents: list[dict[str, Any
 
 def test_a_packed_model_has_the_scores_of_its_original(make, folder: Path, tmp_path: Path) -> None:
     other = pack(dense_folder.load_dense(folder), tmp_path / "packed")
-    reader.copy_tokenizer(folder, other)
+    copy_tokenizer(folder, other)
     assert written(make("hellaswag", HELLASWAG, other)) == written(make("hellaswag", HELLASWAG))
 
 

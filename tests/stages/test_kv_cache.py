@@ -168,7 +168,7 @@ def staged(make_stage: Any, model_folder: Path, tmp_path: Path) -> Any:
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora/test.jsonl").write_text(text, encoding="utf-8")
 
-    def run(skip: bool = False, memory: Any = None, **changed: Any) -> tuple[pd.DataFrame, bytes]:
+    def run(skip: bool = False, saved: Any = None, **changed: Any) -> tuple[pd.DataFrame, bytes]:
         given = {
             "enabled": True,
             "bits": [8, 4],
@@ -179,7 +179,7 @@ def staged(make_stage: Any, model_folder: Path, tmp_path: Path) -> Any:
         }
         section = schema.KvCache(**given | changed)
         inputs = {"model": model_folder, "corpora": tmp_path / "corpora"}
-        stage = make_stage({"kv_cache": section}, inputs, journal=memory)
+        stage = make_stage({"kv_cache": section}, inputs, journal=saved)
         (kv_cache.skip if skip else kv_cache.run)(stage)
         path = tmp_path / "out/kv_cache.csv"
         return pd.read_csv(path), path.read_bytes()
@@ -206,10 +206,10 @@ def test_the_table_has_perplexity_and_bytes_by_context_and_bits(staged: Any, mod
 
 def test_a_run_whose_windows_are_all_in_the_journal_writes_the_same(staged: Any, tmp_path: Path) -> None:
     _, content = staged()
-    staged(memory=journal.Journal(tmp_path / "journal", interval=0))
-    memory = journal.Journal(tmp_path / "journal", interval=0)
-    assert memory.part("40-4").load("nll").values == 3  # windows
-    assert staged(memory=memory)[1] == content
+    staged(saved=journal.Journal(tmp_path / "journal", interval=0))
+    saved = journal.Journal(tmp_path / "journal", interval=0)
+    assert saved.part("40-4").load("nll").values == 3  # windows
+    assert staged(saved=saved)[1] == content
 
 
 def test_one_window_has_no_standard_error(staged: Any) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from tasks import measure
 from tasks.algorithms.errors import InputError
 from tasks.evaluation import measuring_process
 from tasks.parameters.schema import Measure
+from tests.support.paths import ROOT
 
 PARAMS = Measure(enabled=True, threads=1, prompt_tokens=4, new_tokens=10, generations=2, rounds=3)
 
@@ -42,7 +46,7 @@ def stage(tmp_path: Path, make_stage):
 
 
 def result(stage, name: str) -> dict:
-    return json.loads(stage.output(f"{name}/host.json").read_text(encoding="utf-8"))
+    return json.loads((stage.output("measure") / name / "host.json").read_text(encoding="utf-8"))
 
 
 def test_models_take_turns_and_equal_ones_share_their_figures(stage, monkeypatch) -> None:
@@ -98,7 +102,19 @@ def test_a_process_of_its_own_measures_a_model(model_folder: Path) -> None:
         *("peak_bytes", "above_libraries_bytes"),
     }
     assert all(value > 0 for value in found.values())
-    assert 100 * 2**20 < found["peak_bytes"] - found["above_libraries_bytes"] < 2**30  # PyTorch and transformers
+    libraries = found["peak_bytes"] - found["above_libraries_bytes"]
+    assert libraries == pytest.approx(peak_of_imports(), rel=0.05)
+
+
+def peak_of_imports() -> int:
+    """Bytes at their most of a process that imports what loads a model in PyTorch, and no more."""
+    code = "import tasks.evaluation.measuring_process, tasks.runners.any_folder\n"
+    code += "from tasks.runtime import processes; print(processes.peak())"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, text=True, capture_output=True, check=True
+    )
+    return int(done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +130,7 @@ def test_a_process_of_its_own_measures_a_model(model_folder: Path) -> None:
     ],
 )
 def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch, code: str, error: type, words: str) -> None:
-    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/evaluation").mkdir(parents=True)
     (tmp_path / "tasks/evaluation/measuring_process.py").write_text(code)
     monkeypatch.setattr(measuring_process, "ROOT", tmp_path)
     with pytest.raises(error, match=words):

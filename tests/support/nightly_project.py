@@ -6,6 +6,7 @@ more, and a context above 1,000 does not fit.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -182,3 +183,14 @@ class NightlyProject:
     def python(self, *arguments: str, expect: int = 0) -> str:
         """`run` with this project's python."""
         return self.run(sys.executable, *arguments, expect=expect)
+
+
+def workspace(project: NightlyProject) -> tuple[tuple[str, str], dict[str, str]]:
+    """git's state, and the hash of every file but those of server and registry."""
+    state = project.run("git", "status", "--porcelain"), project.run("git", "log", "--format=%H", "--branches")
+    own = (".git", ".prefect", ".dvc", "home")
+    files = [
+        path for path in project.path.rglob("*") if path.is_file() and path.parts[len(project.path.parts)] not in own
+    ]
+    kept = [path for path in files if "registry" not in path.parts and "__pycache__" not in path.parts]
+    return state, {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}

@@ -10,7 +10,10 @@ import transformers
 
 from tasks.algorithms.model import families
 from tasks.algorithms.quantisation import rounding
-from tasks.packed import file_format, reader
+from tasks.models.tokenizer_files import copy_tokenizer
+from tasks.packed import packed_folder, writer
+from tasks.packed.model_config import clean
+from tasks.packed.stored_model import Linear, Model
 
 LENGTH = 48
 CASES = {
@@ -41,7 +44,7 @@ CASES = {
 
 def windows_of(folder, count=3):
     """int [LENGTH] each, of random tokens."""
-    size = reader.config(folder)["vocab_size"]
+    size = packed_folder.config(folder)["vocab_size"]
     return list(np.random.default_rng(0).integers(0, size, (count, LENGTH)))
 
 
@@ -77,8 +80,8 @@ def write(folder, tokenizer, architecture="LlamaForCausalLM", tied=True, embeddi
     taken = {f"{name}.{part}" for block in blocks for name in block for part in ("weight", "bias")}
     taken |= {f"{described.embedding}.weight", f"{described.head}.weight"}
     rest = {name: tensor.detach().half() for name, tensor in model.named_parameters() if name not in taken}
-    reader.save(reader.Model(file_format.clean(content), blocks, coded[0], None if tied else coded[1], rest), folder)
-    reader.copy_tokenizer(tokenizer, folder)
+    writer.save(Model(clean(content), blocks, coded[0], None if tied else coded[1], rest), folder)
+    copy_tokenizer(tokenizer, folder)
     return folder
 
 
@@ -93,7 +96,7 @@ def _linear(linear, bits=4, group=32, pattern="dense", zeros=False, order=False,
         keep = weight.abs() > 0.1
     coded = rounding.quantise(weight if keep is None else weight * keep, bits, group)
     codes = (coded.codes.short() + 2 ** (bits - 1)).to(torch.uint8)
-    made = reader.Linear(codes=codes, scales=coded.scales, bits=bits, group_size=group, keep=keep, pattern=pattern)
+    made = Linear(codes=codes, scales=coded.scales, bits=bits, group_size=group, keep=keep, pattern=pattern)
     if zeros:
         made.zeros = torch.randint(0, 2**bits, made.scales.shape, dtype=torch.uint8)
         made.codes[~keep] = made.zeros.repeat_interleave(group, dim=1)[~keep]

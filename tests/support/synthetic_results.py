@@ -362,7 +362,7 @@ def records():
 def write(folder):
     """All of it as files below folder / data; returns them by the name that the report asks for."""
     inputs = {name: folder / "data" / name for name in (*tables(), *records())}
-    inputs |= {f"data/{name}": folder / "data" / name for name in ("harness", "measure")}
+    inputs |= {f"data/{name}": folder / "data" / name for name in ("evaluate", "harness", "measure")}
     inputs |= {"kv_cache.csv": inputs["kv_cache/kv_cache.csv"]}
     inputs |= {"devices.csv": inputs["hardware_fit/devices.csv"]}
     for name, table in tables().items():
@@ -403,7 +403,6 @@ def report_stage(folder, inputs, out="out"):
     return SimpleNamespace(
         input=lambda name: Path(inputs[name]),
         has_input=lambda name: name in inputs,
-        inputs_below=lambda name: [folder / "data" / name / model for model in MODELS],
         output=output,
         outs=[folder / "data/report/report.html"],
         dvc=SimpleNamespace(repo=SimpleNamespace(index=SimpleNamespace(graph=graph, stages=list(graph)))),

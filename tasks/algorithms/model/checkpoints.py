@@ -1,9 +1,9 @@
-"""Help a long algorithm go on where it was interrupted: a memory with keys, and an optimizer's state in it.
+"""Help a long algorithm go on where it was interrupted: entries saved by key, and an optimizer's state among them.
 
-An algorithm asks its memory for what an earlier run had finished, computes the rest, and hands over what it has. It
+An algorithm asks `saved` for what an earlier run had finished, computes the rest, and hands over what it has. It
 knows nothing of files; `tasks.runtime.journal` keeps the entries on disk, `NOTHING` keeps none. A resumed run has to
 give the bytes of an uninterrupted one, so an entry holds everything that the rest depends on: weights, optimizer,
-positions and states of random generators. Tensors and JSON only, no pickle. When to write is the memory's affair.
+positions and states of random generators. Tensors and JSON only, no pickle. When to write is not its affair.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Entry(NamedTuple):
     values: Any
 
 
-class Memory(Protocol):
-    """A memory holds entries by key; keys are made of letters, digits and `._-@`."""
+class Saved(Protocol):
+    """Hold entries by key; keys are made of letters, digits and `._-@`."""
 
     def load(self, key: str) -> Entry | None:
         """Return the last entry of this key; None if there is none."""
@@ -37,15 +37,15 @@ class Memory(Protocol):
     def due(self) -> bool:
         """Tell whether `save` would write now. What is costly to collect, or changes later, is saved only then."""
 
-    def part(self, name: str) -> Memory:
-        """Return the same memory for keys of a part of the work, apart from all others."""
+    def part(self, name: str) -> Saved:
+        """Return the same store for keys of a part of the work, apart from all others."""
 
     def forget(self) -> None:
         """Drop every entry of this part: what follows doesn't need them."""
 
 
 class Nothing:
-    """The memory that keeps nothing."""
+    """Keeps nothing."""
 
     def load(self, key: str) -> Entry | None:
         return None
@@ -56,7 +56,7 @@ class Nothing:
     def due(self) -> bool:
         return False
 
-    def part(self, name: str) -> Memory:
+    def part(self, name: str) -> Saved:
         return self
 
     def forget(self) -> None:
@@ -73,7 +73,7 @@ def training_state(
 
     Args:
         weights: those that the optimizer trains, in its order.
-        optimizer: with tensors alone in its state, as AdamW has.
+        optimizer: one with tensors alone in its state, as AdamW has.
     """
     state = {f"weight.{index}": weight.detach() for index, weight in enumerate(weights)}
     for index, slots in optimizer.state_dict()["state"].items():  # AdamW: step, exp_avg, exp_avg_sq per weight

@@ -58,6 +58,7 @@ class Family:
         attention: those of the attention; the others are the MLP's.
         projections: where a matrix lies, if it isn't the weight of the module of its name.
         keys: how the config calls the sizes.
+        rotary: the module of rotary position embeddings; None: positions are learned.
         per_layer: keys of the config that hold a list with one entry per block, where present.
         windowed_from: key of the config that counts the leading blocks without a sliding window, where present.
     """
@@ -72,7 +73,7 @@ class Family:
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
     final_norm: str = "model.norm"
-    rotary: str = "model.rotary_emb"
+    rotary: str | None = "model.rotary_emb"
     per_layer: tuple[str, ...] = ("layer_types", "mlp_layer_types")
     windowed_from: str = "max_window_layers"
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tasks.algorithms.model import families
 from tasks.algorithms.model.device import beside
+from tasks.algorithms.model.matrices import Matrix
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a block after its hidden states: masks, position embeddings, …"""
@@ -85,19 +86,19 @@ def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> T
 
 
 def observe(
-    linears: Mapping[str, nn.Module], block: nn.Module, inputs: BlockInputs, see: Callable[[str, Tensor], None]
+    matrices: Mapping[str, Matrix], block: nn.Module, inputs: BlockInputs, see: Callable[[str, Tensor], None]
 ) -> None:
     """Run the block as it is and call `see(name, x)` with each linear's input x [batch * length, in_features].
 
     Args:
-        linears: the block's modules to watch, by any name (`families.linears_by_block(model)[index]`).
+        matrices: those of the block to watch (`matrices.by_block(model)[index]`); their modules may be quantised.
     """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         # [batch, length, in_features] -> [batch * length, in_features]
         return lambda _, arguments: see(name, arguments[0].detach().flatten(0, -2))
 
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+    handles = [matrix.module.register_forward_pre_hook(hook(name)) for name, matrix in matrices.items()]
     try:
         for _ in inputs.outputs(block):
             pass
@@ -107,7 +108,7 @@ def observe(
 
 
 def input_statistics(
-    linears: Mapping[str, nn.Module], block: nn.Module, inputs: BlockInputs
+    matrices: Mapping[str, Matrix], block: nn.Module, inputs: BlockInputs
 ) -> dict[str, InputStatistics]:
     """Sum the squares of each linear's inputs, from the block's own forward, in float64."""
     statistics: dict[str, InputStatistics] = {}
@@ -119,7 +120,7 @@ def input_statistics(
             squares += before.sum_of_squares
         statistics[name] = InputStatistics(squares, len(x) + (before.tokens if before else 0))
 
-    observe(linears, block, inputs, see)
+    observe(matrices, block, inputs, see)
     return statistics
 
 

@@ -21,7 +21,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def without(model: Model, removed: Collection[int]) -> Model:
-    """The model without some blocks. The given model stays as it is; the result shares its weights.
+    """Leave out some blocks. The given model stays as it is; the result shares its weights.
 
     Layer and KV-cache indices, `num_hidden_layers` and the config's per-layer lists follow the blocks that stay.
 
@@ -33,8 +33,9 @@ def without(model: Model, removed: Collection[int]) -> Model:
     family = families.of_model(smaller)
     blocks = families.blocks(smaller)
     kept = [index for index in range(len(blocks)) if index not in set(removed)]
-    parent, _, name = family.blocks.rpartition(".")
+    parent, _, name = family.blocks.rpartition(".")  # "model.layers" is the list `layers` of the module `model`
     setattr(smaller.get_submodule(parent), name, nn.ModuleList(blocks[index] for index in kept))
+    # A block's attention finds its place in the KV cache by `layer_idx`: gaps would leave empty places.
     for position, index in enumerate(kept):
         for module in blocks[index].modules():
             if hasattr(module, "layer_idx"):
@@ -44,13 +45,14 @@ def without(model: Model, removed: Collection[int]) -> Model:
     for key in family.per_layer:
         if getattr(config, key, None):
             setattr(config, key, [getattr(config, key)[index] for index in kept])
+    # The first block with a sliding window, counted among the blocks that stay.
     if getattr(config, family.windowed_from, None) is not None:
         setattr(config, family.windowed_from, sum(index < getattr(config, family.windowed_from) for index in kept))
     return smaller
 
 
 def unprotected(layers: int, remove: int, protect_first: int, protect_last: int) -> list[int]:
-    """The indices of the blocks that may be removed.
+    """List the indices of the blocks that may be removed.
 
     Raises:
         InputError: fewer than `remove`, or none would stay.
@@ -67,7 +69,7 @@ def unprotected(layers: int, remove: int, protect_first: int, protect_last: int)
 
 
 def one_shot(scores: Sequence[float] | Tensor, remove: int, protect_first: int, protect_last: int) -> list[int]:
-    """The `remove` unprotected blocks with the lowest scores, lowest first; of equal scores the lower index.
+    """Take the `remove` unprotected blocks with the lowest scores, lowest first; of equal scores the lower index.
 
     Args:
         scores: one per block, higher = more important.
@@ -104,7 +106,8 @@ def greedy(
     removed: list[int] = []
     while len(removed) < remove:
         if removed:
-            scores = rescore(without(model, removed))
+            scores = rescore(without(model, removed))  # [blocks left]
+        # Scores go by the smaller model's places, `kept` says which blocks of the given one they are.
         _, index = min((float(score), index) for index, score in zip(kept, scores, strict=True) if index in free)
         removed.append(index)
         kept.remove(index)

@@ -20,52 +20,58 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import checkpoints, families, layers
+from tasks.algorithms.model import checkpoints, families, layers, matrices
+from tasks.algorithms.model.device import beside
 from tasks.algorithms.pruning import depth_prune
 from tasks.algorithms.scoring.perplexity import perplexity as perplexity_of
 
-Score = Callable[[nn.Module, Tensor, int, checkpoints.Memory], Tensor]
+Score = Callable[[nn.Module, Tensor, int, checkpoints.Saved], Tensor]
 """(model, input_ids [windows, length], windows per pass, what an interrupted run had computed) -> float64 [blocks]."""
 
 
 def magnitude(
-    model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+    model: nn.Module, input_ids: Tensor, batch: int = 1, saved: checkpoints.Saved = checkpoints.NOTHING
 ) -> Tensor:
-    """L1 norm of each block's linears, float64 [blocks]; the windows play no part."""
+    """Sum |W| over each block's linears, float64 [blocks]; the windows play no part."""
     return torch.tensor(
         [
-            sum(float(linear.weight.detach().double().abs().sum()) for linear in block.values())
-            for block in families.linears_by_block(model)
+            sum(float(matrix.weight.double().abs().sum()) for matrix in block.values())
+            for block in matrices.by_block(model)
         ],
         dtype=torch.float64,
     )
 
 
 def taylor(
-    model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+    model: nn.Module, input_ids: Tensor, batch: int = 1, saved: checkpoints.Saved = checkpoints.NOTHING
 ) -> Tensor:
-    """Sum of |gradient * weight| of each block's linears, float64 [blocks].
+    """Sum |gradient * weight| over each block's linears, float64 [blocks].
 
     Holds the activations of all blocks for one batch, as a backward pass must, and one gradient per weight.
     """
-    blocks = [[linear.weight for linear in block.values()] for block in families.linears_by_block(model)]
-    wanted = {id(weight) for block in blocks for weight in block}
+    blocks = matrices.by_block(model)
+    weights = [matrix.module.weight for block in blocks for matrix in block.values()]
+    wanted = {id(weight) for weight in weights}
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, *_ in before:
             parameter.requires_grad_(id(parameter) in wanted)
             parameter.grad = None
-        weights = [weight for block in blocks for weight in block]
-        begun = memory.load("gradients")
+        # `backward` adds to .grad: dL/dW of the loss over all windows is done after the last batch.
+        begun = saved.load("gradients")
         for place, weight in enumerate(weights if begun else ()):
             weight.grad = begun.tensors[str(place)].to(weight.device)
         first = begun.values if begun else 0
         for done, ids in enumerate(input_ids.split(batch)[first:], start=first + 1):
-            _loss(model, ids, predictions=input_ids[:, 1:].numel()).backward()
-            if memory.due():
-                memory.save("gradients", {str(place): weight.grad for place, weight in enumerate(weights)}, done)
+            _loss(model, beside(model, ids), predictions=input_ids[:, 1:].numel()).backward()
+            if saved.due():
+                saved.save("gradients", {str(place): weight.grad for place, weight in enumerate(weights)}, done)
+        # |L(W = 0) - L(W)| to first order, weight by weight: |dL/dW * W|.
         return torch.tensor(
-            [sum(float((weight.grad * weight.detach()).double().abs().sum()) for weight in block) for block in blocks],
+            [
+                sum(float((matrix.gradient * matrix.weight).double().abs().sum()) for matrix in block.values())
+                for block in blocks
+            ],
             dtype=torch.float64,
         )
     finally:
@@ -75,23 +81,23 @@ def taylor(
 
 
 def perplexity(
-    model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+    model: nn.Module, input_ids: Tensor, batch: int = 1, saved: checkpoints.Saved = checkpoints.NOTHING
 ) -> Tensor:
-    """Rise of the perplexity without each block, float64 [blocks]; negative where the model is better without it."""
-    begun = memory.load("perplexities")
+    """Measure how much perplexity rises without each block, float64 [blocks]; negative where the model gets better."""
+    begun = saved.load("perplexities")
     found = begun.values if begun else [perplexity_of(model, input_ids, batch)]  # the whole model's, then without each
     for index in range(len(found) - 1, len(families.blocks(model))):
         found.append(perplexity_of(depth_prune.without(model, [index]), input_ids, batch))
-        if memory.due():
-            memory.save("perplexities", {}, found)
+        if saved.due():
+            saved.save("perplexities", {}, found)
     return torch.tensor([without - found[0] for without in found[1:]], dtype=torch.float64)
 
 
 def block_influence(
-    model: nn.Module, input_ids: Tensor, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+    model: nn.Module, input_ids: Tensor, batch: int = 1, saved: checkpoints.Saved = checkpoints.NOTHING
 ) -> Tensor:
-    """1 - mean cosine similarity of each block's inputs and outputs over all tokens, float64 [blocks], from 0 to 2."""
-    begun = memory.load("scores")
+    """Compute 1 - the mean cosine of a token's input and output, float64 [blocks], from 0 to 2: ShortGPT's BI."""
+    begun = saved.load("scores")
     scores: list[float] = begun.values if begun else []
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
@@ -99,25 +105,27 @@ def block_influence(
             return
         total = 0.0
         for where, output in inputs.outputs(block):
+            # [batch, length]: 1 where the block only scales what the residual stream carries.
             similarity = torch.cosine_similarity(inputs.hidden[where].double(), output.double(), dim=-1)
             total += float(similarity.sum())
         scores.append(1 - total / inputs.hidden[..., 0].numel())
-        if memory.due():
-            memory.save("scores", {}, scores)
+        if saved.due():
+            saved.save("scores", {}, scores)
 
     layers.walk(model, input_ids, visit, batch)
     return torch.tensor(scores, dtype=torch.float64)
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """Ranks from 1 = lowest, float64 [n]; equal scores share the mean of their ranks."""
+    """Rank scores from 1 = lowest, float64 [n]; equal scores share the mean of their ranks."""
+    # Equal ones take the ranks below + 1 to below + equal, whose mean is this.
     below = (scores[None, :] < scores[:, None]).sum(dim=1)
     equal = (scores[None, :] == scores[:, None]).sum(dim=1)
     return below.double() + (equal.double() + 1) / 2
 
 
 def combine(scores: dict[str, Tensor]) -> Tensor:
-    """`compound` from the other scores: the mean of their ranks, float64 [blocks]."""
+    """Make `compound` of the other scores: the mean of their ranks, float64 [blocks]."""
     return torch.stack([ranks(scores[name]) for name in SCORES]).mean(dim=0)
 
 
@@ -131,33 +139,33 @@ COMPOUND = "compound"
 
 
 def score(
-    model: nn.Module, input_ids: Tensor, method: str, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+    model: nn.Module, input_ids: Tensor, method: str, batch: int = 1, saved: checkpoints.Saved = checkpoints.NOTHING
 ) -> Tensor:
-    """One block score by name, float64 [blocks].
+    """Score the blocks by one of the methods, float64 [blocks].
 
     Args:
         input_ids: [windows, length].
         method: a key of `SCORES`, or `compound`.
-        memory: what it holds of an interrupted run isn't computed again.
+        saved: what it holds of an interrupted run isn't computed again.
 
     Raises:
         InputError: a score isn't finite.
     """
     if method == COMPOUND:
-        return combine({name: score(model, input_ids, name, batch, memory) for name in SCORES})
-    memory = memory.part(method)
-    if before := memory.load("score"):
+        return combine({name: score(model, input_ids, name, batch, saved) for name in SCORES})
+    saved = saved.part(method)
+    if before := saved.load("score"):
         return before.tensors["score"]
-    values = SCORES[method](model, input_ids, batch, memory)
+    values = SCORES[method](model, input_ids, batch, saved)
     if not values.isfinite().all():
         broken = (~values.isfinite()).nonzero().flatten().tolist()
         raise InputError(f"the {method} score of layers {broken} is not finite: mend the model or take another method")
-    memory.save("score", {"score": values})
+    saved.save("score", {"score": values})
     return values
 
 
 def _loss(model: nn.Module, ids: Tensor, predictions: int) -> Tensor:
-    """The batch's share of the mean loss: summed over its own tokens, divided by the predictions of all windows."""
+    """Compute the batch's share of the mean loss: the sum over its own tokens by the predictions of all windows."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # [batch, length - 1, vocabulary]
-    targets = ids[:, 1:].long().flatten()
+    targets = ids[:, 1:].long().flatten()  # [batch * (length - 1)], the token after each
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum") / predictions

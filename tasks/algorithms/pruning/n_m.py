@@ -9,7 +9,7 @@ from tasks.algorithms.model.masks import groups
 
 
 def largest(values: Tensor, keep: int, of: int) -> Tensor:
-    """The mask with the `keep` largest of every `of` consecutive inputs; of equal ones the lower index stays.
+    """Keep the `keep` largest of every `of` consecutive inputs; of equal ones the lower index stays.
 
     Args:
         values: [rows, cols], higher = more important.

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families, layers
+from tasks.algorithms.model import layers, matrices
 from tasks.algorithms.pruning import n_m as patterns
 
 # rows = out_features, cols = in_features
 
 
 class Selection(NamedTuple):
-    """What stays of a matrix.
+    """This is what stays of a matrix.
 
     Attributes:
         keep: bool [rows, cols].
@@ -39,17 +39,17 @@ Select = Callable[[Tensor], Selection]
 
 
 def metric(weight: Tensor, norm: Tensor) -> Tensor:
-    """|W| * ||X||_2, float64 [rows, cols].
+    """Rate each weight by |W| * ||X||_2, float64 [rows, cols].
 
     Args:
         weight: [rows, cols].
         norm: of each input over the calibration tokens, [cols]; a common factor changes no mask.
     """
-    return weight.detach().double().abs() * norm.double()
+    return weight.detach().double().abs() * norm.double()  # eq. 1: S_ij = |W_ij| * ||X_j||_2
 
 
 def n_m(values: Tensor, keep: int, of: int) -> Selection:
-    """The `keep` largest of every `of` consecutive inputs stay.
+    """Select the `keep` largest of every `of` consecutive inputs.
 
     Args:
         values: metric [rows, cols].
@@ -61,18 +61,19 @@ def n_m(values: Tensor, keep: int, of: int) -> Selection:
 
 
 def unstructured(values: Tensor, sparsity: float) -> Selection:
-    """Exactly cols * sparsity, rounded down, of each row's inputs are pruned: the smallest.
+    """Prune exactly cols * sparsity, rounded down, of each row's inputs: the smallest.
 
     Args:
         values: metric [rows, cols].
         sparsity: fraction of zeros in each row.
     """
+    # The paper compares within an output (Algorithm 1 sorts dim 1), not within the matrix: each row loses as many.
     pruned = torch.full((len(values), 1), _asked(values.shape[1], sparsity))
     return Selection(_keep_largest(values, pruned))
 
 
 def cumulative(values: Tensor, sparsity: float) -> Selection:
-    """One alpha for the matrix: each row loses its smallest metrics as long as their sum is at most alpha of the row's.
+    """Prune each row's smallest metrics as long as their sum is at most alpha of the row's, with one alpha for all.
 
     Rows with a few dominant weights lose more than even ones. Alpha is bisected to the largest whose zeros in the whole
     matrix don't exceed `sparsity` (rounded down to weights); they can exceed it only where more metrics than asked are
@@ -83,11 +84,13 @@ def cumulative(values: Tensor, sparsity: float) -> Selection:
         sparsity: fraction of zeros in the matrix.
     """
     sums = values.sort(dim=1, stable=True).values.cumsum(dim=1)  # [rows, cols], ascending
-    whole = sums[:, -1:]
+    whole = sums[:, -1:]  # [rows, 1]
+    # What pruning up to and with this place costs, as a share of the row's metric; in a row of zeros nothing.
     shares = sums / torch.where(whole > 0, whole, 1)
     wanted = _asked(values.numel(), sparsity)
 
     def pruned(alpha: float) -> Tensor:
+        # [rows, 1]: how many sorted metrics have a share of at most alpha.
         return torch.searchsorted(shares, torch.full((len(shares), 1), alpha, dtype=shares.dtype), right=True)
 
     low, high = 0.0, 1.0
@@ -121,15 +124,15 @@ def prune(
     Raises:
         InputError: a metric isn't finite, or a matrix doesn't suit the pattern.
     """
-    by_block = families.linears_by_block(model)
+    by_block = matrices.by_block(model)
     selections: dict[str, Selection] = {}
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
-        linears = by_block[index]
-        statistics = layers.input_statistics(linears, block, inputs)
-        for name, linear in linears.items():
-            selections[name] = _select(name, metric(linear.weight, statistics[name].norm), select)
-            linear.weight.data.masked_fill_(~selections[name].keep, 0)
+        statistics = layers.input_statistics(by_block[index], block, inputs)
+        for name, matrix in by_block[index].items():
+            selections[name] = _select(name, metric(matrix.weight, statistics[name].norm), select)
+            # The block's other linears are rated by the same dense forward; the walk runs the block again afterwards.
+            matrix.weight.masked_fill_(~selections[name].keep, 0)
         done(index + 1)
 
     layers.walk(model, input_ids, visit, batch)
@@ -150,7 +153,7 @@ def _asked(weights: int, sparsity: float) -> int:
 
 
 def _keep_largest(values: Tensor, pruned: Tensor) -> Tensor:
-    """Keep mask [rows, cols] without the `pruned` [rows, 1] smallest of each row."""
+    """Mask the `pruned` [rows, 1] smallest of each row out: bool [rows, cols], True where kept."""
     order = values.argsort(dim=1, descending=True, stable=True)
     stays = torch.arange(values.shape[1]) < values.shape[1] - pruned  # [rows, cols]: of the sorted ones
     return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, stays)

@@ -24,7 +24,7 @@ Choice = TypeVar("Choice", bound=Hashable)
 def allocate(
     costs: Mapping[str, Mapping[Choice, float]], sizes: Mapping[str, Mapping[Choice, int]], budget: int
 ) -> dict[str, Choice]:
-    """The choice per name with the least sum of costs whose sizes sum to at most the budget.
+    """Choose per name so that the sum of costs is least and the sizes sum to at most the budget.
 
     Args:
         costs: name -> choice -> cost; any unit, finite.
@@ -55,7 +55,7 @@ def allocate(
 
 
 def _undominated(costs: Mapping[Choice, float], sizes: Mapping[Choice, int]) -> list[Choice]:
-    """Choices by rising size and falling cost: without those that another one beats or equals in both."""
+    """Sort the choices by rising size and falling cost, without those that another beats or equals in both."""
     if set(costs) != set(sizes):
         raise ValueError(f"costs are given for {sorted(map(str, costs))}, sizes for {sorted(map(str, sizes))}")
     kept: list[Choice] = []
@@ -68,12 +68,12 @@ def _undominated(costs: Mapping[Choice, float], sizes: Mapping[Choice, int]) -> 
 
 
 def _solve(costs: list[list[float]], sizes: list[list[int]], budget: int) -> list[int]:
-    """The index of the choice in each row; each row starts with its smallest choice.
+    """Find the index of the choice in each row; each row starts with its smallest choice.
 
     HiGHS stops at an absolute gap of 1e-6 and scipy has no option for it, while costs can span many orders of
     magnitude. So they are scaled far above the gap by a bound on their sum, and again where the answer is far below it.
     """
-    excess = [np.subtract(row, min(row)) for row in costs]
+    excess = [np.subtract(row, min(row)) for row in costs]  # what no choice can avoid decides nothing
     bound = float(sum(row.max() for row in excess))
     if bound == 0:
         return [0] * len(costs)
@@ -88,13 +88,14 @@ def _solve(costs: list[list[float]], sizes: list[list[int]], budget: int) -> lis
 
 
 def _branch_and_bound(costs: list[np.ndarray], sizes: list[list[int]], budget: int) -> list[int]:
+    """Find the index of the choice in each row by HiGHS: minimise c x, x of 0 and 1 with one 1 per row."""
     counts = [len(row) for row in costs]
     # Sizes stay integers, but lose what no choice can avoid and their common divisor.
     extra = np.concatenate([np.subtract(row, row[0]) for row in sizes])
     room = budget - sum(row[0] for row in sizes)
     divisor = max(1, int(np.gcd.reduce(extra)))
     extra, room = extra // divisor, room // divisor
-    rows = np.repeat(np.arange(len(counts)), counts)
+    rows = np.repeat(np.arange(len(counts)), counts)  # [variables], the row of each
     one_each = sparse.csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
     answer = optimize.milp(
         np.concatenate(costs),
@@ -102,12 +103,14 @@ def _branch_and_bound(costs: list[np.ndarray], sizes: list[list[int]], budget: i
         bounds=optimize.Bounds(0, 1),
         constraints=[
             optimize.LinearConstraint(one_each, 1, 1),
+            # Sizes are integers: half a unit above the room admits nothing more, and leaves out no answer by rounding.
             optimize.LinearConstraint(extra[np.newaxis].astype(float), -np.inf, room + 0.5),
         ],
         options={"mip_rel_gap": 0.0},
     )
     if answer.x is None:
         raise RuntimeError(f"HiGHS: {answer.message}")
+    # The solver's variables are 1 within its tolerance only.
     chosen = [int(part.argmax()) for part in np.split(answer.x, np.cumsum(counts)[:-1])]
     taken = sum(row[index] for row, index in zip(sizes, chosen, strict=True))
     if taken > budget:

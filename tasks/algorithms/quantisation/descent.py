@@ -19,7 +19,7 @@ BLOCK = 128
 
 
 class Grid(NamedTuple):
-    """The values that a quantised matrix can have: scale * (code - zero), by the group of the column.
+    """These are the values that a quantised matrix can have: scale * (code - zero), by the group of the column.
 
     Attributes:
         scales, zeros: [out_features, groups].
@@ -33,7 +33,7 @@ class Grid(NamedTuple):
     bits: int
 
     def nearest(self, values: Tensor, column: int) -> Tensor:
-        """The values of a column's grid that are nearest to these, float32 [out_features]."""
+        """Round values of a column to its grid, float32 [out_features]."""
         group = self.index[column].long()
         scale, zero = self.scales[:, group].float(), self.zeros[:, group].float()
         return scale * (torch.round(values / scale + zero).clamp(0, 2**self.bits - 1) - zero)
@@ -73,7 +73,7 @@ def descend(
 def _descend_block(
     current: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid, columns: slice, keep: Tensor | None
 ) -> Tensor:
-    """Set the columns of a block, one after the other, in `current`; returns by how much, [out_features, block]."""
+    """Set the columns of a block, one after the other, in `current`; return by how much, [out_features, block]."""
     diagonal = hessian.diagonal()
     near, steps = gradient[:, columns].clone(), torch.zeros_like(current[:, columns])
     for place, column in enumerate(range(columns.start, columns.stop)):

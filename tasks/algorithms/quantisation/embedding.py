@@ -56,12 +56,13 @@ def compress(
 
 
 def _inverse_factor(moments: Tensor) -> Tensor:
-    """Upper triangular U with U^T U = (moments + damping)^-1, float64 [hidden, hidden]."""
+    """Compute the upper triangular U with U^T U = (moments + damping)^-1, float64 [hidden, hidden]."""
     moments = moments.double()
     damp = DAMP * moments.diagonal().mean()
     damped = moments + damp * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
     lower, failed = torch.linalg.cholesky_ex(damped)
     if not failed:
+        # GPTQ's Algorithm 1 begins with it: all that the elimination of eq. 3 would give column by column is in U.
         lower, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower))
     if failed or not lower.isfinite().all():
         raise InputError(
@@ -72,7 +73,7 @@ def _inverse_factor(moments: Tensor) -> Tensor:
 
 
 def _compensated(weight: Tensor, bits: int, group_size: int, factor: Tensor, scale_steps: int | None) -> Coded:
-    """GPTQ's sweep over float32 [vocabulary, hidden], with the factor [hidden, hidden] of the inverse moments."""
+    """Sweep over float32 [vocabulary, hidden] as GPTQ does, with the factor [hidden, hidden] of the inverse moments."""
     remaining = weight.clone()  # the columns to come hold the errors of those before
     scales, codes = [], []
     for start in range(0, weight.shape[1], group_size):
@@ -83,10 +84,13 @@ def _compensated(weight: Tensor, bits: int, group_size: int, factor: Tensor, sca
         errors = torch.empty_like(group)
         for column in range(group_size):
             row = factor[start + column]  # [hidden]
-            code = rounding.encode(group[:, column], scale, bits)
+            code = rounding.encode(group[:, column], scale, bits)  # [vocabulary]
+            # GPTQ's Algorithm 1, the loop over columns: E_:,j = (W_:,j - Q_:,j) / [H^-1]_jj, of which eq. 2 moves
+            # E_:,j H^-1_j,j: to the columns that follow. H^-1 is the factor there.
             errors[:, column] = (group[:, column] - rounding.decode(code, scale)) / row[start + column]
             group[:, column:] -= errors[:, column, None] * row[start + column : stop]
             codes.append(code)
+        # The lazy batch update (eq. 4), with a group of a scale as the block of columns.
         remaining[:, stop:] -= errors @ factor[start:stop, stop:]
         scales.append(scale)
     return Coded(torch.stack(codes, dim=1), torch.stack(scales, dim=1), bits, group_size)

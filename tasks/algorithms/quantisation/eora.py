@@ -20,7 +20,7 @@ from tasks.algorithms.quantisation import gptqmodel_library as library
 
 
 def factors(delta: Tensor, moments: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The rank-r matrix B A that is closest to `delta` on inputs with these second moments.
+    """Find the rank-r matrix B A that is closest to `delta` on inputs with these second moments.
 
     Args:
         delta: [out_features, in_features], teacher's weight minus the compressed one.
@@ -47,37 +47,44 @@ def factors(delta: Tensor, moments: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         dtype=torch.float32,
         device=delta.device,
     )
+    # It splits the singular values evenly, B = U S^(1/2) and A = S^(1/2) V^T L^(-1/2) Q^T: where inputs are tiny, A
+    # leaves float16's range. B A stays the same when a row of A is multiplied and its column of B divided by a number.
     largest = a.gather(1, a.abs().argmax(dim=1, keepdim=True))  # [rank, 1]
     share = (b.abs().amax(dim=0)[:, None] / largest.abs()).sqrt().nan_to_num(1.0, 1.0, 1.0)  # 0 / 0 beyond delta's rank
-    share = torch.where(share > 0, share, 1.0) * torch.where(largest < 0, -1.0, 1.0)
+    # An SVD leaves the signs open: fixed, so that they don't hang on the library that computed it.
+    share = torch.where(share > 0, share, 1.0) * torch.where(largest < 0, -1.0, 1.0)  # [rank, 1]
     return a * share, b / share.T
 
 
 def refit(delta: Tensor, moments: Tensor, a: Tensor) -> Tensor:
-    """The B [out_features, rank] for which B A is closest to `delta`, given an A that is no longer the best one.
+    """Find the B [out_features, rank] for which B A is closest to `delta`, given an A that is no longer the best.
 
-    Weighted least squares, B = D C A^T (A C A^T)^+; float32. At worst it is 0, so a rounded A can't add error.
+    It is weighted least squares, B = D C A^T (A C A^T)^+, in float32. At worst B is 0: a rounded A can't add error.
 
     Args:
         delta, moments: as for `factors`.
         a: [rank, in_features].
     """
     a, moments = a.double(), moments.double()
-    seen = a @ moments  # [rank, in_features]
+    seen = a @ moments  # A C, [rank, in_features]
+    # The gradient of ||X (D - B A)^T||_F^2 = tr((D - B A) C (D - B A)^T) is 0 where B (A C A^T) = D C A^T. Rounding can
+    # make rows of A 0 or alike: hence the pseudoinverse.
     return (delta.double() @ seen.T @ torch.linalg.pinv(seen @ a.T, hermitian=True)).float()
 
 
 def spectrum(delta: Tensor, moments: Tensor) -> Tensor:
-    """What each further rank of `factors` removes of ||X delta^T||_F^2: float64 [smaller side], falling.
+    """Tell what each further rank of `factors` removes of ||X delta^T||_F^2, float64 [smaller side], falling.
 
     Their sum is all of it, where `moments` is X^T X.
     """
-    eigenvalues, vectors = torch.linalg.eigh(moments.double())
+    eigenvalues, vectors = torch.linalg.eigh(moments.double())  # C = Q L Q^T: [in_features], [in_features, in_features]
+    # D Q L^(1/2) has the singular values of X D^T. By Eckart and Young a rank removes the square of its own; rounding
+    # can make eigenvalues of nothing negative.
     return torch.linalg.svdvals(delta.double() @ (vectors * eigenvalues.clamp_min(0).sqrt())).square()
 
 
 def lost(name: str, weight: Tensor, wanted: Tensor) -> Tensor:
-    """What compression took, float32 [out_features, in_features]."""
+    """Subtract: what compression took from a weight, float32 [out_features, in_features]."""
     if wanted.shape != weight.shape:
         raise InputError(
             f"{name} is {tuple(weight.shape)}, in the teacher {tuple(wanted.shape)}: it is another model's"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from tasks.algorithms.model import checkpoints, families, layers
+from tasks.algorithms.model import checkpoints, layers, matrices
 from tasks.algorithms.quantisation import eora, output_error, rounding
 
 Done = Callable[[str, float], None]
@@ -27,7 +27,7 @@ HALF = 16
 
 
 class Size(NamedTuple):
-    """How large branches are to be.
+    """This says how large branches are to be.
 
     Attributes:
         rank: of every branch, or full module name -> rank (`tasks.algorithms.quantisation.eora_ranks`).
@@ -39,7 +39,7 @@ class Size(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """The branch of one linear, x -> x A^T B^T, and what it is good for.
+    """This is the branch of one linear, x -> x A^T B^T, and what it is good for.
 
     Attributes:
         a: float16 [rank, in_features], the values that are computed with. The rank may be 0.
@@ -62,7 +62,7 @@ def compensate(
     teacher: Mapping[str, Tensor],
     size: Size,
     done: Done | None = None,
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> dict[str, Branch]:
     """Compute a branch for every linear of the blocks, on the inputs that it gets when all before it are compensated.
 
@@ -70,7 +70,7 @@ def compensate(
         model: the compressed model with ordinary float32 linears. Changed: the branches are added to its weights.
         input_ids: [windows, length]; every token counts.
         teacher: full module name (of `model`) -> weight [out_features, in_features] to come close to.
-        memory: what it holds of an interrupted run isn't computed again.
+        saved: what it holds of an interrupted run isn't computed again.
 
     Raises:
         InputError: rank above the smaller side of a linear, or a teacher's weight of another shape.
@@ -79,15 +79,16 @@ def compensate(
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
         # Linear by linear, each on inputs that the compensated ones before it in the block produced.
-        for name, linear in families.linears_by_block(model)[index].items():
-            if before := memory.load(name):
+        for name, matrix in matrices.by_block(model)[index].items():
+            if before := saved.load(name):
                 branches[name] = _recalled(before)
             else:
-                moments = output_error.second_moments({name: linear}, block, inputs)[name]
+                moments = output_error.second_moments({name: matrix}, block, inputs)[name]
                 rank = size.rank if isinstance(size.rank, int) else size.rank[name]
-                branches[name] = _branch(name, linear.weight, teacher[name], moments, rank, size.bits)
-                memory.save(name, *_noted(branches[name]))
-            linear.weight.data += branches[name].b.float() @ branches[name].a.float()
+                branches[name] = _branch(name, matrix.weight, teacher[name], moments, rank, size.bits)
+                saved.save(name, *_noted(branches[name]))
+            # Later linears get the inputs of the compensated model; the caller stores the branch, not this sum.
+            matrix.weight.add_(branches[name].b.float() @ branches[name].a.float())
             if done:
                 done(name, branches[name].error_after)
 
@@ -96,7 +97,7 @@ def compensate(
 
 
 def rank_bytes(shape: tuple[int, int], bits: int) -> int:
-    """Bytes of one rank of a linear's branch: codes of `bits` bits and float16 scales, or float16 values.
+    """Count the bytes of one rank of a linear's branch: codes and float16 scales, or float16 values.
 
     Args:
         shape: (out_features, in_features).
@@ -104,31 +105,34 @@ def rank_bytes(shape: tuple[int, int], bits: int) -> int:
     """
     if bits == HALF:
         return 2 * sum(shape)
+    # Each rank is a row of A [in_features] and one of B^T [out_features], in whole bytes, and a scale per group.
     return sum(-(-side * bits // 8) + 2 * (side // group_size(side)) for side in shape)
 
 
 def group_size(length: int) -> int:
-    """The largest divisor of a row's length that is at most GROUP_SIZE."""
+    """Find the largest divisor of a row's length that is at most GROUP_SIZE."""
     return max(size for size in range(1, GROUP_SIZE + 1) if length % size == 0)
 
 
 def _branch(name: str, weight: Tensor, wanted: Tensor, moments: Tensor, rank: int, bits: int) -> Branch:
-    delta = eora.lost(name, weight, wanted)
+    """Compute the branch of one linear, and the errors before and after it."""
+    delta = eora.lost(name, weight, wanted)  # D, [out_features, in_features]
     a, b = eora.factors(delta, moments, rank)
     coded = None
     if rank and bits != HALF:
+        # First A, along its rows; then B by what A has become, so that only B's own rounding is left uncompensated.
         coded_a = rounding.quantise(a, bits, group_size(a.shape[1]))
         a = rounding.values(coded_a)
         coded_b = rounding.quantise(eora.refit(delta, moments, a).T.contiguous(), bits, group_size(b.shape[0]))
         b, coded = rounding.values(coded_b).T, (coded_a, coded_b)
     a, b = a.half().contiguous(), b.half().contiguous()
-    left = delta - b.float() @ a.float()
+    left = delta - b.float() @ a.float()  # what W' + B A still lacks, with B and A as they are stored
     before, after = (output_error.relative_error(error, wanted, moments) for error in (delta, left))
     return Branch(a, b, coded, before, after)
 
 
 def _noted(branch: Branch) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A branch as an entry of a memory."""
+    """Make an entry to be saved of a branch: its tensors and its numbers."""
     tensors = {"a": branch.a, "b": branch.b}
     for side, coded in zip("ab", branch.coded or (), strict=False):
         tensors |= {f"{side}.codes": coded.codes, f"{side}.scales": coded.scales}
@@ -137,7 +141,7 @@ def _noted(branch: Branch) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _recalled(entry: checkpoints.Entry) -> Branch:
-    """What `_noted` got."""
+    """Make the branch again that `_noted` made an entry of."""
     tensors, values = entry
     sides = zip("ab", values["coding"], strict=False)
     coded = [rounding.Coded(tensors[f"{side}.codes"], tensors[f"{side}.scales"], *coding) for side, coding in sides]

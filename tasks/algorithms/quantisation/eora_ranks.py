@@ -7,23 +7,22 @@ costs the prediction (`gains`); `allocate` spends the budget. The branches thems
 
 from __future__ import annotations
 
+import contextlib
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms.model import checkpoints, families, layers
+from tasks.algorithms.model import checkpoints, layers, matrices
 from tasks.algorithms.quantisation import eora, output_error
 
 Done = Callable[[str, float], None]
 """Called after each linear with its name and an error: the one left, or the one that there is."""
 
 
-def curvature(
-    model: nn.Module, input_ids: Tensor, memory: checkpoints.Memory = checkpoints.NOTHING
-) -> dict[str, float]:
-    """How much a linear's output errors change the prediction: the trace of its outputs' Fisher information per output.
+def curvature(model: nn.Module, input_ids: Tensor, saved: checkpoints.Saved = checkpoints.NOTHING) -> dict[str, float]:
+    """Measure how much a linear's output errors change the prediction: its outputs' Fisher information, per output.
 
     An error e [tokens, out_features] whose directions are random changes the predicted distributions by about
     curvature * ||e||_F^2 / 2 (KL divergence, nats, summed over tokens). The gradients are those of labels that the
@@ -32,21 +31,38 @@ def curvature(
     Args:
         model: with ordinary linears in its blocks, in evaluation mode; left as it was.
         input_ids: [windows, length]; windows run one by one, so that one's activations are held.
-        memory: what it holds of an interrupted run isn't computed again.
+        saved: what it holds of an interrupted run isn't computed again.
 
     Returns:
         Full module name -> squared gradient of the summed loss, averaged over outputs and tokens.
     """
-    squares = dict.fromkeys(families.block_linears(model), 0.0)
+    squares = dict.fromkeys(matrices.of_model(model), 0.0)
     generator = torch.Generator().manual_seed(0)  # the labels are part of the method: the same in every run
     first = 0
-    if begun := memory.load("curvature"):
+    if begun := saved.load("curvature"):
         first, squares = begun.values
         generator.set_state(begun.tensors["generator"])
+    with _watching_gradients(model, squares), torch.enable_grad():
+        for done, ids in enumerate(input_ids.split(1)[first:], start=first + 1):
+            logits = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)  # [length, vocabulary]
+            # Fisher information is E[g g^T] over labels y ~ p(y | x), g the gradient of -log p(y | x).
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)  # [length]
+            nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+            if saved.due():
+                saved.save("curvature", {"generator": generator.get_state()}, [done, squares])
+    return {name: square / input_ids.numel() for name, square in squares.items()}
 
-    def watch(name: str) -> Callable[..., None]:
-        def add(gradient: Tensor) -> None:
-            squares[name] += float(gradient.double().square().mean(dim=-1).sum())
+
+@contextlib.contextmanager
+def _watching_gradients(model: nn.Module, squares: dict[str, float]) -> Iterator[None]:
+    """Within this context a backward pass adds to `squares` each linear's squared gradients, averaged over outputs.
+
+    The gradients are those of the linears' outputs; no weight gets one.
+    """
+
+    def watch(name: str, rows: slice) -> Callable[..., None]:
+        def add(gradient: Tensor) -> None:  # [1, length, the module's outputs]
+            squares[name] += float(gradient[..., rows].double().square().mean(dim=-1).sum())
 
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
             output.register_hook(add)
@@ -55,22 +71,17 @@ def curvature(
 
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)  # gradients of outputs alone
+    # Without weights that ask for one, nothing after the embedding would have a gradient.
     handles = [model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())]
-    handles += [linear.register_forward_hook(watch(name)) for name, linear in families.block_linears(model).items()]
+    for name, matrix in matrices.of_model(model).items():
+        handles.append(matrix.module.register_forward_hook(watch(name, matrix.rows or slice(None))))
     try:
-        with torch.enable_grad():
-            for done, ids in enumerate(input_ids.split(1)[first:], start=first + 1):
-                logits = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)  # [length, vocabulary]
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-                nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-                if memory.due():
-                    memory.save("curvature", {"generator": generator.get_state()}, [done, squares])
+        yield
     finally:
         for handle in handles:
             handle.remove()
         for parameter, required in before.items():
             parameter.requires_grad_(required)
-    return {name: square / input_ids.numel() for name, square in squares.items()}
 
 
 def gains(
@@ -78,9 +89,9 @@ def gains(
     input_ids: Tensor,
     teacher: Mapping[str, Tensor],
     done: Done | None = None,
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> dict[str, Tensor]:
-    """What each rank of each linear's branch is expected to be worth: KL divergence that it removes, nats per token.
+    """Estimate what each rank of each linear's branch is worth: the KL divergence that it removes, nats per token.
 
     It is the squared output error that the rank removes (exact and additive within a linear), times half the linear's
     `curvature` (an estimate: to second order, errors in random directions, no interaction between linears). Relative
@@ -91,7 +102,7 @@ def gains(
 
     Args:
         model: the compressed model with ordinary float32 linears; left as it was.
-        input_ids, teacher, memory: as for `eora_branches.compensate`.
+        input_ids, teacher, saved: as for `eora_branches.compensate`.
 
     Returns:
         Full module name -> float64 [smaller side], falling; ranks that remove nothing are 0.
@@ -99,31 +110,32 @@ def gains(
     Raises:
         InputError: a teacher's weight of another shape.
     """
-    weights = curvature(model, input_ids, memory)
-    found: dict[str, Tensor] = {}
+    weights = curvature(model, input_ids, saved)
+    worth: dict[str, Tensor] = {}
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
-        linears = families.linears_by_block(model)[index]
-        if before := memory.load(f"gains{index}"):
-            found.update(before.tensors)
+        block_matrices = matrices.by_block(model)[index]
+        if before := saved.load(f"gains{index}"):
+            worth.update(before.tensors)
             for name, error in before.values.items() if done else ():
                 done(name, error)
             return
         errors = {}
-        for name, moments in output_error.second_moments(linears, block, inputs).items():
-            delta = eora.lost(name, linears[name].weight, teacher[name])
-            found[name] = eora.spectrum(delta, moments) * weights[name] / (2 * input_ids.numel())
+        for name, moments in output_error.second_moments(block_matrices, block, inputs).items():
+            delta = eora.lost(name, block_matrices[name].weight, teacher[name])
+            # To second order KL is 1/2 e^T F e: with F taken as curvature * I, a rank's part of ||e||_F^2 alone counts.
+            worth[name] = eora.spectrum(delta, moments) * weights[name] / (2 * input_ids.numel())
             errors[name] = output_error.relative_error(delta, teacher[name], moments)
             if done:
                 done(name, errors[name])
-        memory.save(f"gains{index}", {name: found[name] for name in linears}, errors)
+        saved.save(f"gains{index}", {name: worth[name] for name in block_matrices}, errors)
 
     layers.walk(model, input_ids, visit)
-    return {name: found[name] for name in teacher}
+    return {name: worth[name] for name in teacher}
 
 
 def allocate(worth: Mapping[str, Tensor], sizes: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Ranks that fit a budget, by what they are worth per byte; a linear's rank may be 0.
+    """Choose ranks that fit a budget, by what they are worth per byte; a linear's rank may be 0.
 
     The next rank is always the one that is worth most per byte among those that still fit. As a linear's ranks are
     worth less and less, that is optimal where all sizes are equal, and else short of it by less than one rank.
@@ -139,13 +151,14 @@ def allocate(worth: Mapping[str, Tensor], sizes: Mapping[str, int], budget: int)
     ranks = dict.fromkeys(worth, 0)
     values = {name: gain.tolist() for name, gain in worth.items()}
     places = {name: place for place, name in enumerate(worth)}  # settles ties
+    # Worth falls with the rank: the best rank to buy is the best among each linear's next one, and a heap holds those.
     heap = [(-value[0] / sizes[name], places[name], name) for name, value in values.items()]
     heapq.heapify(heap)
     while heap:
         _, _, name = heapq.heappop(heap)
         rank = ranks[name]
         if values[name][rank] <= 0 or sizes[name] > budget:
-            continue
+            continue  # the linear is out: its further ranks are worth no more and cost as much
         ranks[name], budget = rank + 1, budget - sizes[name]
         if rank + 1 < len(values[name]):
             heapq.heappush(heap, (-values[name][rank + 1] / sizes[name], places[name], name))

@@ -37,10 +37,10 @@ def _import_library() -> ModuleType:
     if installed != LIBRARY_VERSION:
         raise InputError(f"gptqmodel {installed} is installed, {LIBRARY_VERSION} is needed: install constraints.txt")
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    before = dict(os.environ)
-    level = logging.getLogger().level
+    before = dict(os.environ)  # the import sets HF_HOME, CUDA_DEVICE_ORDER and others: child processes would have them
+    level = logging.getLogger().level  # the import sets it for the whole process
     with contextlib.redirect_stdout(io.StringIO()):  # its logger begins with an empty line, on stdout
-        importlib.import_module("logbar").LogBar.shared().setLevel(logging.ERROR)
+        importlib.import_module("logbar").LogBar.shared().setLevel(logging.ERROR)  # gptqmodel's own logger: the banner
     library = importlib.import_module("gptqmodel")
     logging.getLogger().setLevel(level)
     for key in set(os.environ) - set(before):

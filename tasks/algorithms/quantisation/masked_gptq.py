@@ -36,16 +36,13 @@ from tasks.algorithms.model import checkpoints, families, masks
 from tasks.algorithms.quantisation import descent, masked_grid, output_error, sparsegpt
 from tasks.algorithms.quantisation import gptqmodel_library as library
 
-WIDTHS = (2, 3, 4, 8)
-"""Bits per code that gptqmodel packs into 32-bit words."""
-
 Done = Callable[[str, float], None]
 """Called after each linear with its name and error."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What this project adds to gptqmodel's GPTQ; gptqmodel's own settings are made by `config`.
+    """These settings are what this project adds to gptqmodel's GPTQ; `config` makes gptqmodel's own.
 
     Attributes:
         scale_steps: scales are powers of 2 ** (1 / scale_steps); None: any float16.
@@ -60,7 +57,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What became of one linear.
+    """This is what became of one linear.
 
     Attributes:
         error: ||X W^T - X Q^T||_F / ||X W^T||_F on the calibration inputs X, which earlier quantised layers produced.
@@ -74,7 +71,7 @@ class LayerResult:
 
 
 class Answer(NamedTuple):
-    """What gptqmodel's `GPTQ.quantize` returns, in its order.
+    """This is what gptqmodel's `GPTQ.quantize` returns, in its order.
 
     Attributes:
         quantised: [out_features, in_features], of the weight's type.
@@ -101,9 +98,15 @@ TENSORS = ("quantised", "scales", "zeros", "index")
 
 
 def config(
-    bits: int | Mapping[str, int], group_size: int, symmetric: bool, damp: float, act_order: str, mse: float = 0.0
+    bits: int | Mapping[str, int],
+    group_size: int,
+    symmetric: bool,
+    damp: float,
+    act_order: str,
+    mse: float = 0.0,
+    device: str = "cpu",
 ) -> Any:
-    """gptqmodel's QuantizeConfig, with everything off that would make a result depend on more than these six.
+    """Make gptqmodel's QuantizeConfig, with everything off that would make a result depend on more than these.
 
     Args:
         bits: 2, 3, 4 or 8; or full module name -> bits, of all linears.
@@ -114,6 +117,7 @@ def config(
             Hessian diagonal, which adds an index per input to the file; "group_aware", the same, but groups stay
             together (Gafni et al., arXiv 2505.14638), which adds nothing.
         mse: norm of the error that a grid search of each scale minimises; 0 takes the range.
+        device: on which gptqmodel computes, "cpu" or "cuda"; the last bits of a result depend on it.
 
     Raises:
         InputError: "group_aware" without groups.
@@ -133,38 +137,11 @@ def config(
         act_group_aware=act_order == "group_aware",  # None would be on
         damp_percent=damp,
         mse=mse,
-        device="cpu",  # the bytes must not depend on what accelerator there is
+        device=device,
         offload_to_disk=False,
         fallback=None,  # the default answers NaN or few samples with round-to-nearest, silently
         pack_impl="original",  # the default compiles a C++ extension into ~/.cache at first use
     )
-
-
-def check_shapes(shapes: Mapping[str, tuple[int, int]], bits: int, group_size: int) -> None:
-    """Refuse matrices that don't pack.
-
-    Args:
-        shapes: name -> (out_features, in_features).
-
-    Raises:
-        InputError: inputs that don't divide by the group size, or a side that doesn't fill 32-bit words.
-    """
-    for name, (rows, cols) in shapes.items():
-        if group_size > 0 and cols % group_size:
-            raise InputError(
-                f"{name} has {cols} inputs, not divisible by gptq.group_size = {group_size}: choose a divisor or -1"
-            )
-        word = _per_word(bits)
-        for side, size in (("outputs", rows), ("inputs", cols)):
-            if size % word:
-                raise InputError(
-                    f"{name} has {size} {side}, not divisible by {word}: gptq.bits = {bits} can't be packed"
-                )
-
-
-def packable(shape: tuple[int, int], widths: Iterable[int] = WIDTHS) -> list[int]:
-    """Those of the widths whose codes of a matrix (out_features, in_features) fill 32-bit words."""
-    return [bits for bits in widths if not any(size % _per_word(bits) for size in shape)]
 
 
 def quantise(
@@ -173,14 +150,14 @@ def quantise(
     keep: Mapping[str, Tensor],
     settings: Settings = Settings(),
     done: Done | None = None,
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> dict[str, LayerResult]:
     """Quantise a model that gptqmodel loaded with `config`, in place.
 
     Args:
         model: gptqmodel's wrapper of a dense model.
         input_ids: [windows, length]; every token counts, in this order.
-        keep, settings, done, memory: as for `MaskedGptq`.
+        keep, settings, done, saved: as for `MaskedGptq`.
 
     Returns:
         name -> result, sorted by name.
@@ -197,13 +174,15 @@ def quantise(
             f"calibrate.length = {length}, but gptqmodel drops windows of 10 tokens and below and cuts those above the "
             f"model's {limit} positions: choose 11 to {limit}"
         )
+    # No token is masked out; the rows stay in this order and by themselves: neither sorted by length nor joined.
     rows = [{"input_ids": ids.tolist(), "attention_mask": [1] * length} for ids in input_ids]
-    led = MaskedGptq(keep, settings, done, memory, families.linears_by_block(model.model))
+    led = MaskedGptq(keep, settings, done, saved, families.linears_by_block(model.model))
     with library.contained(), led.in_place():
         model.quantize(rows, batch_size=1, calibration_sort=None)
     unknown = sorted(set(keep) - set(led.results))
     if unknown:
         raise InputError(f"there is a mask for {unknown[0]}, which the model does not have: run the stage wanda again")
+    # The looper could have left rows out without a word; its own log says how many tokens each Hessian is of.
     used = {int(row["samples"]) for row in model.quant_log}
     if used != {windows * length}:
         raise RuntimeError(f"gptqmodel used {sorted(used)} of {windows * length} calibration tokens")
@@ -211,7 +190,7 @@ def quantise(
 
 
 class MaskedGptq:
-    """gptqmodel's GPTQ, led by keep masks: one method per function of its class `GPTQ` that is replaced.
+    """It leads gptqmodel's GPTQ by keep masks: one method per function of its class `GPTQ` that is replaced.
 
     The replaced functions are those of gptqmodel.quantization.gptq, version 7.6.0. Each gets the instance of `GPTQ`,
     which quantises one linear, as `gptq`. The looper calls them from several threads, for several linears at once.
@@ -225,22 +204,22 @@ class MaskedGptq:
         keep: Mapping[str, Tensor],
         settings: Settings = Settings(),
         done: Done | None = None,
-        memory: checkpoints.Memory = checkpoints.NOTHING,
+        saved: checkpoints.Saved = checkpoints.NOTHING,
         blocks: Iterable[Collection[str]] = (),
     ) -> None:
-        """Nothing is replaced yet; `in_place` does it.
+        """Note what leads; nothing is replaced yet, `in_place` does it.
 
         Args:
             keep: full module name -> bool [out_features, in_features], True where kept. Modules without one are not
                 pruned.
             done: called after each linear.
-            memory: linears that it holds are taken from it, others are saved to it.
-            blocks: full names of each block's linears; of a block that `memory` holds as a whole, no inputs are
+            saved: linears that it holds are taken from it, others are saved to it.
+            blocks: full names of each block's linears; of a block that `saved` holds as a whole, no inputs are
                 measured.
         """
         self.results: dict[str, LayerResult] = {}
-        self._keep, self._settings, self._done, self._memory = keep, settings, done, memory
-        self._finished = _Finished(memory, blocks)
+        self._keep, self._settings, self._done, self._saved = keep, settings, done, saved
+        self._finished = _Finished(saved, blocks)
         upstream = library.gptq.GPTQ
         self._solve, self._add, self._invert = upstream.quantize, upstream.add_batch, upstream.hessian_inverse
 
@@ -288,19 +267,20 @@ class MaskedGptq:
             answer, result = _recalled(entry)
         else:
             answer, result = self._solved(gptq, name, blocksize)
-            self._memory.save(name, *_noted(answer, result))
+            self._saved.save(name, *_noted(answer, result))
         self.results[name] = result
         if self._done:
             self._done(name, result.error)
         return answer
 
     def _solved(self, gptq: Any, name: str, blocksize: int) -> tuple[Answer, LayerResult]:
-        """Quantise a linear, and what its error is on the Hessian that gptqmodel summed up."""
-        # `quantize` permutes, damps and drops both: the error needs them as they are.
+        """Quantise a linear, and measure its error on the Hessian that gptqmodel summed up."""
+        # gptqmodel's sweep permutes, damps and drops both, and the error is measured afterwards.
         hessian = gptq.finalize_hessian(target_device=getattr(gptq.module, "target_device", None)).clone()  # [in, in]
         weight = gptq.module.weight.detach().clone()  # [out, in]
         mask = self._keep.get(name)
         if mask is not None:
+            # The sweep visits columns in this order, and asks the quantiser for one after the other.
             gptq.quantizer.mask = _checked(name, mask, weight)[:, _order(hessian, gptq.qcfg)]
         if self._settings.joint:
             answer, mask = _solve_jointly(gptq, *self._settings.joint)
@@ -310,12 +290,13 @@ class MaskedGptq:
             raise InputError(f"the Hessian of {name} can't be inverted even with more damping: raise gptq.damp")
         if self._settings.descent_cycles:
             answer = _descended(weight, answer, hessian, gptq.qcfg.bits, self._settings.descent_cycles, mask)
+        # GPTQ's objective (eq. 1), over the same of W: the root of tr(D H D^T) for D = W - Q.
         error = output_error.relative_error(weight - answer.quantised, weight, hessian)
         return answer, LayerResult(error, float(answer.damp), mask if self._settings.joint else None)
 
 
 def _method(replacement: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that becomes a method of gptqmodel's class and hands its instance on: bound methods don't."""
+    """Make a function that, as a method of gptqmodel's class, hands its instance on: bound methods don't."""
 
     def method(gptq: Any, *arguments: Any, **named: Any) -> Any:
         return replacement(gptq, *arguments, **named)
@@ -324,30 +305,30 @@ def _method(replacement: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Finished:
-    """The linears that an interrupted run had quantised. One block's are held at a time."""
+    """It holds linears that an interrupted run had quantised, those of one block at a time."""
 
-    def __init__(self, memory: checkpoints.Memory, blocks: Iterable[Collection[str]]) -> None:
-        self.memory, self.lock = memory, threading.Lock()
+    def __init__(self, saved: checkpoints.Saved, blocks: Iterable[Collection[str]]) -> None:
+        self.saved, self.lock = saved, threading.Lock()
         self.block = {name: tuple(block) for block in blocks for name in block}
         self.names: tuple[str, ...] = ()
         self.held: dict[str, checkpoints.Entry] = {}
 
     def whole_block(self, name: str) -> bool:
-        """Whether all linears of this one's block were quantised, and their entries can be read."""
+        """Tell whether all linears of this one's block were quantised, and their entries can be read."""
         with self.lock:
             if name not in self.names and name in self.block:
                 self.names = self.block[name]
-                entries = {linear: self.memory.load(linear) for linear in self.names}
+                entries = {linear: self.saved.load(linear) for linear in self.names}
                 self.held = entries if all(entries.values()) else {}
             return bool(self.held)
 
     def take(self, name: str) -> checkpoints.Entry | None:
-        """The entry of a linear."""
-        return self.held[name] if name in self.held else self.memory.load(name)
+        """Get the entry of a linear, or None."""
+        return self.held[name] if name in self.held else self.saved.load(name)
 
 
 def _noted(answer: Answer, result: LayerResult) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An answer and its result as an entry of a memory."""
+    """Make an entry to be saved of an answer and its result."""
     tensors = {name: getattr(answer, name) for name in TENSORS}
     if result.keep is not None:
         tensors["keep"] = result.keep
@@ -355,7 +336,7 @@ def _noted(answer: Answer, result: LayerResult) -> tuple[dict[str, Tensor], dict
 
 
 def _recalled(entry: checkpoints.Entry) -> tuple[Answer, LayerResult]:
-    """The answer and the result that `_noted` made an entry of."""
+    """Make the answer and the result again that `_noted` made an entry of."""
     tensors, values = entry
     answer = Answer(*(tensors[name] for name in TENSORS), *values["answer"])
     return answer, LayerResult(values["error"], values["damp"], tensors.get("keep"))
@@ -363,13 +344,13 @@ def _recalled(entry: checkpoints.Entry) -> tuple[Answer, LayerResult]:
 
 @torch.inference_mode()
 def _solve_jointly(gptq: Any, keep: int, of: int) -> tuple[Answer, Tensor]:
-    """What gptqmodel's `GPTQ.quantize` answers, by the joint sweep, and the mask bool [out_features, in_features]."""
+    """Answer as `GPTQ.quantize` does, by the joint sweep; and the mask, bool [out_features, in_features]."""
     started = time.monotonic()
     weight = gptq.module.weight.detach().float()  # [out, in]
     hessian = gptq.H  # [in, in], finalised by the caller
     dead = hessian.diagonal() == 0  # inputs that are always zero, as gptqmodel treats them
     hessian[dead, dead] = 1
-    weight = weight * ~dead
+    weight = weight * ~dead  # what meets only zeros changes no output
     factor, damp = gptq.hessian_inverse(hessian)  # U with U^T U = (H + damping)^-1
     gptq.H = None
     if factor is None:
@@ -378,7 +359,7 @@ def _solve_jointly(gptq: Any, keep: int, of: int) -> tuple[Answer, Tensor]:
     group_size = gptq.qcfg.group_size
     swept = sparsegpt.sweep(weight, factor, keep, of, group_size, gptq.quantizer)
     size = weight.shape[1] if group_size == -1 else group_size
-    index = torch.arange(weight.shape[1], dtype=torch.int32) // size
+    index = torch.arange(weight.shape[1], dtype=torch.int32) // size  # [in], columns are in their own order
     quantised = swept.quantised.to(gptq.module.weight.dtype)
     spent = time.monotonic() - started
     loss = swept.loss / gptq.nsamples
@@ -386,9 +367,10 @@ def _solve_jointly(gptq: Any, keep: int, of: int) -> tuple[Answer, Tensor]:
 
 
 def _descended(weight: Tensor, answer: Answer, hessian: Tensor, bits: int, cycles: int, keep: Tensor | None) -> Answer:
-    """The answer with codes that were improved on the Hessian that it was found with; `hessian` is damped in place."""
-    damped = hessian.float()  # a view of it, as gptqmodel sums in float32: the linear's stated error is a damped one
-    diagonal = damped.diagonal()
+    """Improve an answer's codes on the Hessian that it was found with; `hessian` is damped in place."""
+    # gptqmodel sums in float32, so that this is no copy: the linear's stated error is one on the damped Hessian.
+    damped = hessian.float()
+    diagonal = damped.diagonal()  # a view: H + lambda I, as the sweep inverted it
     diagonal[diagonal == 0] = 1  # as gptqmodel treats inputs that are always zero
     diagonal += answer.damp * diagonal.mean()
     grid = descent.Grid(answer.scales, answer.zeros, answer.index, bits)
@@ -396,25 +378,21 @@ def _descended(weight: Tensor, answer: Answer, hessian: Tensor, bits: int, cycle
     return answer._replace(quantised=quantised.to(answer.quantised.dtype))
 
 
-def _per_word(bits: int) -> int:
-    """Codes per packed 32-bit word, or per three words of 3 bit."""
-    return 32 if bits == 3 else 32 // bits
-
-
 def _most_common(widths: Iterable[int]) -> int:
-    """The most common width; of equally common ones the smallest."""
+    """Find the most common width; of equally common ones the smallest."""
     counts = Counter(widths)
     return min(counts, key=lambda bits: (-counts[bits], bits))
 
 
 def _order(hessian: Tensor, qcfg: Any) -> Tensor:
-    """The order in which gptqmodel's GPTQ is going to visit the columns; the same calls as there on the same values."""
+    """Tell in which order gptqmodel's GPTQ will visit the columns, by the same calls as there on the same values."""
     diagonal = hessian.diagonal().clone()
     diagonal[diagonal == 0] = 1  # gptqmodel's treatment of inputs that are always zero
     if qcfg.desc_act:
-        return torch.argsort(diagonal, descending=True)
+        return torch.argsort(diagonal, descending=True)  # act-order: the inputs with the most energy first
     if not qcfg.act_group_aware:
         return torch.arange(len(hessian))
+    # Groups by their largest diagonal, and columns within each by their own: no group is torn apart.
     within, largest = library.gar.compute_local_perms(diagonal, qcfg.group_size, return_values=True)
     between = library.gar.compute_global_perm(diagonal, qcfg.group_size, precomputed_values=largest)
     order = library.gar.compose_final_perm(within, between, qcfg.group_size)
@@ -422,6 +400,7 @@ def _order(hessian: Tensor, qcfg: Any) -> Tensor:
 
 
 def _checked(name: str, mask: Tensor, weight: Tensor) -> Tensor:
+    """Refuse a mask of another shape than the weight's, or one that prunes a weight that is not zero."""
     if mask.shape != weight.shape:
         raise InputError(
             f"the mask of {name} is {tuple(mask.shape)}, its weight {tuple(weight.shape)}: run stage wanda again"

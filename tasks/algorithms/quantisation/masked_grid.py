@@ -17,7 +17,7 @@ from tasks.algorithms.quantisation import rounding
 
 
 class MaskedQuantizer(library.gptq.Quantizer):
-    """gptqmodel's quantiser, blind to pruned weights, with scales as they are stored.
+    """It is gptqmodel's quantiser, but blind to pruned weights, and its scales are those that are stored.
 
     GPTQ calls it with the columns from left to right (after their permutation, if there is one): `find_params` at the
     first column of each group, `quantize` once per column. Hence the count of columns is the place in the mask.
@@ -56,7 +56,7 @@ class MaskedQuantizer(library.gptq.Quantizer):
             self.zero = torch.round(self.zero * chosen / self.scale).clamp(0, self.maxq)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """The nearest grid values of columns [out_features, columns]; zero where pruned."""
+        """Round columns [out_features, columns] to the grid's nearest values; pruned weights become zero."""
         q = super().quantize(x)  # scale * (clamp(round(x / scale) + zero, 0, 2^bits - 1) - zero)
         if self.mask is not None:
             q = q * self.mask[:, self.column : self.column + x.shape[1]]

@@ -7,29 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.model import layers
+from tasks.algorithms.model.matrices import Matrix
 
 
-def second_moments(linears: Mapping[str, nn.Module], block: nn.Module, inputs: layers.BlockInputs) -> dict[str, Tensor]:
-    """X^T X of each linear's inputs X, float64 [in_features, in_features], from one pass through the block."""
-    moments = {
-        name: torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=inputs.hidden.device)
-        for name, linear in linears.items()
-    }
+def second_moments(matrices: Mapping[str, Matrix], block: nn.Module, inputs: layers.BlockInputs) -> dict[str, Tensor]:
+    """Sum up X^T X of each matrix's inputs X, float64 [in, in], in one pass through the block."""
+    moments: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor) -> None:
-        x = x.double()  # [batch * length, in_features]
+        x = x.double()  # [batch * length, in]
+        if name not in moments:
+            moments[name] = x.new_zeros(x.shape[1], x.shape[1])
         moments[name].addmm_(x.T, x)
 
-    layers.observe(linears, block, inputs, see)
-    return moments
+    layers.observe(matrices, block, inputs, see)
+    return {name: moments[name] for name in matrices}
 
 
 def relative_error(delta: Tensor, weight: Tensor, hessian: Tensor) -> float:
-    """||X delta^T||_F / ||X weight^T||_F for a Hessian that is any multiple of X^T X; 0 where both are 0.
+    """Compute ||X delta^T||_F / ||X weight^T||_F by a Hessian that is any multiple of X^T X; 0 where both are 0.
 
     Args:
         delta, weight: [out_features, in_features].
@@ -39,7 +38,7 @@ def relative_error(delta: Tensor, weight: Tensor, hessian: Tensor) -> float:
 
     def energy(matrix: Tensor) -> float:
         matrix = matrix.double()
-        return float(((matrix @ hessian) * matrix).sum().clamp_min(0))  # trace(M H M^T)
+        return float(((matrix @ hessian) * matrix).sum().clamp_min(0))  # tr(M H M^T) = ||X M^T||_F^2, H = X^T X
 
     lost, whole = energy(delta), energy(weight)
     return 0.0 if lost == 0 else float("inf") if whole == 0 else (lost / whole) ** 0.5

@@ -36,7 +36,7 @@ CHUNK = 2**22
 
 
 class Coded(NamedTuple):
-    """A quantised matrix.
+    """This is a quantised matrix.
 
     Attributes:
         codes: int8 [rows, cols], from -(2 ** (bits - 1) - 1) to 2 ** (bits - 1) - 1.
@@ -65,7 +65,7 @@ def quantise(matrix: Tensor, bits: int, group_size: int, scale_steps: int | None
     """
     grouped = groups(matrix, group_size)  # [rows, cols / group, group]
     rows, count, group_size = grouped.shape
-    flat = grouped.reshape(-1, group_size)
+    flat = grouped.reshape(-1, group_size)  # [rows * groups, group]
     scales = torch.cat([choose_scales(part, bits, scale_steps) for part in flat.split(max(1, CHUNK // group_size))])
     scales = spread_to_zeros(scales, (flat == 0).all(dim=1))
     codes = encode(flat, scales.unsqueeze(1), bits)
@@ -73,23 +73,23 @@ def quantise(matrix: Tensor, bits: int, group_size: int, scale_steps: int | None
 
 
 def values(coded: Coded) -> Tensor:
-    """float32 [rows, cols]: scale * code rounded to float16, so that a float16 file holds exactly them."""
-    codes = coded.codes.unflatten(1, (-1, coded.group_size))
+    """Compute the values of the codes, float32 [rows, cols], rounded to float16: a float16 file holds exactly them."""
+    codes = coded.codes.unflatten(1, (-1, coded.group_size))  # [rows, groups, group]
     return decode(codes, coded.scales.unsqueeze(2)).flatten(1)
 
 
 def snap(scales: Tensor, steps: int) -> Tensor:
-    """The nearest powers of 2 ** (1 / steps), nearest by their logarithm, among the normal float16; same shape.
+    """Round scales to powers of 2 ** (1 / steps), nearest by their logarithm, among the normal float16; same shape.
 
     Every exponent has one float16: 2 ** (exponent / steps) in float64, rounded once.
     """
     table = _grid(steps).to(scales.device)
-    exponents = (scales.double().clamp(SMALLEST, LARGEST).log2() * steps).round().long()
+    exponents = (scales.double().clamp(SMALLEST, LARGEST).log2() * steps).round().long()  # k of 2 ** (k / steps)
     return table[exponents - _lowest(steps)]
 
 
 def groups(matrix: Tensor, group_size: int) -> Tensor:
-    """float32 [rows, cols / group_size, group_size] of a matrix [rows, cols], checked; -1 is the whole row.
+    """Check a matrix [rows, cols] and cut it: float32 [rows, cols / group_size, group_size]; -1 is the whole row.
 
     Raises:
         InputError: as `quantise`.
@@ -108,7 +108,7 @@ def groups(matrix: Tensor, group_size: int) -> Tensor:
 
 
 def choose_scales(flat: Tensor, bits: int, scale_steps: int | None) -> Tensor:
-    """The scales of least squared error; of equal ones the first of the series.
+    """Search the scales of least squared error; of equal ones the first of the series.
 
     Args:
         flat: float32 [count, group_size].
@@ -116,52 +116,53 @@ def choose_scales(flat: Tensor, bits: int, scale_steps: int | None) -> Tensor:
     Returns:
         float16 [count].
     """
+    # The scale at which the largest value has the largest code. A larger one rounds more coarsely, a smaller one clips.
     widest = flat.abs().amax(dim=1) / largest_code(bits)  # [count]
     scales, least = None, None
     for candidate in _series(widest, scale_steps):
         codes = encode(flat, candidate.unsqueeze(1), bits)
-        error = (decode(codes, candidate.unsqueeze(1)) - flat).square_().sum(dim=1)
+        error = (decode(codes, candidate.unsqueeze(1)) - flat).square_().sum(dim=1)  # [count]
         if scales is None:
             scales, least = candidate, error
         else:
-            better = error < least
+            better = error < least  # strictly: of equal ones the first stays
             scales, least = torch.where(better, candidate, scales), torch.where(better, error, least)
     return scales
 
 
 def encode(matrix: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """int8 codes of float32 values; float16 scales that broadcast against them. Ties go to the even code."""
+    """Find int8 codes of float32 values, by float16 scales that broadcast against them. Ties go to the even code."""
     limit = largest_code(bits)
     return (matrix / scales.float()).round_().clamp_(-limit, limit).to(torch.int8)
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """float32 values of codes and the scales that broadcast against them: rounded to float16."""
+    """Compute the float32 values of codes, by scales that broadcast against them, rounded to float16."""
     return (scales.float() * codes).half().float()
 
 
 def largest_code(bits: int) -> int:
-    """2 ** (bits - 1) - 1."""
+    """Compute 2 ** (bits - 1) - 1: codes are symmetric, so that -2 ** (bits - 1) isn't used."""
     if not 2 <= bits <= 8:
         raise ValueError(f"codes have 2 to 8 bits, not {bits}")
     return 2 ** (bits - 1) - 1
 
 
 def spread_to_zeros(scales: Tensor, zero: Tensor) -> Tensor:
-    """Scales [count] with those of all-zero groups replaced by the most common other one, which costs a coder least.
+    """Replace scales [count] of all-zero groups by the most common other one, which costs a coder least.
 
     Args:
         zero: bool [count]. Where all groups are zero their scale is 1.
     """
     if not zero.any():
         return scales
-    found, times = scales[~zero].float().unique(return_counts=True)  # sorted
-    common = found[times.argmax()].half() if len(found) else scales.new_ones(())
+    distinct, times = scales[~zero].float().unique(return_counts=True)  # sorted
+    common = distinct[times.argmax()].half() if len(distinct) else scales.new_ones(())
     return torch.where(zero, common, scales)
 
 
 def _series(widest: Tensor, scale_steps: int | None) -> Iterator[Tensor]:
-    """Candidates for scales, float16 [count], starting with the nearest to absmax / largest code."""
+    """Yield candidates for scales, float16 [count], starting with the nearest to absmax / largest code."""
     if scale_steps is None:
         for step in (0, *range(math.ceil(SEARCH_UP * SEARCH_STEPS), -SEARCH_STEPS - 1, -1)):
             yield (widest * 2 ** (step / SEARCH_STEPS)).clamp(SMALLEST, LARGEST).half()
@@ -174,11 +175,12 @@ def _series(widest: Tensor, scale_steps: int | None) -> Iterator[Tensor]:
 
 
 def _lowest(steps: int) -> int:
+    """Find the exponent k of the grid's first scale, SMALLEST = 2 ** (k / steps)."""
     return round(math.log2(SMALLEST)) * steps
 
 
 @functools.cache
 def _grid(steps: int) -> Tensor:
-    """float16 2 ** (k / steps) from SMALLEST to LARGEST; rounded by numpy, torch would go by float32."""
+    """Tabulate 2 ** (k / steps) from SMALLEST to LARGEST, float16; rounded by numpy, torch would go by float32."""
     exponents = range(_lowest(steps), round(math.log2(LARGEST)) * steps + 1)
     return torch.from_numpy(np.array([2.0 ** (k / steps) for k in exponents], dtype=np.float64).astype(np.float16))

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms.model import checkpoints, families, layers
+from tasks.algorithms.model import checkpoints, families, layers, matrices
+from tasks.algorithms.model.matrices import Matrix
 
 POSITIONS = 128
 """Positions whose distributions are compared at once: float64 over a vocabulary of 128k they are 131 MB."""
@@ -37,9 +38,9 @@ def measure(
     widths: Sequence[int],
     done: Done | None = None,
     batch: int = 1,
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> dict[str, dict[int, float]]:
-    """KL(original || model with this linear quantised), averaged over all positions, in nats per token.
+    """Measure KL(original || model with this linear quantised), averaged over all positions, in nats per token.
 
     Args:
         model: a causal language model of a supported family, in evaluation mode.
@@ -47,7 +48,7 @@ def measure(
         quantise: must not change the weight it gets.
         widths: the bits to try.
         batch: windows per forward pass; no effect on the result beyond rounding.
-        memory: linears that it holds aren't measured again.
+        saved: linears that it holds aren't measured again.
 
     Returns:
         full module name -> bits -> divergence, in the order in which the linears run.
@@ -55,23 +56,25 @@ def measure(
     Raises:
         InputError: the model's family isn't supported.
     """
+    # One walk of the unchanged model, for its outputs and for how each block is called: [windows, length, hidden].
     calls: list[Mapping[int, layers.Call]] = []
     last = layers.walk(model, input_ids, lambda index, block, inputs: calls.append(inputs.calls), batch)
-    blocks, by_block = families.blocks(model), families.linears_by_block(model)
-    before = memory.load("measured")
+    blocks, by_block = families.blocks(model), matrices.by_block(model)
+    before = saved.load("measured")
     known = {name: dict(found) for name, found in before.values} if before else {}
     measured: dict[str, dict[int, float]] = {}
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
-        for name, linear in by_block[index].items():
-            original = linear.weight.detach()
+        for name, matrix in by_block[index].items():
+            original = matrix.weight
             measured[name] = known.get(name, {})
             for bits in widths if name not in known else ():
-                with _replaced(linear, quantise(name, original, bits)):
+                # `inputs` are the unchanged model's, so that no other linear's error is in what is measured.
+                with _replaced(matrix, quantise(name, original, bits)):
                     changed = _continued(blocks[index:], calls[index:], inputs)
                     measured[name][bits] = _divergence(model, last, changed)
-            if name not in known and memory.due():
-                memory.save("measured", {}, [(each, list(found.items())) for each, found in measured.items()])
+            if name not in known and saved.due():
+                saved.save("measured", {}, [(each, list(found.items())) for each, found in measured.items()])
             if done:
                 done(len(measured))
 
@@ -80,21 +83,22 @@ def measure(
 
 
 @contextlib.contextmanager
-def _replaced(linear: nn.Linear, weight: Tensor) -> Iterator[None]:
-    original = linear.weight.data
-    if weight.shape != original.shape:
-        raise ValueError(f"quantise returned {tuple(weight.shape)} for a weight of {tuple(original.shape)}")
-    linear.weight.data = weight.to(original)  # its type and device
+def _replaced(matrix: Matrix, weight: Tensor) -> Iterator[None]:
+    """Within this context the matrix has another weight [out, in]."""
+    if tuple(weight.shape) != matrix.shape:
+        raise ValueError(f"quantise returned {tuple(weight.shape)} for a weight of {matrix.shape}")
+    original = matrix.weight.clone()
+    matrix.set(weight)
     try:
         yield
     finally:
-        linear.weight.data = original
+        matrix.set(original)
 
 
 def _continued(
     blocks: Sequence[nn.Module], calls: Sequence[Mapping[int, layers.Call]], inputs: layers.BlockInputs
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(windows of the batch, last block's outputs [batch, length, hidden]); `inputs.hidden` stays as it is."""
+    """Yield (windows of the batch, last block's outputs [batch, length, hidden]); `inputs.hidden` stays as it is."""
     for start in range(0, len(inputs.hidden), inputs.batch):
         where = slice(start, min(start + inputs.batch, len(inputs.hidden)))
         hidden = inputs.hidden[where]
@@ -104,7 +108,7 @@ def _continued(
 
 
 def _divergence(model: nn.Module, last: Tensor, changed: Iterator[tuple[slice, Tensor]]) -> float:
-    """Mean KL per position between the distributions after the last block's outputs `last` and `changed`."""
+    """Average KL per position between the distributions after the last block's outputs `last` and `changed`."""
     described = families.of_model(model)
     norm, head = model.get_submodule(described.final_norm), model.get_submodule(described.head)
     total = 0.0
@@ -115,5 +119,5 @@ def _divergence(model: nn.Module, last: Tensor, changed: Iterator[tuple[slice, T
                 # float64: divergences of 8 bit are of the order of float32's rounding of a log-probability.
                 p = head(norm(before)).double().log_softmax(dim=-1)  # [positions, vocabulary]
                 q = head(norm(after)).double().log_softmax(dim=-1)
-                total += float((p.exp() * (p - q)).sum())
-    return max(0.0, total / last[..., 0].numel())
+                total += float((p.exp() * (p - q)).sum())  # KL(P || Q) = sum of P (log P - log Q), over all positions
+    return max(0.0, total / last[..., 0].numel())  # rounding can make a divergence of nothing negative

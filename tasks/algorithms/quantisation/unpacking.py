@@ -13,14 +13,14 @@ from tasks.algorithms.quantisation import gptqmodel_library as library
 
 
 def quantised_linears(model: nn.Module) -> dict[str, Any]:
-    """Full module name -> gptqmodel's quantised linear, in the model's order."""
+    """List gptqmodel's quantised linears by their full module names, in the model's order."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, library.torch_linear.TorchLinear)
     }
 
 
 def dequantised(linear: Any) -> Tensor:
-    """float32 [out_features, in_features] of a quantised linear, without its adapter."""
+    """Unpack the weight of a quantised linear, float32 [out_features, in_features], without its adapter."""
     scales = linear.scales
     linear.scales = scales.float()  # in half precision code x scale would be rounded
     try:
@@ -36,7 +36,7 @@ def unpack_once(model: nn.Module) -> None:
     gptqmodel's own cache of unpacked weights leaves the adapter out of the forward pass.
     """
     for linear in quantised_linears(model).values():
-        weight = dequantised(linear).T
+        weight = dequantised(linear).T  # [in_features, out_features], as the kernel multiplies
         linear.dequantize_weight = lambda num_itr=1, weight=weight: weight
 
 

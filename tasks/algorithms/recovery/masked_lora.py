@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import checkpoints, families, layers, masks
+from tasks.algorithms.model import checkpoints, families, layers, masks, matrices
 from tasks.algorithms.quantisation import eora, output_error
 from tasks.algorithms.recovery import distillation
 
@@ -44,7 +44,7 @@ COLUMNS = ("step", "loss", "causal_lm", "distillation", "hidden", "learning_rate
 """A row of a training's history has these keys."""
 
 STATE = "state"
-"""Under this key a memory holds a training's state after its last step."""
+"""Under this key is saved a training's state after its last step."""
 
 CLIP = 1.0
 """The gradient of all trained weights together is scaled down to this norm where it is larger."""
@@ -113,25 +113,22 @@ class MaskedLinear(lora.Linear):
         return F.linear(x, weight, bias)
 
 
-def select(linears: Iterable[str], targets: str) -> list[str]:
-    """Select those of a model's block linears that get an adapter, in the given order.
+def select(model: nn.Module, targets: str) -> list[str]:
+    """Name those of a model's block matrices that get an adapter, in running order.
 
     Args:
-        linears: full module names.
-        targets: "all-linear", "attention" (a part of the name holds "attn" or "attention") or "mlp" (the others).
+        model: of a supported family.
+        targets: "all-linear", "attention" or "mlp", as the family sorts them.
 
     Raises:
-        InputError: unknown `targets`, or it fits no linear.
+        InputError: unknown `targets`.
     """
-    if targets not in ("all-linear", "attention", "mlp"):
-        raise InputError(f"targets = {targets!r}: expected all-linear, attention or mlp")
-    names = list(linears)
-    attention = [name for name in names if any("attn" in part or "attention" in part for part in name.split("."))]
-    others = [name for name in names if name not in set(attention)]
-    chosen = {"all-linear": names, "attention": attention, "mlp": others}[targets]
-    if not chosen:
-        raise InputError(f"targets = {targets!r} fits none of the model's {len(names)} linears; choose all-linear")
-    return chosen
+    family = families.of_model(model)
+    try:
+        chosen = family.chosen(targets)
+    except KeyError as error:
+        raise InputError(f"targets = {targets!r}: expected all-linear, attention or mlp") from error
+    return [name for name in matrices.of_model(model) if name.endswith(tuple(f".{short}" for short in chosen))]
 
 
 def revived(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, int]:
@@ -219,12 +216,13 @@ def start_from_eora(adapted: LoraModel, teacher: Mapping[str, Tensor], input_ids
     model = adapted.eval().model
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
-        for name, layer in families.linears_by_block(model)[index].items():
+        for name, matrix in matrices.by_block(model)[index].items():
+            layer = matrix.module
             if not isinstance(layer, MaskedLinear):
                 continue
             lost = teacher[name].to(layer.weight.device, torch.float32) - layer.weight.detach()  # [out, in]
             if lost.any():
-                moments = output_error.second_moments({name: layer}, block, inputs)[name]
+                moments = output_error.second_moments({name: matrix}, block, inputs)[name]
                 # A [rank, in] and B [out, rank]; the layer scales B A by alpha / rank, so each takes 1 / sqrt of it
                 a, b = eora.factors(lost, moments, layer.r["default"])
                 share = layer.scaling["default"] ** -0.5
@@ -287,7 +285,7 @@ def train(
     teacher: nn.Module | None = None,
     kept: Sequence[int] | None = None,
     report: Callable[[int, float], None] = lambda step, loss: None,
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> list[dict[str, float]]:
     """Train the adapters with AdamW (no weight decay) on windows cut from the corpus at seeded random places.
 
@@ -299,7 +297,7 @@ def train(
         kept: for `recipe.hidden`: the teacher's block whose output each of the model's blocks has to reproduce.
             None: the same block, in models of one depth.
         report: called after each step with its number (from 1) and its loss.
-        memory: what it holds of an interrupted training of the same model is taken up: the rest gives the same bytes.
+        saved: what it holds of an interrupted training of the same model is taken up: the rest gives the same bytes.
 
     Returns:
         One row per step with the keys `COLUMNS`, losses in nats before that step's update (`hidden` is relative);
@@ -320,7 +318,7 @@ def train(
     history: list[dict[str, float]] = []
     model.train()
     with _seeded(recipe.seed), repeatable_attention(device):
-        if before := memory.load(STATE):
+        if before := saved.load(STATE):
             checkpoints.restore_training(before.tensors, parameters, optimizer, generators)
             history = before.values
         for step in range(len(history) + 1, recipe.steps + 1):
@@ -330,8 +328,8 @@ def train(
             update(losses[0], optimizer, step, learning_rate)
             figures = [float(value.detach()) for value in losses]
             history.append(dict(zip(COLUMNS, (step, *figures, learning_rate), strict=True)))
-            if memory.due():
-                memory.save(STATE, checkpoints.training_state(parameters, optimizer, generators), history)
+            if saved.due():
+                saved.save(STATE, checkpoints.training_state(parameters, optimizer, generators), history)
             report(step, figures[0])
     model.eval()
     return history

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms.model import checkpoints, families, layers
+from tasks.algorithms.model import checkpoints, families, layers, matrices
 from tasks.algorithms.recovery import distillation
 from tasks.algorithms.recovery.masked_lora import COLUMNS, STATE, Recipe, rate, repeatable_attention, sample, update
 
@@ -40,19 +40,19 @@ def reconstruct(
     keep: Mapping[str, Tensor],
     kept: Sequence[int],
     report: Report = lambda step, loss: None,
-    memory: checkpoints.Memory = checkpoints.NOTHING,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> list[dict[str, float]]:
     """Train the blocks one after the other, in place; the model is in evaluation mode and frozen afterwards.
 
     Args:
-        model: of a supported family; its weights are zero wherever `keep` is False, and stay so.
+        model: one of a supported family; its weights are zero wherever `keep` is False, and stay so.
         teacher: the dense model, with the same embedding, on the same device.
         tokens: int64 [corpus], the corpus as one row of token ids, on the CPU.
         recipe: `steps` are per block; `distillation` and `hidden` have no effect.
         targets: full names of the linears to train.
         keep: module name -> bool [out, in]; a linear without a mask is dense.
         kept: the index in the teacher of each of the model's blocks, ascending.
-        memory: what it holds of an interrupted run on the same models is taken up: the rest gives the same bytes.
+        saved: what it holds of an interrupted run on the same models is taken up: the rest gives the same bytes.
 
     Returns:
         One row per step of each block, `COLUMNS`; `loss` and `hidden` are the relative squared error before the update.
@@ -63,15 +63,15 @@ def reconstruct(
     windows = recipe.steps * recipe.batch
     ids = sample(tokens, windows, recipe.length, torch.Generator().manual_seed(recipe.seed))  # [windows, length]
     model.eval().requires_grad_(False)
-    blocks, linears = families.blocks(model), families.linears_by_block(model)
+    blocks, by_block = families.blocks(model), matrices.by_block(model)
     calls: list[layers.Call] = []  # for the student's blocks up to the one that is trained next
     history: list[dict[str, float]] = []
     state: list[Tensor] = []  # one tensor: the student's hidden states [windows, length, hidden]
 
     def fit(target: Tensor) -> None:
         index = len(calls) - 1
-        weights = {linear.weight: keep.get(name) for name, linear in linears[index].items() if name in targets}
-        steps = _fit(blocks[index], calls[index], weights, state[0], target, recipe, memory, index)
+        weights = {each.module.weight: keep.get(name) for name, each in by_block[index].items() if name in targets}
+        steps = _fit(blocks[index], calls[index], weights, state[0], target, recipe, saved, index)
         for learning_rate, loss in steps:
             history.append(_row(len(history) + 1, loss, learning_rate))
             report(len(history), loss)
@@ -97,7 +97,7 @@ def _fit(
     hidden: Tensor,
     target: Tensor,
     recipe: Recipe,
-    memory: checkpoints.Memory,
+    saved: checkpoints.Saved,
     index: int,
 ) -> Iterator[tuple[float, float]]:
     """Train a block on hidden -> target, both [windows, length, hidden], and yield each step's learning rate and loss.
@@ -106,13 +106,13 @@ def _fit(
 
     Args:
         weights: those to train, each with its mask of what was kept, or None.
-        memory: its entry `block<index>` holds the trained weights, `STATE` the training that was interrupted.
+        saved: its entry `block<index>` holds the trained weights, `STATE` the training that was interrupted.
     """
     positional, named = call
     batches = [slice(start, start + recipe.batch) for start in range(0, len(hidden), recipe.batch)]
     trained = list(weights)
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0, fused=True)
-    steps, finished = _taken(memory, index, trained, optimizer)
+    steps, finished = _taken(saved, index, trained, optimizer)
     yield from list(steps)
     with _trainable(weights):
         for step, where in enumerate(batches[len(steps) :], start=len(steps) + 1):
@@ -121,26 +121,26 @@ def _fit(
             learning_rate = rate(step, recipe)
             update(loss, optimizer, step, learning_rate)
             steps.append((learning_rate, float(loss.detach())))
-            if memory.due():
+            if saved.due():
                 state = checkpoints.training_state(trained, optimizer)
-                memory.save(STATE, state, {"block": index, "steps": steps})
+                saved.save(STATE, state, {"block": index, "steps": steps})
             yield steps[-1]
     if not finished:
-        memory.save(f"block{index}", {str(place): weight.detach() for place, weight in enumerate(trained)}, steps)
+        saved.save(f"block{index}", {str(place): weight.detach() for place, weight in enumerate(trained)}, steps)
     with torch.no_grad():
         for where in batches:  # in place: the next block's inputs
             hidden[where] = block(hidden[where], *positional, **named)
 
 
 def _taken(
-    memory: checkpoints.Memory, index: int, trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
+    saved: checkpoints.Saved, index: int, trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> tuple[list[tuple[float, float]], bool]:
     """Return this block's steps that an interrupted run took, and whether these are all; restore what it trained."""
-    if finished := memory.load(f"block{index}"):
+    if finished := saved.load(f"block{index}"):
         for place, weight in enumerate(trained):
             weight.data.copy_(finished.tensors[str(place)])
         return finished.values, True
-    begun = memory.load(STATE)
+    begun = saved.load(STATE)
     if begun is None or begun.values["block"] != index:
         return [], False
     checkpoints.restore_training(begun.tensors, trained, optimizer)

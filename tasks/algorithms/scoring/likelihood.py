@@ -60,7 +60,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(sum of nats / n), n predicted tokens. InputError where it isn't finite."""
+        """The perplexity exp(sum of nats / n) of n predicted tokens. InputError where it isn't finite."""
         return perplexity.from_nll(self.nll.unsqueeze(0), 1)
 
     @property
@@ -118,26 +118,26 @@ def documents_of(spans: Tensor, documents: Sequence[str], join: str) -> Tensor:
 
 
 def score(
-    model: nn.Module, prepared: Prepared, batch: int = 1, memory: checkpoints.Memory = checkpoints.NOTHING
+    model: nn.Module, prepared: Prepared, batch: int = 1, saved: checkpoints.Saved = checkpoints.NOTHING
 ) -> Score:
     """Score prepared documents: the nats of each prediction that counts.
 
     Args:
         model: anything whose call returns `.logits` [batch, length, vocabulary].
         batch: windows per forward pass; no effect on the result beyond rounding.
-        memory: what it holds of an interrupted run with the same arguments is taken up.
+        saved: what it holds of an interrupted run with the same arguments is taken up.
     """
     order = sorted(range(len(prepared.windows)), key=lambda at: -_width(prepared.windows[at]))  # stable; little padding
     nll = {}  # window -> nats of its predictions [stop - first], in `order`
-    if begun := memory.load("nll"):
+    if begun := saved.load("nll"):
         counts = [prepared.windows[at].stop - prepared.windows[at].first for at in order[: begun.values]]
         nll = dict(zip(order, begun.tensors["nll"].split(counts), strict=False))
     with torch.no_grad():
         for start in range(len(nll), len(order), batch):
             part = order[start : start + batch]
             nll |= zip(part, _nll(model, prepared, [prepared.windows[at] for at in part]), strict=True)
-            if memory.due():
-                memory.save("nll", {"nll": torch.cat(list(nll.values()))}, len(nll))
+            if saved.due():
+                saved.save("nll", {"nll": torch.cat(list(nll.values()))}, len(nll))
     return Score(
         prepared.label,
         torch.cat([nll[at] for at in range(len(order))]),

@@ -103,13 +103,13 @@ class Limits:
 
     Attributes:
         perplexity_ratio: split -> most that the candidate's perplexity may be of the promoted model's.
-        base_ratio: split -> most that it may be of the fetched model's.
+        fetched_ratio: split -> most that it may be of the fetched model's.
         dense_ratio: split -> least that it may be of the dense model with the same recovery.
         overlap: kind -> largest share.
     """
 
     perplexity_ratio: Mapping[str, float]
-    base_ratio: Mapping[str, float]
+    fetched_ratio: Mapping[str, float]
     dense_ratio: Mapping[str, float]
     task_drop: float
     bytes_ratio: float
@@ -176,7 +176,7 @@ def judge(
     checks = [
         *_trust(candidate, limits, against_dense),
         *_feasible(candidate, limits),
-        *_quality("fetched", limits.base_ratio, against_base, required=promoted is None),
+        *_quality("fetched", limits.fetched_ratio, against_base, required=promoted is None),
     ]
     if promoted:
         checks += _identity(candidate, promoted)

@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 
 
 def documents(task: str, rows: Iterable[Row]) -> Iterator[dict[str, Any] | None]:
-    """The documents of a task; None for a row that has none (an open-book question without a context).
+    """Make the documents of a task; None for a row that has none (an open-book question without a context).
 
     Raises:
         InputError: a row lacks a column, or holds what the task can't use; the row is named.
@@ -42,14 +42,14 @@ def documents(task: str, rows: Iterable[Row]) -> Iterator[dict[str, Any] | None]
             _check_texts(document or {})
             yield document
         except KeyError as error:
-            found = ", ".join(sorted(map(str, row))) or "none"
-            raise InputError(f"row {number} of task {task} has no column {error}, only {found}") from error
+            columns = ", ".join(sorted(map(str, row))) or "none"
+            raise InputError(f"row {number} of task {task} has no column {error}, only {columns}") from error
         except (TypeError, ValueError, AttributeError) as error:
             raise InputError(f"row {number} of task {task} can't be used: {error}") from error
 
 
 def _check_texts(document: Mapping[str, Any]) -> None:
-    """Everything but a number as label is text, or lists of text."""
+    """Check that everything but a number as label is text, or a list of text."""
     for key, value in document.items():
         if isinstance(value, Mapping):
             _check_texts(value)
@@ -69,7 +69,7 @@ def _hellaswag(row: Row) -> dict[str, Any]:
 
 
 def _cleaned(text: str) -> str:
-    """Without the marks that WikiHow left in HellaSwag, as lm_eval's task has it."""
+    """Remove the marks that WikiHow left in HellaSwag, as lm_eval's task does."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -123,7 +123,7 @@ CONVERTERS: dict[str, Callable[[Row], dict[str, Any] | None]] = {
 
 
 def _pages(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
-    """WikiText's articles: each begins at a heading of the first level.
+    """Join rows to WikiText's articles: each begins at a heading of the first level.
 
     The hub's rows are the lines of the file, an empty one being " " there; pages as EleutherAI/wikitext_document_level.
     """

@@ -15,20 +15,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 TIERS = ("exact", "substring", "words")
-"""From the strictest to the laxest."""
+"""The tiers go from the strictest to the laxest."""
 SHARE = 0.8
-"""Of an alias's words, at least, that have to be in the answer."""
+"""At least this share of an alias's words has to be in the answer."""
 PUNCTUATION = str.maketrans({sign: " " for sign in string.punctuation + "‘’´`"})  # the underscore is among them
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 def normalise(text: str) -> str:
-    """As the official evaluation does: lower case, no punctuation, no articles, single spaces."""
+    """Normalise as the official evaluation does: lower case, no punctuation, no articles, single spaces."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
 def tier(answer: str, aliases: Sequence[str]) -> str | None:
-    """The strictest of `TIERS` in which the answer matches an alias; None: it is wrong.
+    """Return the strictest of `TIERS` in which the answer matches an alias; None: it is wrong.
 
     An alias or answer that normalises to nothing matches nothing.
     """
@@ -47,14 +47,14 @@ def tier(answer: str, aliases: Sequence[str]) -> str | None:
 
 
 def process_results(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """lm_eval's `process_results`: 1 for the tier that the answer has and for `correct`, else 0.
+    """Score an answer as lm_eval's `process_results`: 1 for the tier that it has and for `correct`, else 0.
 
     Args:
-        document: with `answer` and `aliases`.
+        document: the question's, with `answer` and `aliases`.
         results: the one answer.
     """
-    found = tier(results[0], [document["answer"], *document["aliases"]])
-    return {name: float(name == found) for name in TIERS} | {"correct": float(found is not None)}
+    reached = tier(results[0], [document["answer"], *document["aliases"]])
+    return {name: float(name == reached) for name in TIERS} | {"correct": float(reached is not None)}
 
 
 def _share(alias: Sequence[str], words: set[str]) -> float:

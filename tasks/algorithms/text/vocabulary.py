@@ -26,11 +26,11 @@ from tasks.algorithms.errors import InputError
 
 WAY_OUT = "set vocabulary.enabled to false, or take another model"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-"""sentencepiece's token of a single byte."""
+"""This is how sentencepiece names the token of a single byte."""
 LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")
-"""Entries of generation_config.json that hold lists of ids, at any depth."""
+"""These entries of generation_config.json hold lists of ids, at any depth."""
 MIXED = ("forced_decoder_ids", "sequence_bias")
-"""Entries that mix ids with other numbers."""
+"""These entries mix ids with other numbers."""
 PROCESSORS = ("ByteLevel", "TemplateProcessing", "Sequence", "BertProcessing", "RobertaProcessing")
 
 
@@ -53,7 +53,7 @@ def check(tokenizer: Mapping[str, Any]) -> None:
 
 
 def kept(tokenizer: Mapping[str, Any], counts: Tensor, min_count: int, named: Iterable[int] = ()) -> Tensor:
-    """The ids that stay.
+    """Choose the ids that stay.
 
     Args:
         tokenizer: the content of tokenizer.json.
@@ -75,6 +75,7 @@ def kept(tokenizer: Mapping[str, Any], counts: Tensor, min_count: int, named: It
     stay = {*named, *_tokenizer_ids(tokenizer), *_alphabet(vocabulary)}
     if model.get("unk_token") in vocabulary:
         stay.add(vocabulary[model["unk_token"]])
+    # a token is reached through the tokens that its merges make on the way: they stay whatever their own count
     for number in (counts >= min_count).nonzero().flatten().tolist():
         stay.add(number)
         stay.update(vocabulary[token] for token in derivation(tokens.get(number, ""), ranks))
@@ -87,7 +88,7 @@ def kept(tokenizer: Mapping[str, Any], counts: Tensor, min_count: int, named: It
 
 
 def derivation(token: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """What byte-pair encoding merges on the way from a token's characters to the token, the token itself last.
+    """List what byte-pair encoding merges on the way from a token's characters to the token, the token itself last.
 
     Encoding merges the adjacent pair of the lowest rank, the leftmost of equals, until none is left. No merge reaches
     across the ends of a token in the result, so within any text the token comes about in just this way.
@@ -99,7 +100,7 @@ def derivation(token: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
         Tokens of two or more characters; empty if the merges lead elsewhere (or there is none to do).
     """
     parts, made = list(token), []
-    while len(parts) > 1:
+    while len(parts) > 1:  # the encoder's own rule (Sennrich et al. 2016, BPE): the earliest learnt merge first
         order = [ranks.get(pair, math.inf) for pair in zip(parts, parts[1:], strict=False)]
         at = order.index(min(order))
         if order[at] == math.inf:
@@ -110,10 +111,10 @@ def derivation(token: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
 
 
 def trim(tokenizer: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
-    """The content of tokenizer.json with the kept tokens alone, under their new ids.
+    """Return the content of tokenizer.json with the kept tokens alone, under their new ids.
 
     Args:
-        keep: int64 [kept], of `kept`.
+        keep: int64 [kept], from `kept`.
     """
     new = positions(keep)
     model = tokenizer["model"]
@@ -129,10 +130,10 @@ def trim(tokenizer: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
 
 
 def renumber(config: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
-    """A config.json, generation_config.json or tokenizer_config.json with the new ids.
+    """Return a config.json, generation_config.json or tokenizer_config.json with the new ids.
 
     Args:
-        keep: int64 [kept], of `kept`, with all of `named_ids` among them.
+        keep: int64 [kept], from `kept`, with all of `named_ids` among them.
 
     Raises:
         InputError: an entry holds ids in a form that isn't supported.
@@ -141,41 +142,41 @@ def renumber(config: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
 
 
 def named_ids(config: Mapping[str, Any]) -> list[int]:
-    """The ids that a config.json, generation_config.json or tokenizer_config.json names.
+    """List the ids that a config.json, generation_config.json or tokenizer_config.json names.
 
     Raises:
         InputError: as `renumber`.
     """
-    found: list[int] = []
-    _renamed(config, lambda token: found.append(token) or token)
-    return found
+    ids: list[int] = []
+    _renamed(config, lambda token: ids.append(token) or token)  # renames nothing, sees every id
+    return ids
 
 
 def positions(keep: Tensor) -> dict[int, int]:
-    """Old id -> new id."""
+    """Return old id -> new id."""
     return {number: position for position, number in enumerate(keep.tolist())}
 
 
 def _alphabet(vocabulary: Mapping[str, int]) -> list[int]:
-    """Ids of single characters (of a byte-level BPE: of all bytes) and of sentencepiece's single bytes."""
+    """List the ids of single characters (in a byte-level BPE: of all bytes) and of sentencepiece's single bytes."""
     return [number for token, number in vocabulary.items() if len(token) == 1 or BYTE.fullmatch(token)]
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
-    """A merge's parts; older files hold it as one string with a space between them."""
+    """Return a merge's parts; older files hold it as one string with a space between them."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
 
 
 def _tokenizer_ids(tokenizer: Mapping[str, Any]) -> list[int]:
-    """The ids that a tokenizer.json names outside its model: added tokens, those of the post-processor, padding."""
-    found: list[int] = []
-    _rewritten(tokenizer, lambda token: found.append(token) or token)
-    return found
+    """List the ids that a tokenizer.json names outside its model: added tokens, the post-processor's, padding."""
+    ids: list[int] = []
+    _rewritten(tokenizer, lambda token: ids.append(token) or token)
+    return ids
 
 
 def _rewritten(tokenizer: Mapping[str, Any], new: Callable[[int], int]) -> dict[str, Any]:
-    """A tokenizer.json with `new` applied to every id outside its model."""
+    """Return a tokenizer.json with `new` applied to every id outside its model."""
     result = dict(tokenizer)
     result["added_tokens"] = [{**added, "id": new(added["id"])} for added in tokenizer.get("added_tokens") or ()]
     if tokenizer.get("post_processor"):
@@ -205,7 +206,7 @@ def _processor(processor: Mapping[str, Any], new: Callable[[int], int]) -> dict[
 
 
 def _renamed(config: Mapping[str, Any], new: Callable[[int], int]) -> dict[str, Any]:
-    """`new` applied to every id of a config; a negative one stands for none and stays."""
+    """Apply `new` to every id of a config; a negative one stands for none and stays."""
 
     def apply(value: Any) -> Any:
         if isinstance(value, list):

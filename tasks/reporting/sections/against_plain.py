@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tasks.evaluation import comparison
-from tasks.evaluation.comparison import BITS_PER_BYTE, PACKAGE, PERPLEXITY, PLAIN, SPLITS
+from tasks.evaluation.comparison import BITS_PER_BYTE, PACKAGE, PERPLEXITY, PLAINLY_QUANTISED, SPLITS
 from tasks.reporting.section import Section
 from tasks.reporting.verdict import plain_sentence
 
@@ -22,7 +22,7 @@ def rows(evidence: Evidence) -> list[dict[str, Any]]:
     No row for perplexities of different tokens. `low` and `high`: interval of the ratio; `judged`: its verdict, on
     the row of the measure by which the split is compared.
     """
-    package, plain = evidence.model(PACKAGE), evidence.model(PLAIN)
+    package, plain = evidence.model(PACKAGE), evidence.model(PLAINLY_QUANTISED)
     if not (package.get("evaluated") and plain.get("evaluated")):
         return []
     found = [_row("bytes", None, package["bytes"]["total"], plain["bytes"]["total"])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from tasks.evaluation.comparison import PLAIN, RECOVERED
+from tasks.evaluation.comparison import PLAINLY_QUANTISED, RECOVERED_DENSE
 from tasks.reporting import dag
 from tasks.reporting.section import Section
 
@@ -21,8 +21,8 @@ def switched_off(evidence: Evidence) -> list[str]:
     sections = evidence.lineage.get("parameters", {})
     off = {name for name, section in sections.items() if section.get("enabled") is False}
     tables = {"importance": evidence.scores, "wanda": evidence.masks, "lora": evidence.history}
-    tables |= {"gptq": evidence.quantised, "eora": evidence.compensated, PLAIN: evidence.bits}
-    tables |= {RECOVERED: evidence.plain_history}
+    tables |= {"gptq": evidence.quantised, "eora": evidence.compensated, PLAINLY_QUANTISED: evidence.bits}
+    tables |= {RECOVERED_DENSE: evidence.plain_history}
     off |= {name for name, table in tables.items() if table.empty}
     off |= set() if evidence.manifest["files"] else {"package"}
     off |= set() if evidence.fit_checked else {"hardware_fit"}

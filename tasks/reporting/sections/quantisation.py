@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tasks.evaluation.comparison import PLAIN
+from tasks.evaluation.comparison import PLAINLY_QUANTISED
 from tasks.reporting import layer_charts
 from tasks.reporting.section import Plot, Section
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ERROR = "GPTQ: relative error of every linear's output on calibration inputs, in running order."
 COMPENSATED = "EoRA: the same error against its teacher, before and after the low-rank branch."
-BITS = {"gptq": "Bits of every linear of the package.", PLAIN: "Bits of every linear of the plain model."}
+BITS = {"gptq": "Bits of every linear of the package.", PLAINLY_QUANTISED: "Bits of every linear of the plain model."}
 
 
 def bits_table(evidence: Evidence) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def adapter_summary(evidence: Evidence) -> dict[str, Any] | None:
 
 def widths(evidence: Evidence) -> dict[str, pd.DataFrame]:
     """linear, bits and weights of the package's linears and of the plain model's."""
-    found = {"gptq": evidence.quantised, PLAIN: evidence.bits}
+    found = {"gptq": evidence.quantised, PLAINLY_QUANTISED: evidence.bits}
     if not evidence.quantised.empty and "weights" not in evidence.quantised:
         weights = _weights(evidence, "gptq", evidence.quantised["linear"])
         found["gptq"] = evidence.quantised.assign(weights=weights)

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from tasks.evaluation import comparison
-from tasks.evaluation.comparison import BASE, BITS_PER_BYTE, PACKAGE, PERPLEXITY, SPLITS
+from tasks.evaluation.comparison import BITS_PER_BYTE, FETCHED, PACKAGE, PERPLEXITY, SPLITS
 from tasks.reporting import model_rows
 from tasks.reporting.section import Section
 
@@ -22,7 +22,7 @@ def rows(evidence: Evidence) -> list[dict[str, Any]]:
         row["evaluated"] = found["evaluated"]
         row["kind"] = "plain" if name in comparison.PLAIN_MODELS else "final" if name == PACKAGE else ""
         row["pattern"] = _pattern(found, evidence, name)
-        compared = comparison.compare(found, evidence.model(BASE)) if name != BASE else {}
+        compared = comparison.compare(found, evidence.model(FETCHED)) if name != FETCHED else {}
         row["perplexity"], row["bits_per_byte"] = (
             [(row[f"{measure}_{split}"], _ratio(compared.get(split), measure)) for split in SPLITS]
             for measure in (PERPLEXITY, BITS_PER_BYTE)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tasks.evaluation import comparison
-from tasks.evaluation.comparison import BASE, PACKAGE
+from tasks.evaluation.comparison import FETCHED, PACKAGE
 from tasks.reporting import result_charts
 from tasks.reporting.section import Plot, Section
 
@@ -39,7 +39,7 @@ def rows(evidence: Evidence) -> list[dict[str, Any]]:
     for (task, metric), group in scores(evidence).groupby(["task", "metric"], sort=False):
         values = {row.model: (row.value, row.stderr) for row in group.itertuples()}
         first = group.iloc[0]
-        judged = judge(values.get(PACKAGE), values.get(BASE), first["higher_is_better"])
+        judged = judge(values.get(PACKAGE), values.get(FETCHED), first["higher_is_better"])
         found.append({"task": task, "metric": metric, "samples": first["samples"], "values": values, "judged": judged})
     return found
 

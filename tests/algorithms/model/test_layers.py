@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tasks.algorithms.model import families, layers
+from tasks.algorithms.model import families, layers, matrices
 
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
 MODELS = [
@@ -62,7 +62,7 @@ def test_a_changed_block_feeds_the_next_one(make_model, make_windows):
 
 def test_input_statistics_equal_hooks_on_the_whole_forward(make_model, make_windows):
     model, ids = make_model(), make_windows(3, 7)
-    by_block, found, naive = families.linears_by_block(model), {}, {}
+    by_block, found, naive = matrices.by_block(model), {}, {}
 
     def visit(index, block, inputs):
         found.update(layers.input_statistics(by_block[index], block, inputs))

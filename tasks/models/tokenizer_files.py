@@ -1,0 +1,55 @@
+"""What a model folder holds besides the model (tokenizer, generation settings), copied in as few bytes as goes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+_TENSORS = re.compile(r"\.(safetensors|bin|pt|pth)(\.|$)")
+_MODEL_FILES = ("config.json", "quantize_config.json", "model.json", "manifest.json")
+"""What is left where it is, beside tensors."""
+
+
+def copy_tokenizer(source: Path, folder: Path) -> list[str]:
+    """Copy what a model folder holds besides the model (tokenizer, generation settings); JSON in as few bytes as goes.
+
+    A file keeps its content: blanks go, and the merges of a BPE are written as strings, if that is the same tokenizer.
+
+    Returns:
+        The names of the files.
+    """
+    names = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if not path.is_file() or path.name in _MODEL_FILES or _TENSORS.search(path.name):
+            continue
+        if path.suffix == ".json":
+            text = path.read_text(encoding="utf-8")
+            small = _small_tokenizer(text) if path.name == "tokenizer.json" else None
+            (folder / path.name).write_text(small or _small_json(json.loads(text)), encoding="utf-8")
+        else:
+            shutil.copyfile(path, folder / path.name)
+        names.append(path.name)
+    return names
+
+
+def _small_json(content: Any) -> str:
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+
+
+def _small_tokenizer(text: str) -> str | None:
+    """A tokenizer.json whose merges are strings, not pairs; None where the library doesn't read it as the same one."""
+    content = json.loads(text)
+    try:
+        merges = content["model"]["merges"]
+        content["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        small = _small_json(content)
+        same = tokenizers.Tokenizer.from_str(small).to_str() == tokenizers.Tokenizer.from_str(text).to_str()
+    except Exception:  # no BPE, or one that this library can't read: what it raises has no narrower class
+        return None
+    return small if same else None

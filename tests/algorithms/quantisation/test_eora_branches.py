@@ -1,0 +1,73 @@
+"""Branches of a model: each on the inputs that it will get, and what their codes hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tasks.algorithms.model import families
+from tasks.algorithms.quantisation import eora, eora_branches, rounding
+from tests.support.matrices import rest
+
+
+def test_each_branch_is_computed_on_inputs_of_compensated_linears(make_model, make_windows):
+    teacher, student = make_model(), make_model()
+    windows = make_windows(4, 32)
+    for linear in families.block_linears(student).values():
+        linear.weight.data = (linear.weight * 4).round() / 4
+    wanted = {name: linear.weight.detach().clone() for name, linear in families.block_linears(teacher).items()}
+    branches = eora_branches.compensate(student, windows, wanted, eora_branches.Size(16))
+    assert list(branches) == list(wanted)
+    # At full rank of the smaller sides everything is restored, so that later inputs are the teacher's.
+    small = [name for name in wanted if min(wanted[name].shape) == 16]
+    assert small and all(branches[name].error_after < 2e-3 for name in small)  # float16
+    name = "model.layers.3.mlp.down_proj"
+    seen = []
+    linear = families.block_linears(student)[name]
+    linear.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
+    with torch.no_grad():
+        student(input_ids=windows)
+    x, branch = torch.cat(seen).double(), branches[name]
+    left = wanted[name] - linear.weight.detach()
+    whole = (x @ wanted[name].double().T).norm()
+    assert branch.error_after == pytest.approx(float((x @ left.double().T).norm() / whole), rel=1e-3)
+    lost = left + branch.b.float() @ branch.a.float()
+    assert branch.error_before == pytest.approx(float((x @ lost.double().T).norm() / whole), rel=1e-3)
+    assert branch.error_after < branch.error_before
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_b_is_fitted_to_the_rounded_a_before_it_is_rounded(make_model, make_windows, bits):
+    teacher, student = make_model(), make_model()
+    windows, name, seen = make_windows(4, 32), "model.layers.0.self_attn.q_proj", []
+    wanted = {name: linear.weight.detach().clone() for name, linear in families.block_linears(teacher).items()}
+    linear = families.block_linears(student)[name]
+    linear.weight.data = (linear.weight * 4).round() / 4
+    delta = wanted[name] - linear.weight.detach()
+    handle = linear.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
+    with torch.no_grad():
+        student(input_ids=windows)
+    handle.remove()
+    x = torch.cat(seen).double()
+    branches = eora_branches.compensate(
+        student, windows, wanted, eora_branches.Size({n: 6 if n == name else 0 for n in wanted}, bits)
+    )
+    a, b, coded, _, after = branches[name]
+    assert torch.equal(a.float(), rounding.values(coded[0])) and torch.equal(b.float(), rounding.values(coded[1]).T)
+    rounded_a = rounding.quantise(eora.factors(delta, x.T @ x, 6)[0], bits, 32)
+    assert torch.allclose(a.float(), rounding.values(rounded_a), atol=1e-3)
+    fitted = torch.linalg.lstsq(x @ a.double().T, x @ delta.double().T).solution.T.float()
+    expected = rounding.values(rounding.quantise(fitted.T, bits, 32)).T
+    assert torch.allclose(b.float(), expected, atol=1e-3)
+    whole = float((x @ wanted[name].double().T).norm())
+    assert after == pytest.approx(rest(delta, a.float(), b.float(), x) / whole, rel=1e-3)
+    other = branches["model.layers.0.self_attn.k_proj"]
+    assert other.a.shape == (0, 32) and other.b.shape == (16, 0) and other.coded is None
+    assert other.error_after == other.error_before == 0
+
+
+def test_groups_divide_the_rows_and_bytes_are_counted_per_rank():
+    assert [eora_branches.group_size(length) for length in (32, 64, 96, 192, 172, 67)] == [32, 64, 48, 64, 43, 1]
+    assert eora_branches.rank_bytes((64, 192), 16) == 2 * 256
+    assert eora_branches.rank_bytes((64, 192), 8) == 256 + 2 * (1 + 3)
+    assert eora_branches.rank_bytes((64, 192), 4) == 128 + 2 * (1 + 3)

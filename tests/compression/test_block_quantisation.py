@@ -1,0 +1,62 @@
+"""What the stages that quantise share: sizes of linears, moments of the head, the embedding before the linears."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tasks.algorithms.quantisation import masked_gptq, rounding
+from tasks.compression import block_quantisation
+from tasks.models import gptq_folder
+from tests.support.matrices import normal, two_of_four
+from tests.support.pruned_model import inputs_of_the_stage, sections
+
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_llama, tmp_path_factory):
+    """The inputs of the stage: a 2:4 pruned model, its masks, windows."""
+    return inputs_of_the_stage(tmp_path_factory.mktemp("gptq"), tiny_llama)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured", "dense"])
+@pytest.mark.parametrize(("symmetric", "act_order"), [(True, "none"), (False, "descending")])
+def test_bytes_of_a_linear(pattern, symmetric, act_order):
+    weight = normal(8, 64)
+    keep = None if pattern == "dense" else two_of_four(weight)
+    chosen = sections(symmetric=symmetric, act_order=act_order)["gptq"]
+    found = block_quantisation.linear_bytes(weight, keep, pattern, 4, chosen)
+    # 12 cases of 6 fit 4 bytes, 8 remain; 512 weights of 512 or 256; 16 groups; 64 inputs in one of two groups
+    positions = {"2:4": 10 * 4 + 3, "unstructured": math.log2(math.comb(512, 256)) / 8, "dense": 0}[pattern]
+    codes = (512 if keep is None else 256) * 4 / 8
+    assert found == math.ceil(positions) + codes + 16 * 2 + (0 if symmetric else 16 * 4 / 8 + 64 / 8)
+
+
+def test_calibration_sees_the_quantised_embedding(pruned):
+    chosen = sections(embedding={"bits": 4, "group_size": 16, "method": "nearest"})["gptq"]
+    coded, start = block_quantisation.compress_embedding(pruned.files["lora/model"], pruned.windows, chosen)
+    model = gptq_folder.load_for_quantisation(pruned.files["lora/model"], block_quantisation.settings(chosen, 4))
+    block_quantisation.place(model.model, coded)
+    seen = []
+    model.model.model.layers[0].register_forward_pre_hook(lambda *given: seen.append(given), with_kwargs=True)
+    masked_gptq.quantise(model, pruned.windows, pruned.keep)
+    first = seen[0][1][0] if seen[0][1] else seen[0][2]["hidden_states"]
+    assert torch.equal(first, rounding.values(coded["embedding"])[pruned.windows[:1].long()])
+    assert torch.equal(start.model.embed_tokens.weight, rounding.values(coded["embedding"]))
+
+
+def test_the_heads_moments_are_those_of_its_inputs(pruned):
+    seen = []
+    handle = pruned.model.lm_head.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].flatten(0, 1).double())
+    )
+    with torch.no_grad():
+        pruned.model(input_ids=pruned.windows)
+    handle.remove()
+    x = torch.cat(seen)
+    assert torch.allclose(
+        block_quantisation.head_moments(pruned.model, pruned.windows), x.T @ x / len(x), rtol=1e-4, atol=1e-5
+    )

@@ -1,0 +1,119 @@
+"""The way back from an artifact in a small repository: what is shown, and what is found when something was altered."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.command import edgepress
+from tests.support.lineage_project import DAG, call, record
+
+
+@pytest.mark.parametrize("path", ["data/score/train.txt", "data/score", "data/lineage/score@train.json"])
+def test_show_reaches_the_first_inputs(repository: Path, capsys: pytest.CaptureFixture[str], path: str) -> None:
+    code, out, _ = edgepress(capsys, "lineage", "show", path)
+    assert code == 0
+    lines = out.splitlines()
+    text = "\n".join(lines)
+    assert lines[0] == path
+    assert [word for word in ("score@train", "train  ", "corpus  ", "source source.txt") if word not in text] == []
+    assert text.count("corpus  ") == 1 and "corpus (above)" in text  # score reads it too
+    assert "parameters steps=3" in text and record(repository, "train")["started"] in text
+
+
+def test_show_of_a_file_in_an_output_folder(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = edgepress(capsys, "lineage", "show", "data/corpus/b.txt")
+    assert code == 0
+    assert "corpus" in text and "train" not in text
+
+
+def test_verify_ok(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/score/train.txt")
+    assert code == 0
+    assert out.endswith("hashed, ok\n") and len(out.splitlines()) == 1
+
+
+def rewrite_keeping_size_and_time(path: Path) -> None:
+    """As a disk or a careless tool would: DVC's own state, which goes by size and time, doesn't see it."""
+    before = path.stat()
+    path.chmod(0o644)
+    path.write_bytes(b"X" + path.read_bytes()[1:])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+ALTERATIONS = {
+    "output": (
+        lambda: rewrite_keeping_size_and_time(Path("data/train/model.txt")),
+        "train: output data/train/model.txt was altered",
+    ),
+    "in a folder": (
+        lambda: rewrite_keeping_size_and_time(Path("data/corpus/a.txt")),
+        "corpus: output data/corpus was altered",
+    ),
+    "missing": (lambda: Path("data/train/model.txt").unlink(), "train: output data/train/model.txt is missing"),
+    "source": (lambda: Path("source.txt").write_text("twice\n"), "corpus: input source.txt was altered"),
+    "code": (lambda: Path("code.py").write_text("answer = 41\n"), "corpus: input code.py was altered"),
+    "parameter": (
+        lambda: Path("params.yaml").write_text("corpus: {seed: 1, words: [a, b]}\ntrain: {steps: 4}\n"),
+        "train: parameter train.steps is 4 now, it was made with 3",
+    ),
+    "record": (
+        lambda: Path("data/lineage/train.json").unlink(),
+        "train: lineage record data/lineage/train.json is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ALTERATIONS)
+def test_verify_names_what_was_altered(repository: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    alter, sentence = ALTERATIONS[kind]
+    alter()
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/score/train.txt")
+    assert code == 1
+    assert sentence in out
+    assert "ok" not in out.splitlines()[-1].split()
+
+
+def test_verify_finds_a_lock_that_no_stage_made(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("data/train/model.txt")
+    path.chmod(0o644)
+    path.write_text("other weights")
+    call(sys.executable, "-m", "dvc", "commit", "-f", "-q", "train", cwd=repository)
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/train/model.txt")
+    assert code == 1 and "train: output data/train/model.txt is" in out
+
+
+def test_verify_before_the_first_run(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/unused.txt")
+    assert code == 1 and "unused: never run here" in out
+
+
+def test_a_frozen_stage_may_lag_behind_its_inputs(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("dvc.yaml").write_text(DAG.format(python=sys.executable, frozen="true"))
+    Path("params.yaml").write_text("corpus: {seed: 1, words: [a, b]}\ntrain: {steps: 4}\n")
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/train/model.txt")
+    assert code == 0 and "train: note: parameter train.steps" in out
+
+
+@pytest.mark.parametrize("command", ["show", "verify"])
+@pytest.mark.parametrize("path", ["data/nothing", "code.py", "../elsewhere"])
+def test_a_path_that_no_stage_makes(
+    repository: Path, capsys: pytest.CaptureFixture[str], command: str, path: str
+) -> None:
+    code, out, errors = edgepress(capsys, "lineage", command, path)
+    assert (code, out) == (2, "")
+    assert errors == f"error: no stage of dvc.yaml makes {path}; name a file or folder of data/ that one does\n"
+
+
+def test_outside_a_repository_and_broken_dag(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("dvc.yaml").write_text("stages: [")
+    told = [edgepress(capsys, "lineage", "show", "data/corpus")]
+    monkeypatch.chdir(tmp_path)
+    told.append(edgepress(capsys, "lineage", "show", "data/corpus"))
+    for code, _, errors in told:
+        assert code == 2 and errors.startswith("error: cannot read the lineage: ") and len(errors.splitlines()) == 1

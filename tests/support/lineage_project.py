@@ -1,0 +1,84 @@
+"""A git and DVC repository whose stages leave lineage records, for tests of what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support.paths import ROOT
+
+MAKE = '''
+"""make.py NAME OUT TEXT: writes OUT, then the stage's record as tasks.runtime.execution does."""
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from dvc.repo import Repo
+from tasks.runtime import lineage
+started, (name, out, text) = time.time(), sys.argv[1:]
+path = Path(out)
+if path.suffix:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+else:
+    path.mkdir(parents=True)
+    for part in "ab":
+        (path / f"{part}.txt").write_text(text + part)
+seeded = SimpleNamespace(**{name: SimpleNamespace(seed=7)}) if name == "train" else SimpleNamespace()
+stage = SimpleNamespace(address=name, name=name.partition("@")[0], params=seeded, dvc=Repo().stage.load_one(name=name))
+lineage.record(stage, started=started, run_ids={"flow_run": "f-1"})
+'''
+
+DAG = """
+stages:
+  corpus:
+    cmd: {python} make.py corpus data/corpus text
+    deps: [source.txt, code.py]
+    params: [corpus]
+    outs: [data/corpus, data/lineage/corpus.json]
+  train:
+    frozen: {frozen}
+    cmd: {python} make.py train data/train/model.txt weights
+    deps: [data/corpus]
+    params: [train.steps]
+    outs: [data/train/model.txt, data/lineage/train.json]
+  score:
+    matrix:
+      of: [train]
+    cmd: {python} make.py score@${{item.of}} data/score/${{item.of}}.txt points
+    deps: ["data/${{item.of}}/model.txt", data/corpus/a.txt]
+    outs: ["data/score/${{item.of}}.txt", "data/lineage/score@${{item.of}}.json"]
+  unused:
+    cmd: {python} make.py unused data/unused.txt nothing
+    deps: [source.txt]
+    outs: [data/unused.txt]
+"""
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1", "GIT_CONFIG_GLOBAL": os.devnull}
+
+
+def call(*arguments: str, cwd: Path) -> None:
+    done = subprocess.run(arguments, cwd=cwd, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def create(root: Path) -> None:
+    """Write, commit and reproduce it, all but the stage `unused`."""
+    (root / "make.py").write_text(MAKE)
+    (root / "code.py").write_text("answer = 42\n")
+    (root / "source.txt").write_text("once\n")
+    (root / "params.yaml").write_text("corpus: {seed: 1, words: [a, b]}\ntrain: {steps: 3}\n")
+    (root / "dvc.yaml").write_text(DAG.format(python=sys.executable, frozen="false"))
+    call("git", "init", "-q", cwd=root)
+    call(sys.executable, "-m", "dvc", "init", "-q", cwd=root)
+    call("git", "add", "-A", cwd=root)
+    call("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "start", cwd=root)
+    call(sys.executable, "-m", "dvc", "repro", "score@train", cwd=root)
+
+
+def record(root: Path, address: str) -> dict:
+    return json.loads((root / f"data/lineage/{address}.json").read_text())
