@@ -13,7 +13,7 @@ def test_the_deployment_for_work_pools_is_valid_and_has_the_schedule_of_the_para
     from prefect.cli.deploy._models import PrefectYamlModel
     from prefect.utilities.importtools import import_object
 
-    raw = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
+    raw = yaml.safe_load((ROOT / "flows/prefect.yaml").read_text(encoding="utf-8"))
     (deployment,) = PrefectYamlModel.model_validate(raw).deployments
     own = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["nightly"]
     (schedule,) = raw["deployments"][0]["schedules"]

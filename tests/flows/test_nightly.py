@@ -291,7 +291,7 @@ def test_the_deployment_of_prefect_yaml_runs_on_a_process_pool(project) -> None:
     named = {"PREFECT_API_URL": (project.path / ".prefect/api-url").read_text().strip()}
     named |= {"PREFECT_HOME": str(project.path / ".prefect"), "EDGEPRESS_PROJECT": str(project.path)}
     project.run(*prefect, "work-pool", "create", "edgepress", "--type", "process", env=named)
-    project.run(*prefect, "deploy", "--prefect-file", str(ROOT / "prefect.yaml"), "--name", "nightly", env=named)
+    project.run(*prefect, "deploy", "--prefect-file", str(ROOT / "flows/prefect.yaml"), "--name", "nightly", env=named)
     project.run(*prefect, "deployment", "run", "night/nightly", env=named)
     project.run(*prefect, "worker", "start", "--pool", "edgepress", "--run-once", env=named)
     (found,) = records.listing(project.path)[before:]

@@ -141,3 +141,33 @@ def test_the_device_is_a_parameter_of_every_stage_that_asks_for_it() -> None:
     }
     assert len(asking) >= 10
     assert {name for name, stage in STAGES.items() if "device" in stage.get("params", [])} == asking
+
+
+REACH = {
+    "tasks/packed/writer.py": {"package", "baseline"},
+    "tasks/packed/source_folder.py": {"package", "baseline"},
+    "tasks/algorithms/quantisation/masked_gptq.py": {"gptq", "baseline"},
+    "tasks/algorithms/quantisation/sparsegpt.py": {"gptq", "baseline"},
+    "tasks/algorithms/quantisation/descent.py": {"gptq", "baseline"},
+    "tasks/algorithms/quantisation/eora_ranks.py": {"eora"},
+    "tasks/algorithms/pruning/wanda.py": {"wanda"},
+    "tasks/algorithms/recovery/masked_lora.py": {"lora", "baseline_lora"},
+    "tasks/parameters/preflight.py": {"fetch"},
+    "tasks/reporting": {"report"},
+    "tasks/device_profiles/profiles.py": {"hardware_fit"},
+    "tasks/evaluation/lm_eval_model.py": {"harness"},
+}
+"""Code -> the stages that an edit of it runs again; what follows them runs only where their output changed."""
+
+
+@pytest.mark.parametrize("path", REACH)
+def test_an_edit_reruns_what_uses_it_and_nothing_else(path: str) -> None:
+    assert (ROOT / path).exists()
+    assert {name for name, stage in STAGES.items() if path in stage["deps"]} == REACH[path]
+
+
+@pytest.mark.parametrize("room", ["runtime", "cli", "registry", "nightly", "export"])
+def test_no_stage_reruns_for_what_only_runs_or_shows_it(room: str) -> None:
+    paths = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tasks" / room).glob("*.py")}
+    used = paths & {dep for stage in STAGES.values() for dep in stage["deps"]}
+    assert used <= {"tasks/runtime/files.py", "tasks/runtime/processes.py"}
