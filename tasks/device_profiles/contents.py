@@ -186,6 +186,8 @@ def config_of(path: Path, hint: str = "name a model folder or a config.json") ->
     path = path / CONFIG if path.is_dir() else path
     try:
         found = json.loads(read_bytes(path, hint))
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict):

