@@ -162,7 +162,7 @@ def start_canary(
         if version.name == manifest.version:
             raise InputError(f"{version.name} is promoted itself; it can't be its own canary")
         if running not in (None, version.name):
-            raise InputError(f"{running} is a canary already; `canary stop` ends it")
+            raise InputError(f"{running} is a canary already; `edgepress canary stop` ends it")
         _, withdrawn = standing.promotions(tags.read(root))
         if version.name in withdrawn:
             raise InputError(f"{version.name} was rolled back ({withdrawn[version.name]}); promote it --again")
@@ -179,7 +179,7 @@ def stop_canary(root: Path, reason: str = "by hand", *, withdraw: bool = False) 
     with tags.locked(root):
         manifest = settle(root, strict=False)
         if manifest is None or manifest.canary is None:
-            raise InputError("there is no canary; `canary start VERSION --share 0.05` begins one")
+            raise InputError("there is no canary; `edgepress canary start VERSION` begins one")
         _end_canary(root, manifest.canary.version, "rollback" if withdraw else "stop", reason=reason)
         settle(root, strict=False)
         return manifest.canary.version
