@@ -1,7 +1,7 @@
-"""Stage baseline_lora: the fetched model with the same recovery training as the pruned one, and nothing pruned.
+"""Stage baseline_lora: the model before it was pruned, with the same recovery training as the pruned one.
 
 What recovery is worth can't be seen against the fetched model alone: training on the corpus improves a dense model too.
-Parameters are those of `lora`; the fetched model is its own teacher. Where lora is switched off this one is, too.
+Parameters are those of `lora`; the model is its own teacher. Its vocabulary is trimmed where the pruned one's is. Where lora is switched off this one is, too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,6 @@ def run(stage: Stage) -> None:
 
 
 def skip(stage: Stage) -> None:
-    """Pass the fetched model on; a history without rows."""
+    """Pass the model on; a history without rows."""
     stage.pass_on(stage.model_in, stage.output("baseline_lora/model"))
     recovery_training.write_history([], stage.output("history.csv"))

@@ -1,4 +1,4 @@
-"""Stage depth_prune: the fetched model without its least important layers, as an ordinary smaller checkpoint."""
+"""Stage depth_prune: the model without its least important layers, as an ordinary smaller checkpoint."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(stage: Stage) -> None:
 
 
 def skip(stage: Stage) -> None:
-    """The fetched model as it is, nothing removed."""
+    """The model as it is, nothing removed."""
     stage.pass_on(stage.model_in, stage.output("model"))
     _record(stage, dense_folder.config(stage.model_in)["num_hidden_layers"], [])
 

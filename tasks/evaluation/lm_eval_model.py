@@ -2,9 +2,8 @@
 
 lm_eval 0.4.13 has caches of its own, which aren't used: they are pickles, under a name that says nothing of the model,
 and what was left to ask would be batched otherwise, and round otherwise. Here requests go to the model in chunks of
-consecutive ones, whatever the limit, and an entry of the stage's memory is named by a hash of its chunk: the same bytes
-with and without it. The memory itself belongs to one model, one code and one set of libraries
-(`tasks.runtime.journal`).
+consecutive ones, whatever the limit, and an answer is saved under a hash of its chunk: the same bytes with and without
+what is saved. That belongs to one model, one code and one set of libraries (`tasks.runtime.journal`).
 
 `HFLM` shares logits between requests of equal inputs (`logits_cache`): where the scored parts are of unequal length it
 takes the wrong ones, so that is off. It adds a bos token where the tokenizer does, as lm_eval's command; never in front

@@ -47,8 +47,6 @@ PACKAGES = (
     "torch",
     "transformers",
 )
-SHORT = 10
-"""Characters of a hash that `show` prints."""
 
 
 def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:

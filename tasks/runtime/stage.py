@@ -1,6 +1,6 @@
 """A stage's only view of the world: its declared inputs, its outputs, its parameters, its journal.
 
-Names and paths come from dvc.yaml through DVC's own API; no path is written in Python. Which model a stage works on
+Names and paths come from dvc.yaml through DVC's own API; no stage writes one in Python. Which model a stage works on
 follows from the order of its dependencies (`Inputs.model_in`), so a new stage between two others needs dvc.yaml alone.
 How a stage is run, published and restored is `tasks.runtime.execution`'s.
 """
