@@ -1,7 +1,8 @@
 """Stage baseline_lora: the model before it was pruned, with the same recovery training as the pruned one.
 
 What recovery is worth can't be seen against the fetched model alone: training on the corpus improves a dense model too.
-Parameters are those of `lora`; the model is its own teacher. Its vocabulary is trimmed where the pruned one's is. Where lora is switched off this one is, too.
+Parameters are those of `lora`; the model is its own teacher. Its vocabulary is trimmed where the pruned one's is. Where
+lora is switched off this one is, too.
 """
 
 from __future__ import annotations
