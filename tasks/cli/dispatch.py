@@ -8,12 +8,13 @@ this project and keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from tasks.algorithms.errors import InputError
 from tasks.cli import exit_codes, quiet
@@ -38,6 +39,10 @@ class Parser(argparse.ArgumentParser):
         """Raise `WrongCall`."""
         raise WrongCall(self.format_usage(), message)
 
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+        """Print a help text; argparse's own would end with 0 where stdout can't be written."""
+        (file or sys.stdout).write(message)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code.
@@ -45,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: of the command line, without the program's name; None: this process's.
     """
+    _open_streams()
     words = sys.argv[1:] if arguments is None else list(arguments)
     command = COMMANDS.get(words[0]) if words else None
     try:
@@ -56,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(error)
         return command.wrong_call if command else exit_codes.WRONG_CALL
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush complains
+        _drop_stdout()
         return exit_codes.READER_GONE
     except KeyboardInterrupt as error:
         if str(error):
@@ -65,15 +71,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print_error(error)
     except Exception as error:
-        if command is None or command.told or not _is_refusal(error):
+        if (command and command.told) or not _is_refusal(error):
             raise
         print_error(" ".join(str(error).split()))
+        if isinstance(error, OSError):  # it may be stdout's own, such as a full disk
+            _drop_stdout()
     return command.refused if command else exit_codes.REFUSED
 
 
 def print_error(error: object) -> None:
     """Print a sentence, or one a line, on stderr."""
     print("\n".join(f"{ERROR}{line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+
+
+def _open_streams() -> None:
+    """Let both streams take any text, whatever the locale; a closed one takes it, too, and shows nothing."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for as long as the process
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _drop_stdout() -> None:
+    """Send what is left for stdout nowhere, else Python's last flush complains."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(command: Command, words: list[str]) -> int:
@@ -99,7 +122,7 @@ def _without_command(words: list[str]) -> int:
         return exit_codes.DONE
     near = difflib.get_close_matches(words[0], COMMANDS, n=1) if words else []
     hint = f"did you mean {near[0]}?" if near else "`edgepress --help` lists all"
-    said = f"there is no command {words[0]}" if words else "a command is missing"
+    said = f"there is no command {words[0] or repr(words[0])}" if words else "a command is missing"
     raise WrongCall("usage: edgepress COMMAND …\n", f"{said}; {hint}")
 
 

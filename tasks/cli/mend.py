@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 
+from tasks.cli import project
 from tasks.runtime import mend
 
 
@@ -20,7 +21,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(given: argparse.Namespace) -> None:
-    """Mend, and print a sentence when its thing is done."""
+    """Mend, and print a sentence when its thing is done.
+
+    Raises:
+        InputError: the working folder is no project.
+    """
+    project.require()
     done = 0
     for sentence in itertools.chain(mend.mend(), mend.mend_cache() if given.cache else ()):
         print(sentence, flush=True)

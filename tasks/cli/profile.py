@@ -9,6 +9,8 @@ How it measures, and what it can't: `tasks.device_profiles.this_machine`.
 from __future__ import annotations
 
 import argparse
+import math
+import os
 from pathlib import Path
 
 from tasks.algorithms.errors import InputError
@@ -28,8 +30,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> None:
     """Measure, write the profile, and print its figures with their sources."""
-    if given.seconds < 0 or (given.threads is not None and given.threads < 1):
-        raise InputError(f"threads = {given.threads} and seconds = {given.seconds} must be positive")
+    if not 0 < given.seconds < math.inf:
+        raise InputError(f"--seconds {given.seconds:g} is no time: expected a positive number")
+    most = os.cpu_count() or 1
+    if given.threads is not None and not 1 <= given.threads <= most:
+        raise InputError(
+            f"--threads {given.threads} is not possible here: expected 1 to {most}, the processor's threads"
+        )
     import torch  # here: --help and a wrong call need not wait for it
 
     from tasks.device_profiles import this_machine

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tasks.algorithms.errors import InputError
 from tasks.cli import console
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def main(given: argparse.Namespace) -> None:
     Raises:
         InputError: the path holds neither, a file is damaged, or the plan doesn't fit the config.
     """
+    _check(given)
     from tasks.device_profiles.contents import config_of
     from tasks.packed.packed_folder import is_packed
     from tasks.packed.plan import planned
@@ -60,6 +62,23 @@ def main(given: argparse.Namespace) -> None:
         _, sizes, bits = planned(config, _plan(given))
     content = {name: {"bytes": sizes[name], "bound": bits[name] / 8 if bits[name] else None} for name in sizes}
     console.answer(given, content, "\n".join(_table(sizes, bits)))
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Refuse numbers that no plan can have.
+
+    Raises:
+        InputError: names the option and what was expected.
+    """
+    if not 0 <= given.sparsity < 1:
+        raise InputError(f"--sparsity {given.sparsity:g} is no share of zeros: expected 0 to below 1")
+    if given.scale_steps is not None and given.scale_steps < 1:
+        raise InputError(f"--scale-steps {given.scale_steps} is no number of steps: expected 1 or more")
+    kept, _, of = given.pattern.partition(":")
+    if given.pattern not in ("unstructured", "dense") and not (
+        kept.isdigit() and of.isdigit() and 0 < int(kept) < int(of)
+    ):
+        raise InputError(f"--pattern {given.pattern} is no pattern: expected keep:of as 2:4, unstructured or dense")
 
 
 def _plan(given: argparse.Namespace) -> Plan:

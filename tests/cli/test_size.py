@@ -48,9 +48,13 @@ def test_what_can_not_be_planned_is_refused(tmp_path):
     for words, message in (
         ("--group-size 7", "group_size = 7"),
         ("--bits 9", "bits = 9: input should be less than or equal to 8"),
-        ("--pattern 2-4", "pattern = '2-4'"),
+        ("--pattern 2-4", "--pattern 2-4 is no pattern: expected keep:of"),
+        ("--pattern 5:4", "--pattern 5:4 is no pattern"),
+        ("--pattern unstructured --sparsity 2", "--sparsity 2 is no share of zeros"),
+        ("--pattern unstructured --sparsity nan", "--sparsity nan is no share of zeros"),
         ("--rank -1", "rank = -1"),
-        ("--scale-steps -1", "values = -8"),
+        ("--scale-steps 0", "--scale-steps 0 is no number of steps"),
+        ("--scale-steps -1", "--scale-steps -1 is no number of steps"),
     ):
         with pytest.raises(InputError, match=message):
             run(tmp_path, *words.split())

@@ -66,4 +66,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     code, _, errors = edgepress(capsys, "profile", "--threads", threads, "--out", tmp_path / "nowhere/host.yaml")
     assert code == 1 and errors.startswith("error: ") and "--out" in errors
     code, _, errors = edgepress(capsys, "profile", "--threads", "0", "--out", tmp_path / "host.yaml")
-    assert code == 1 and "threads = 0" in errors
+    assert code == 1 and "--threads 0 is not possible here: expected 1 to" in errors
