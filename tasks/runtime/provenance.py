@@ -177,12 +177,14 @@ def _against_record(stage: DvcStage) -> Iterator[Finding]:
             what, locked = lineage.name(item), item.hash_info.value
             if (then := written.get(what)) != locked:
                 places = f"{_short(then)} in the lineage record, {_short(locked)} in dvc.lock"
-                yield Finding(name, f"{word} {what} is {places}")
+                # DVC notes a frozen stage's code as it is now; the record keeps what made the result
+                fault = not (stage.frozen and side == "inputs" and lineage.is_code(what))
+                yield Finding(name, f"{word} {what} is {places}", fault)
     if entry.get("parameters") != _locked_parameters(stage):
         yield Finding(name, "the lineage record has other parameters than dvc.lock")
     locked = {lineage.name(dep): dep.hash_info.value for dep in lineage.inputs(stage)}
     if entry.get("code") != lineage.code_hash(locked):
-        yield Finding(name, "the lineage record has another code hash than dvc.lock gives")
+        yield Finding(name, "the lineage record has another code hash than dvc.lock gives", not stage.frozen)
 
 
 def _compare(stage: str, what: str, locked: str | None, found: str | None) -> Iterator[Finding]:

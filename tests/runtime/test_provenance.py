@@ -98,6 +98,18 @@ def test_a_frozen_stage_may_lag_behind_its_inputs(repository: Path, capsys: pyte
     assert code == 0 and "train: note: parameter train.steps" in out
 
 
+def test_the_code_of_a_frozen_stage_may_have_moved_since(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moved = DAG.replace("deps: [data/corpus]", "deps: [data/corpus, code.py]").replace(
+        "make.py train", "-B make.py train"
+    )
+    Path("dvc.yaml").write_text(moved.format(python=sys.executable, frozen="true"))
+    call(sys.executable, "-m", "dvc", "repro", "-q", "train", cwd=repository)  # DVC notes the code that is there now
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/train/model.txt")
+    assert code == 0 and "train: note: input code.py is none in the lineage record" in out
+    rewrite_keeping_size_and_time(Path("data/train/model.txt"))
+    assert edgepress(capsys, "lineage", "verify", "data/train/model.txt")[0] == 1
+
+
 @pytest.mark.parametrize("command", ["show", "verify"])
 @pytest.mark.parametrize("path", ["data/nothing", "code.py", "../elsewhere"])
 def test_a_path_that_no_stage_makes(
