@@ -252,8 +252,8 @@ def test_the_package_computes_what_the_model_that_went_in_computes(project) -> N
     code = """
 from pathlib import Path
 import torch
-from tasks import models
-packed, unpacked = (models.load_model(Path(f"data/{name}/model")) for name in ("package", "eora"))
+from tasks.runners import any_folder
+packed, unpacked = (any_folder.load_model(Path(f"data/{name}/model")) for name in ("package", "eora"))
 ids = torch.arange(60).reshape(2, 30)
 with torch.no_grad():
     print("equal", torch.equal(packed(ids).logits, unpacked(ids).logits))
