@@ -74,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (command and command.told) or not _is_refusal(error):
             raise
         print_error(" ".join(str(error).split()))
-        if isinstance(error, OSError):  # it may be stdout's own, such as a full disk
+        try:
+            sys.stdout.flush()  # what the command has said
+        except OSError:  # it was stdout's own, such as a full disk
             _drop_stdout()
     return command.refused if command else exit_codes.REFUSED
 

@@ -74,11 +74,13 @@ def _check(given: argparse.Namespace) -> None:
         raise InputError(f"--sparsity {given.sparsity:g} is no share of zeros: expected 0 to below 1")
     if given.scale_steps is not None and given.scale_steps < 1:
         raise InputError(f"--scale-steps {given.scale_steps} is no number of steps: expected 1 or more")
-    kept, _, of = given.pattern.partition(":")
-    if given.pattern not in ("unstructured", "dense") and not (
-        kept.isdigit() and of.isdigit() and 0 < int(kept) < int(of)
-    ):
-        raise InputError(f"--pattern {given.pattern} is no pattern: expected keep:of as 2:4, unstructured or dense")
+    from tasks.algorithms.model import masks
+
+    try:
+        masks.parse(given.pattern)
+    except InputError:  # which speaks of a stage's masks
+        expected = "expected keep:of as 2:4, unstructured or dense"
+        raise InputError(f"--pattern {given.pattern} is no pattern: {expected}") from None
 
 
 def _plan(given: argparse.Namespace) -> Plan:

@@ -58,14 +58,18 @@ def test_every_stage_writes_below_its_own_name_and_leaves_a_record(name: str) ->
     assert not any(dep.startswith("data/lineage") for dep in STAGES[name]["deps"])
 
 
+def imports(path: Path) -> set[str]:
+    """Full names of the modules or packages that a module imports from, those for type checkers included."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+
+
 def test_only_flows_imports_prefect() -> None:
     files = sorted((ROOT / "tasks").rglob("*.py"))
     assert len(files) > 100
     for path in files:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        modules |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert not any(module.split(".")[0] in ("prefect", "flows") for module in modules), path
+        assert not any(name.split(".")[0] in ("prefect", "flows") for name in imports(path)), path
 
 
 def test_algorithms_know_no_path_no_yaml_no_dvc() -> None:
@@ -73,11 +77,7 @@ def test_algorithms_know_no_path_no_yaml_no_dvc() -> None:
     files = sorted((ROOT / "tasks" / "algorithms").rglob("*.py"))
     assert len(files) > 30
     for path in files:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        modules = {
-            alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
-        }
-        modules |= {(node.module or "").split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        modules = {name.split(".")[0] for name in imports(path)}
         assert not modules & banned - ALLOWED.get(path.stem, set()), path
 
 
@@ -97,13 +97,6 @@ def test_a_file_in_tasks_is_a_stage_and_a_folder_is_a_room() -> None:
 def test_a_room_opens_with_what_belongs_there(room: str) -> None:
     tree = ast.parse((ROOT / "tasks" / room.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))
     assert len(tree.body) == 1 and len(ast.get_docstring(tree) or "") > 60  # words, and nothing that runs
-
-
-def imports(path: Path) -> set[str]:
-    """Full names of the modules or packages that a module imports from, those for type checkers included."""
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
 
 
 def test_the_rooms_imports_have_no_circle() -> None:
