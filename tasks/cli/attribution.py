@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dvc.repo import Repo
+from dvc.stage import Stage
 
 from tasks.cli import console, report
 from tasks.evaluation import attribution, comparison, results
@@ -41,7 +42,7 @@ def main(given: argparse.Namespace) -> None:
 def rows() -> list[dict[str, Any]]:
     """`tasks.evaluation.attribution.rows` and `seconds`, for every stage in the order of dvc.yaml; unknown is None."""
     with Repo() as repo:
-        stages = {stage.name.partition("@")[0]: [dep.def_path for dep in stage.deps] for stage in repo.index.stages}
+        stages = {_name(stage): [dep.def_path for dep in stage.deps] for stage in repo.index.stages}
         metrics = {path.parent.name: results.read(path.parent) for path in _written(repo, "evaluate", "metrics.json")}
         hosts = {path.parent.name: _json(path) for path in _written(repo, "measure", "host.json")}
         order = [name for name in stages if name in metrics]
@@ -79,11 +80,14 @@ def _quality(row: dict[str, Any], split: str) -> str:
 
 def _written(repo: Repo, name: str, file: str) -> list[Path]:
     """data/NAME/MODEL/FILE of every model for which the stage wrote it, be the file its output or a folder above it."""
-    outs = [
-        Path(out.fs_path) for stage in repo.index.stages if stage.name.partition("@")[0] == name for out in stage.outs
-    ]
+    outs = [Path(out.fs_path) for stage in repo.index.stages if _name(stage) == name for out in stage.outs]
     below = [path for out in outs for path in ([out] if out.name == file else sorted(out.glob(f"*/{file}")))]
     return [path for path in below if path.exists()]
+
+
+def _name(stage: Stage) -> str:
+    """The stage's name without the item of a matrix; what `dvc add` made has an address alone."""
+    return stage.addressing.partition("@")[0]
 
 
 def _json(path: Path) -> Any:

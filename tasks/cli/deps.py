@@ -15,8 +15,6 @@ from pathlib import Path
 
 import yaml
 
-from tasks.cli import project
-
 WHOLE = ("tasks/reporting",)
 """Rooms that only one stage uses, and needs as a whole."""
 ENTRY = re.compile(r"      - (tasks/\S+)")
@@ -29,7 +27,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> int:
     """Rewrite dvc.yaml in place, or tell what is out of date in it."""
-    project.require()
     path = Path("dvc.yaml")
     text = path.read_text(encoding="utf-8")
     new = rewritten(text, Path())

@@ -15,7 +15,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
-from tasks.cli import console, exit_codes, subcommands
+from tasks.cli import console, exit_codes, project, subcommands
 from tasks.runtime import provenance
 
 
@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="show | verify")
     for name, action, what in (("show", _show, "print the tree"), ("verify", _verify, "hash all of it again")):
         command = subcommands.add(commands, name, action, what)
-        command.add_argument("path", metavar="PATH", help="a file or folder that a stage makes")
+        command.add_argument("path", type=project.path, metavar="PATH", help="a file or folder that a stage makes")
 
 
 def main(given: argparse.Namespace) -> int:

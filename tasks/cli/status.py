@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvc.repo import Repo
 
-from tasks.cli import console, project
+from tasks.cli import console
 from tasks.nightly import worktree
 from tasks.runtime import locks
 
@@ -38,7 +38,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> None:
     """Print a line per stage, then what runs."""
-    project.require()
     rows, running = stages(given.stages), runs()
     if given.json:
         console.show_json({"stages": rows, "running": running})
@@ -70,7 +69,7 @@ def runs() -> list[dict[str, Any]]:
     else:
         found += [_run("stage", name, holder) for name, holder in at_work.items()]
     if holder := locks.holder(worktree.LOCK):
-        found.append(_run("night", next(iter(dict(_working(worktree.WORKTREE))), None), holder))
+        found.append(_run("night", next(iter(dict(_working(worktree.project(Path())))), None), holder))
     return found
 
 

@@ -22,27 +22,30 @@ FOLDER = Path(".dvc/tmp/nights")
 """Below DVC's temporary folder, which git and DVC ignore."""
 WORKTREE = FOLDER / "worktree"
 LOCK = FOLDER / "lock"
-AUTHOR = {
-    f"GIT_{who}_{what}": value
-    for who in ("AUTHOR", "COMMITTER")
-    for what, value in (("NAME", "edgepress nightly"), ("EMAIL", "nightly@localhost"))
-}
+AUTHOR = git.signed({"NAME": "edgepress nightly", "EMAIL": "nightly@localhost"})
 
 
 def root() -> Path:
-    """The project's folder, which is git's and DVC's alike.
+    """The project's folder, which is the working folder; its git repository may be a larger one.
 
     Raises:
-        InputError: the working folder is not in such a project, or it has no commit.
+        InputError: the working folder is no project, or in no git repository that has a commit.
     """
-    try:
-        top = Path(git.run(Path.cwd(), "rev-parse", "--show-toplevel"))
-        git.run(top, "rev-parse", "--verify", "--quiet", "HEAD")
-    except InputError as error:
-        raise InputError("a night compresses a commit: run from the folder of a git repository with one") from error
+    top = Path.cwd()
     if not (top / "dvc.yaml").exists():
         raise InputError(f"{top} has no dvc.yaml; run from the project's folder")
+    try:
+        git.run(top, "rev-parse", "--verify", "--quiet", "HEAD")
+    except git.Distrusted:
+        raise
+    except InputError as error:
+        raise InputError("a night compresses a commit: run from the folder of a git repository with one") from error
     return top
+
+
+def project(top: Path) -> Path:
+    """The project's folder in the nights' worktree, which is one of the whole repository."""
+    return top / WORKTREE / git.run(top, "rev-parse", "--show-prefix")
 
 
 def locked(top: Path, wait: bool) -> contextlib.AbstractContextManager[None]:
@@ -59,24 +62,33 @@ def locked(top: Path, wait: bool) -> contextlib.AbstractContextManager[None]:
 
 
 def prepare(top: Path) -> Path:
-    """Bring the nights' worktree to the workspace's HEAD; its outputs and dvc.lock stay, as they belong together."""
-    folder, head = top / WORKTREE, git.run(top, "rev-parse", "HEAD")
+    """Bring the nights' worktree to the workspace's HEAD; its outputs and dvc.lock stay, as they belong together.
+
+    Returns:
+        The project's folder in it.
+
+    Raises:
+        InputError: the project isn't committed.
+    """
+    folder, own, head = top / WORKTREE, project(top), git.run(top, "rev-parse", "HEAD")
     if _is_worktree(folder):
-        lock = folder / "dvc.lock"
+        lock = own / "dvc.lock"
         kept = lock.read_bytes() if lock.exists() else None
         for stale in Path(git.run(folder, "rev-parse", "--absolute-git-dir")).glob("*.lock"):
             stale.unlink()  # git's, of a night that was killed: only nights work here, one at a time
         git.run(folder, "checkout", "--quiet", "--force", "--detach", head)
         git.run(folder, "clean", "--quiet", "--force", "-d")
-        if kept is not None:
+        if kept is not None and own.is_dir():
             lock.write_bytes(kept)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         _forget(top, folder)
         git.run(top, "worktree", "prune")
         git.run(top, "worktree", "add", "--quiet", "--force", "--detach", str(folder), head)
-    _share_cache(top, folder)
-    return folder
+    if not (own / "dvc.yaml").exists():
+        raise InputError(f"dvc.yaml is not in commit {head[:10]}, which a night compresses; commit the project first")
+    _share_cache(top, own)
+    return own
 
 
 def _forget(top: Path, folder: Path) -> None:
@@ -118,8 +130,9 @@ def commit(folder: Path, tree: str, message: str) -> str:
 
 def uncommitted(top: Path) -> str:
     """Tracked files that differ from HEAD, in words; none where they are just what was brought back before."""
-    changed = git.run(top, "diff", "--name-only", "HEAD").splitlines()
+    changed = git.names(top, "diff", "--name-only", "HEAD")
+    places = [f":(top,literal){name}" for name in changed]  # the repository may be larger than the project
     with contextlib.suppress(InputError):  # no such ref: nothing was brought back yet
-        if changed and not git.run(top, "diff", "--name-only", EXEC_APPLY, "--", *changed):
+        if changed and not git.names(top, "diff", "--name-only", EXEC_APPLY, "--", *places):
             return ""
     return ", ".join(changed)

@@ -156,7 +156,7 @@ def snapshot(root: Path) -> str:
     if tree == git.run(root, "rev-parse", "HEAD^{tree}"):
         return head
     message = "Workspace of a promoted package"
-    return git.run(root, "commit-tree", tree, "-p", head, "-m", message, env=_identity(root))
+    return git.run(root, "commit-tree", tree, "-p", head, "-m", message, env=git.signed(git.identity(root)))
 
 
 def _check_workspace(root: Path) -> None:
@@ -253,16 +253,6 @@ def _compare_with_manifest(folder: Path, copied: Mapping[str, Mapping[str, Any]]
     for name, expected in hashes.items():
         if copied.get(name, {}).get("sha256") != expected:
             raise InputError(f"{name} of {revision[:10]} is not the file that the package's manifest names")
-
-
-def _identity(root: Path) -> dict[str, str]:
-    """Who commits, where git was not told."""
-    name = {"NAME": "edgepress", "EMAIL": "edgepress@localhost"}
-    try:
-        git.run(root, "config", "user.email")
-    except InputError:
-        return {f"GIT_{who}_{key}": name[key] for who in ("AUTHOR", "COMMITTER") for key in name}
-    return {}
 
 
 def remove(folder: Path) -> None:
