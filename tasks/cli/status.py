@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvc.repo import Repo
 
+from tasks.algorithms.errors import InputError
 from tasks.cli import console
 from tasks.nightly import worktree
 from tasks.runtime import locks
@@ -69,7 +70,7 @@ def runs() -> list[dict[str, Any]]:
     else:
         found += [_run("stage", name, holder) for name, holder in at_work.items()]
     if holder := locks.holder(worktree.LOCK):
-        found.append(_run("night", next(iter(dict(_working(worktree.project(Path())))), None), holder))
+        found.append(_run("night", next(iter(dict(_working(_nights()))), None), holder))
     return found
 
 
@@ -117,6 +118,13 @@ def _working(folder: Path) -> Iterable[tuple[str, locks.Holder]]:
         holder = locks.holder(path) if path.name != locks.FLOW.name else None
         if holder:
             yield path.stem, holder
+
+
+def _nights() -> Path:
+    try:
+        return worktree.project(Path())
+    except InputError:  # no git, so no night has run here
+        return worktree.WORKTREE
 
 
 def _lock(folder: Path, stage: str) -> Path:

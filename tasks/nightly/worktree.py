@@ -9,6 +9,7 @@ without changes has nothing to link and an interrupted one goes on. The list of 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 
@@ -112,7 +113,8 @@ def _share_cache(top: Path, folder: Path) -> None:
     if own.exists():
         shutil.copyfile(own, folder / ".dvc/config.local")
     with Repo(str(top)) as workspace, Repo(str(folder), uninitialized=True) as repo:
-        cache = workspace.cache.local_cache_dir
+        # a relative path stays one, mostly of ".." alone: DVC can't write names that aren't ASCII (3.67.1)
+        cache = os.path.relpath(workspace.cache.local_cache_dir)
         with repo.config.edit("local") as config:
             config.setdefault("cache", {})["dir"] = cache
 

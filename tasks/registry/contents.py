@@ -195,11 +195,8 @@ def _package_path(fs: DVCFileSystem, revision: str) -> str:
 
 @contextlib.contextmanager
 def _opened(root: Path, revision: str) -> Iterator[DVCFileSystem]:
-    fs = DVCFileSystem(str(root), rev=revision)
-    try:
-        yield fs
-    finally:
-        fs.close()
+    with Repo(str(root)) as repo, repo.switch(revision):  # DVCFileSystem itself takes git's folder for the project's
+        yield repo.dvcfs.fs
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ AT_WORK = "DVC is working in this folder"
 
 
 def keep_lock() -> None:
-    """Keep a copy of dvc.lock: what it says now, and the entries that it lacks and had before beside the same commit."""
+    """Keep a copy of dvc.lock: what it says now, and the entries that it lacks and had before on the same commit."""
     now = _entries(LOCK)
     if now is None:
         return
