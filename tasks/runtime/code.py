@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from tasks.algorithms.errors import InputError
 
 if TYPE_CHECKING:
+    from dvc.output import Output
     from dvc.stage import Stage as DvcStage
 
 STAGE = "code"
@@ -50,46 +51,46 @@ def closure(path: Path, root: Path) -> list[str]:
     return sorted(file.relative_to(root).as_posix() for file in found)
 
 
-@functools.cache
-def imported(path: Path, root: Path) -> frozenset[Path]:
+def imported(path: Path, root: Path) -> list[Path]:
     """Project files that a module imports when it runs; imports for type checkers alone don't count.
 
     Raises:
         InputError: it is no Python.
     """
     try:
-        body = ast.parse(path.read_bytes()).body
+        names = _imports(path.read_bytes())
     except SyntaxError as error:
         where = path.relative_to(root)
-        raise InputError(
-            f"{where}, line {error.lineno} is no Python ({error.msg}); correct it, then run again"
-        ) from error
-    names: set[str] = set()
-    for node in _statements(body):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    files = {root / f"{name.replace('.', '/')}.py" for name in names if name.startswith("tasks")}
-    return frozenset(file for file in files if file.exists())
+        raise InputError(f"{where}, line {error.lineno} is no Python ({error.msg}); correct it") from error
+    files = [root / f"{name.replace('.', '/')}.py" for name in names if name.startswith("tasks")]
+    return [file for file in files if file.exists()]
 
 
-def listed(stage: DvcStage) -> Path | None:
+def listed(stage: DvcStage) -> Output | None:
     """The list that a stage depends on; None where it depends on none."""
     folder = Path(stage.repo.root_dir) / FOLDER
-    return next((path for dep in stage.deps if (path := Path(dep.fs_path)).parent == folder), None)
+    return next((dep for dep in stage.deps if Path(dep.fs_path).parent == folder), None)
 
 
-def changed_code(stage: DvcStage) -> list[str]:
+def changed_code(stage: DvcStage, made: bool = False) -> list[str]:
     """The files of a stage's code that are not what its list says now, or are new in it or no longer there.
 
     Where there is no list any more, these are all of its files; where the stage depends on none, there are none.
+
+    Args:
+        made: compare with the list that its result was made with, as far as DVC's cache has it.
+
+    Raises:
+        InputError: one of them is no Python.
     """
-    path = listed(stage)
-    if path is None:
+    dep = listed(stage)
+    if dep is None:
         return []
-    imported.cache_clear()  # a process that lives on sees edits, too
-    now, before = listing(stage.name.partition("@")[0], Path(stage.repo.root_dir)), _read(path)
+    now = listing(stage.name.partition("@")[0], Path(stage.repo.root_dir))
+    before = None
+    if made and dep.hash_info:
+        before = _read(Path(stage.repo.cache.local.oid_to_path(dep.hash_info.value)))
+    before = before or _read(Path(dep.fs_path)) or {}
     return sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
 
 
@@ -99,12 +100,24 @@ def named(paths: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(paths[:SHOWN]), *more]))
 
 
-def _read(path: Path) -> dict[str, str]:
+def _read(path: Path) -> dict[str, str] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None
+    return found if isinstance(found, dict) else None
+
+
+@functools.cache  # by content: a process that lives on sees edits
+def _imports(source: bytes) -> frozenset[str]:
+    """Full names of what a module imports: of modules, and of what is taken from them."""
+    names: set[str] = set()
+    for node in _statements(ast.parse(source).body):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(names)
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

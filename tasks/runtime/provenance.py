@@ -153,9 +153,8 @@ def _against_lock(stage: DvcStage, actual: Callable[[Output], str | None]) -> It
         yield Finding(name, "never run here: dvc.lock has no entry for it (`dvc repro` makes it)")
         return
     for out in stage.outs:
-        yield from _altered_files(out) or _compare(
-            name, f"output {lineage.name(out)}", out.hash_info.value, actual(out)
-        )
+        if (found := actual(out)) != (locked := out.hash_info.value):
+            yield from _altered_files(out) or _compare(name, f"output {lineage.name(out)}", locked, found)
     for dep in lineage.inputs(stage):
         for finding in _compare(name, f"input {lineage.name(dep)}", dep.hash_info.value, actual(dep)):
             # a frozen stage's result is kept on purpose when its inputs go on
@@ -183,7 +182,7 @@ def _altered_files(out: Output) -> list[Finding]:
 
 def _against_code(stage: DvcStage) -> Iterator[Finding]:
     """The files that the list of a stage's code names, against those on disk."""
-    for path in code.changed_code(stage):
+    for path in code.changed_code(stage, made=True):
         yield Finding(stage.addressing, f"code {path} is not what it was made with", not stage.frozen)
 
 

@@ -110,7 +110,8 @@ def test_the_code_of_a_frozen_stage_may_have_moved_since(repository: Path, capsy
     Path("tasks/train.py").write_text("answer = 44\n")
     code, out, _ = edgepress(capsys, "lineage", "verify", "data/train/model.txt")
     assert code == 0 and "train: note: code tasks/train.py is not what it was made with" in out
-    call(sys.executable, "-m", "dvc", "repro", "-q", "train", cwd=repository)  # DVC notes the code that is there now
+    call(sys.executable, "-m", "dvc", "repro", "-q", "code", cwd=repository)
+    call(sys.executable, "-m", "dvc", "commit", "-f", "-q", "train", cwd=repository)  # the code that is there now
     code, out, _ = edgepress(capsys, "lineage", "verify", "data/train/model.txt")
     assert code == 0 and "train: note: input data/code/train.json is" in out
     rewrite_keeping_size_and_time(Path("data/train/model.txt"))
