@@ -36,6 +36,7 @@ def root() -> Path:
     if not (top / "dvc.yaml").exists():
         raise InputError(f"{top} has no dvc.yaml; run from the project's folder")
     try:
+        git.trust(top)
         git.run(top, "rev-parse", "--verify", "--quiet", "HEAD")
     except git.Distrusted:
         raise

@@ -198,6 +198,7 @@ def _git(root: Path) -> Iterator[Git]:
     except SCMError as error:
         raise InputError(f"{root} is in no git repository: the registry keeps its versions as git tags") from error
     try:
+        git.trust(root)
         yield scm
     finally:
         scm.close()

@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pygit2
+
 from tasks.algorithms.errors import InputError
 
 NO_HOOKS = ("-c", "core.hooksPath=/dev/null")
@@ -48,6 +50,17 @@ def run(folder: Path, *arguments: str, env: Mapping[str, str] | None = None, tex
         kind = Distrusted if "safe.directory" in done.stderr else InputError
         raise kind(f"git {' '.join(arguments[:2])} failed: {' '.join(done.stderr.split())}")
     return done.stdout.removesuffix("\n")
+
+
+def trust(folder: Path) -> None:
+    """Let DVC read commits in a repository where git works, by pygit2, which knows a safe.directory of files alone.
+
+    Raises:
+        InputError: it is in no repository.
+        Distrusted: git refuses another user's.
+    """
+    run(folder, "rev-parse", "--git-dir")
+    pygit2.settings.owner_validation = False  # git has looked, and it takes GIT_CONFIG_COUNT, too (pygit2 1.21)
 
 
 def names(folder: Path, command: str, *arguments: str) -> list[str]:
