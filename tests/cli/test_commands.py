@@ -55,7 +55,7 @@ def test_the_overview_names_every_command_and_ends_with_the_exit_codes(capsys) -
     for command in COMMANDS.values():
         assert f"\n  {command.name:<13}{command.help}\n" in out
     table = (exit_codes.__doc__ or "").partition("\n\n")[2]
-    assert len(table.splitlines()) > 10 and out.rstrip().endswith(table.rstrip())
+    assert len(table.splitlines()) >= 10 and out.rstrip().endswith(table.rstrip())
     assert max(map(len, out.splitlines())) <= 120
 
 
