@@ -128,6 +128,7 @@ def _load(address: str) -> Stage:
 def _perform(stage: Stage) -> None:
     _remove(stage.scratch)  # of a run that was killed
     mend.keep_lock()
+    lineage.keep_inputs(stage.dvc)
     if altered := failures.altered_inputs(stage):
         raise InputError(f"{' and '.join(altered)} {failures.ALTERED}")
     preflight.check_workspace(stage.everything, stage.address)

@@ -82,6 +82,7 @@ class Stage(Inputs):
         item: the matrix item (`gptq` in `evaluate@gptq`), or None.
         everything: all sections, for the checks before the stage starts; a stage computes with `params` alone.
         params: the declared sections of params.yaml, as attributes; an undeclared one is an AttributeError.
+        facts: of `note`.
     """
 
     def __init__(self, address: str, repo: Repo) -> None:
@@ -93,8 +94,9 @@ class Stage(Inputs):
         self.everything = schema.load()
         declared = {key.split(".")[0] for dep in self.dvc.deps for key in getattr(dep, "params", ())}
         self.params = SimpleNamespace(**{key: getattr(self.everything, key) for key in sorted(declared)})
-        self.outs = [_relative(out) for out in self.dvc.outs if Path("data/lineage") not in _relative(out).parents]
+        self.outs = [_relative(out) for out in self.dvc.outs]
         self.scratch = SCRATCH / address
+        self.facts: dict[str, Any] = {}
 
     @property
     def enabled(self) -> bool:
@@ -131,6 +133,10 @@ class Stage(Inputs):
             shutil.copytree(source, target, copy_function=_link, dirs_exist_ok=True)
         else:
             _link(source, target)
+
+    def note(self, **facts: Any) -> None:
+        """Facts of this run alone for the stage's lineage record: what it measured, which would repeat nowhere."""
+        self.facts |= facts
 
     def progress(self, description: str, total: int) -> Progress:
         """A progress bar; a context manager with `update(done, **figures)`."""

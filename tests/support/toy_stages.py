@@ -28,7 +28,7 @@ DVC = {
             "cmd": f"{sys.executable} run.py toy",
             "deps": ["data/source/text.txt", "other/text.txt"],
             "params": ["toy.enabled", "toy.how", "toy.value"],
-            "outs": ["data/toy/model", "data/toy/table.csv", "data/lineage/toy.json"],
+            "outs": ["data/toy/model", "data/toy/table.csv"],
         },
     }
 }
