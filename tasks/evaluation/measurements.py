@@ -19,7 +19,7 @@ UNKNOWN = (
 
 
 def hosts(models: Mapping[str, Any], record: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Model -> its figures with `measured`, `engine`, `bytes`, `host`, `workload`, `when`; else `measured` false, `why`.
+    """Model -> its figures with `measured`, `engine`, `bytes`, `host`, `workload`, `when`; or `measured` false, `why`.
 
     Args:
         models: what `MODELS` holds.

@@ -26,7 +26,7 @@ if name == "speed":
     facts = {"measured": started}
 if name == "report":
     text += repr(json.loads(Path("data/lineage/speed.json").read_text())["measured"])
-if name == "train":
+if name in ("train", "speed"):
     text += Path("params.yaml").read_text().rpartition("steps: ")[2][0]
 if path.suffix:
     path.parent.mkdir(parents=True, exist_ok=True)
