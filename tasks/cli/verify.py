@@ -20,7 +20,7 @@ from dvc.repo import Repo
 from tasks.algorithms.errors import InputError
 from tasks.cli import console, exit_codes
 from tasks.runtime import verification
-from tasks.runtime.verification import HERE, SAME, Row
+from tasks.runtime.verification import GOOD, HERE, Row
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def main(given: argparse.Namespace) -> int:
             rows = verification.verify(repo, revision)
     except (DvcException, OSError) as error:
         raise InputError(f"nothing can be verified here: {' '.join(str(error).split())}") from error
-    differing = [row for row in rows if row.state != SAME]
+    differing = [row for row in rows if row.state not in GOOD]
     if given.json:
         found = {"revision": revision, "same": not differing, "stages": [row._asdict() for row in rows]}
         console.show_json(found)

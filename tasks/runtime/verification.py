@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
     from dvc.stage import Stage
 
-SAME, DIFFERS, NOT_RUN, UNKNOWN = "same", "differs", "not run", "not committed"
-STATES = (SAME, DIFFERS, NOT_RUN, UNKNOWN)
-"""Of a stage. `NOT_RUN`: an output isn't on disk. `UNKNOWN`: the commit's dvc.lock has no entry for it."""
+SAME, DIFFERS, NOT_RUN, UNKNOWN, NEVER = "same", "differs", "not run", "not committed", "never run"
+GOOD = (SAME, NEVER)
+"""States of a stage. `NOT_RUN`: an output isn't on disk. `UNKNOWN`: the commit's dvc.lock has no entry for it; `NEVER`:
+and nothing of it is on disk either."""
 HERE, CACHE, GIT, NOWHERE = "computed here", "from a cache", "from git", "-"
 SHOWN = 10
 """Characters of a hash that are shown."""
@@ -39,7 +40,7 @@ class Row(NamedTuple):
     """A stage against the commit.
 
     Attributes:
-        state: of `STATES`.
+        state: one of the words above.
         source: where what is on disk came from; with the time where this machine computed it.
         why: sentences.
         hashed: outputs that were hashed.
@@ -97,7 +98,9 @@ def _lock(root: Path, revision: str) -> dict[str, Any]:
 
 def _row(stage: Stage, entry: dict[str, Any] | None, made: set[str], revision: str) -> Row:
     if entry is None:
-        return Row(stage.addressing, UNKNOWN, NOWHERE, ["the commit's dvc.lock has no entry for it"], 0)
+        there = any(out.exists for out in stage.outs)
+        why = ["the commit's dvc.lock has no entry for it"] if there else []
+        return Row(stage.addressing, UNKNOWN if there else NEVER, NOWHERE, why, 0)
     locked = {out["path"]: out["md5"] for out in entry.get("outs", [])}
     outs = {out.def_path: out for out in stage.outs}
     found = {path: lineage.md5(out, trust_state=False) for path, out in outs.items()}

@@ -31,7 +31,7 @@ from tests.support.nightly_project import NightlyProject, workspace
 from tests.support.paths import ROOT
 
 ONCE = ("-m", "tasks", "night", "--once")
-CACHED = "0 of 7 stages ran"
+CACHED = "0 of 8 stages ran"
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_the_schedule_fires_and_fires_again_after_a_stop_and_a_restart(project) 
     project.commit("every minute")
     before = workspace(project)
     first = serve_until_it_fires(project)
-    assert (first.record["verdict"], first.record["stages"]) == ("ACCEPT", "7 of 7 stages ran")
+    assert (first.record["verdict"], first.record["stages"]) == ("ACCEPT", "8 of 8 stages ran")
     again = serve_until_it_fires(project)
     assert (again.record["verdict"], again.record["stages"]) == ("ACCEPT", CACHED)
     assert workspace(project) == before
@@ -161,6 +161,36 @@ def test_each_kind_of_night_has_its_verdict_its_event_and_its_exit_code(project)
     assert "Running stage" not in project.run(sys.executable, "-m", "dvc", "repro")
     project.python("-m", "tasks", "night", "apply", records.listing(project.path)[0].name)  # from one to the next
     project.run("git", "checkout", "--force", ".")
+
+
+@pytest.mark.slow  # a flow and three nights
+def test_a_night_after_a_run_computes_nothing_and_records_go_with_the_nights(plain) -> None:
+    plain.python("-m", "tasks", "run")
+    plain.commit("as make leaves it")
+    record = plain.path / "data/lineage/measure.json"
+    first, before = record.read_bytes(), workspace(plain)
+    plain.python(*ONCE)
+    night = last(plain)
+    assert (night.record["verdict"], night.record["stages"]) == ("ACCEPT", CACHED)
+    assert night.record["figures"]["seconds_per_token"] == 0.01  # which no output holds
+    assert workspace(plain) == before
+    plain.weights(0.001)
+    plain.python(*ONCE)
+    changed = last(plain)
+    assert changed.record["figures"]["seconds_per_token"] == 0.01
+    latency = [check for check in changed.record["checks"] if check["value"] == 1.0 and "token" in check["check"]]
+    assert record.read_bytes() == first and latency
+    plain.weights(0.0)
+    plain.python(*ONCE)
+    assert last(plain).record["stages"] == CACHED
+    assert plain.run("git", "show", f"{last(plain).commit}:data/lineage/measure.json").encode() == first
+    plain.weights(0.001)
+    plain.commit("the source of that night")
+    plain.python("-m", "tasks", "night", "apply", changed.name)
+    entry = json.loads(record.read_bytes())
+    assert record.read_bytes() != first and entry["measured"].keys() == {"package"}
+    assert (plain.path / "data/report/report.html").read_bytes() == record.read_bytes()
+    assert "up to date" in plain.run(sys.executable, "-m", "dvc", "status")
 
 
 @pytest.mark.slow  # a server

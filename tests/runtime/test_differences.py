@@ -56,7 +56,7 @@ def test_values_of_tensors(pair) -> None:
 
 
 def test_lines_and_bytes(pair) -> None:
-    assert told(pair, "v.txt", "a\nb\n", "a\nc\nd\n") == "2 of 4 lines"
+    assert told(pair, "v.txt", "a\nb\nc\n", "a\nx\nc\n") == "1 of 4 lines"
     assert told(pair, "unknown", "abc", "abcd") == "4 bytes, committed 3"
 
 

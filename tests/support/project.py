@@ -27,6 +27,7 @@ COPIED = (
     ".dvcignore",
     ".gitignore",
     ".dvc/config",
+    ".dvc/.gitignore",
 )
 DOCUMENT = (
     "The {n} pump shall start within {n} seconds of the request, and shall report the {n} state to the operator. "
