@@ -46,7 +46,6 @@ LIBRARIES = ("torch", "transformers", "peft", "gptqmodel")
 """Their versions are part of every key."""
 RECORD = "record.json"
 """Written last into a finished folder."""
-LINEAGE = "data/lineage/"
 SHIPPED = ("model.safetensors", "model.json")
 """The files that hold a packed model."""
 
@@ -59,7 +58,7 @@ class Declared:
         address: "wanda", "evaluate@gptq".
         deps: files and folders, as written.
         params: dotted names.
-        outs: files and folders, without the lineage record.
+        outs: files and folders, as written.
     """
 
     address: str
@@ -259,7 +258,7 @@ def declared(path: Path, values: Mapping[str, Any]) -> dict[str, Declared]:
                 address,
                 tuple(dict.fromkeys(os.path.normpath(_fill(dep, context)) for dep in stage["deps"])),
                 tuple(stage.get("params", [])),
-                tuple(_fill(out, context) for out in outs if not out.startswith(LINEAGE)),
+                tuple(_fill(out, context) for out in outs),
                 stage.get("frozen", False),
             )
     return found

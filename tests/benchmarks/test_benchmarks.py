@@ -115,7 +115,7 @@ def test_dvc_yaml_is_read_with_its_values_and_its_matrix(tmp_path):
         "    matrix: {model: [first, last]}\n"
         "    deps: ['data/${item.model}/model']\n"
         "    metrics: ['data/each/${item.model}/m.json']\n"
-        "    outs: ['data/lineage/each@${item.model}.json']\n",
+        "    outs: ['data/each/${item.model}/documents.csv']\n",
         encoding="utf-8",
     )
     stages = declared(tmp_path / "dvc.yaml", {"a": {"path": "data//source/model"}})
@@ -123,7 +123,7 @@ def test_dvc_yaml_is_read_with_its_values_and_its_matrix(tmp_path):
     assert stages["first"].deps == ("data/source/model", "tasks/first.py")
     assert stages["first"].outs == ("data/first/model",)
     assert stages["each@last"].deps == ("data/last/model",)
-    assert stages["each@last"].outs == ("data/each/last/m.json",)
+    assert stages["each@last"].outs == ("data/each/last/documents.csv", "data/each/last/m.json")
 
 
 def test_a_digest_is_of_names_and_contents(tmp_path):

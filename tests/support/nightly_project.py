@@ -80,7 +80,7 @@ elif name == "report":
     (out / "plots").mkdir()
     (out / "plots/captions.json").write_text("{}")
     (out / "verdict.txt").write_text("A toy.\\n")
-    (out / "stages.csv").write_text("stage,bytes\\npackage,1\\n")
+    (out / "stages.csv").write_text("stage,bytes,protocol\\npackage,1,toy\\n")
 else:
     {"package": package, "evaluate": evaluate}[name]()
 """
