@@ -212,6 +212,25 @@ def test_retention_says_what_would_go_and_keeps_what_is_promoted(project) -> Non
     assert "0 things" in project.python("-m", "tasks", "retention")
 
 
+def test_a_record_goes_with_the_data_that_it_is_of(plain) -> None:
+    def repro():
+        plain.python("-m", "dvc", "repro", "measure")
+
+    repro()
+    (old,) = plain.path.glob("data/lineage/here/measure/*.json")
+    plain.commit("first")
+    commits = [plain.run("git", "rev-parse", "HEAD").strip()]
+    plain.weights(0.5)
+    repro()
+    assert retention._cache(plain.path, commits) == []  # a commit and the workspace name all of it
+    items = {item.kind: item for item in retention._cache(plain.path, [])}
+    assert items["record"].what == str(old.relative_to(plain.path)) and items["record"].bytes == old.stat().st_size
+    for item in items.values():
+        item.remove()
+    assert not old.exists() and len(list(plain.path.glob("data/lineage/here/measure/*.json"))) == 1
+    assert retention._cache(plain.path, []) == []
+
+
 def version_missing(project):
     return versions.current(project.path) is None
 
