@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 TEXTS = (".txt", ".html", ".jsonl", ".svg", ".yaml", ".md", ".py", ".jinja")
 
 
@@ -30,12 +32,8 @@ def between(committed: Path, found: Path, name: str) -> str:
             return _tensors(committed, found)
         if ending in TEXTS:
             return _lines(committed, found)
-    except (ValueError, OSError, RuntimeError) as error:  # cut off, or no such format: safetensors has its own error
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # cut off, or no such format
         return f"can't be compared: {' '.join(str(error).split())[:200]}"
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        return f"can't be compared: {error}"
     return f"{found.stat().st_size:,} bytes, committed {committed.stat().st_size:,}"
 
 
