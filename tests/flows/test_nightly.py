@@ -163,36 +163,6 @@ def test_each_kind_of_night_has_its_verdict_its_event_and_its_exit_code(project)
     project.run("git", "checkout", "--force", ".")
 
 
-@pytest.mark.slow  # a flow and three nights
-def test_a_night_after_a_run_computes_nothing_and_records_go_with_the_nights(plain) -> None:
-    plain.python("-m", "tasks", "run")
-    plain.commit("as make leaves it")
-    record = plain.path / "data/lineage/measure.json"
-    first, before = record.read_bytes(), workspace(plain)
-    plain.python(*ONCE)
-    night = last(plain)
-    assert (night.record["verdict"], night.record["stages"]) == ("ACCEPT", CACHED)
-    assert night.record["figures"]["seconds_per_token"] == 0.01  # which no output holds
-    assert workspace(plain) == before
-    plain.weights(0.001)
-    plain.python(*ONCE)
-    changed = last(plain)
-    assert changed.record["figures"]["seconds_per_token"] == 0.01
-    latency = [check for check in changed.record["checks"] if check["value"] == 1.0 and "token" in check["check"]]
-    assert record.read_bytes() == first and latency
-    plain.weights(0.0)
-    plain.python(*ONCE)
-    assert last(plain).record["stages"] == CACHED
-    assert plain.run("git", "show", f"{last(plain).commit}:data/lineage/measure.json").encode() == first
-    plain.weights(0.001)
-    plain.commit("the source of that night")
-    plain.python("-m", "tasks", "night", "apply", changed.name)
-    entry = json.loads(record.read_bytes())
-    assert record.read_bytes() != first and entry["measured"].keys() == {"package"}
-    assert (plain.path / "data/report/report.html").read_bytes() == record.read_bytes()
-    assert "up to date" in plain.run(sys.executable, "-m", "dvc", "status")
-
-
 @pytest.mark.slow  # a server
 def test_retention_says_what_would_go_and_keeps_what_is_promoted(project) -> None:
     if version_missing(project):
@@ -210,25 +180,6 @@ def test_retention_says_what_would_go_and_keeps_what_is_promoted(project) -> Non
     current = versions.current(project.path)
     project.python("-m", "tasks", "gate", current.revision)  # its figures and its package are still in the cache
     assert "0 things" in project.python("-m", "tasks", "retention")
-
-
-def test_a_record_goes_with_the_data_that_it_is_of(plain) -> None:
-    def repro():
-        plain.python("-m", "dvc", "repro", "measure")
-
-    repro()
-    (old,) = plain.path.glob("data/lineage/here/measure/*.json")
-    plain.commit("first")
-    commits = [plain.run("git", "rev-parse", "HEAD").strip()]
-    plain.weights(0.5)
-    repro()
-    assert retention._cache(plain.path, commits) == []  # a commit and the workspace name all of it
-    items = {item.kind: item for item in retention._cache(plain.path, [])}
-    assert items["record"].what == str(old.relative_to(plain.path)) and items["record"].bytes == old.stat().st_size
-    for item in items.values():
-        item.remove()
-    assert not old.exists() and len(list(plain.path.glob("data/lineage/here/measure/*.json"))) == 1
-    assert retention._cache(plain.path, []) == []
 
 
 def version_missing(project):
