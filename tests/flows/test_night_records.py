@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 
 import pytest
@@ -21,38 +22,50 @@ def plain(tmp_path):
     return NightlyProject(tmp_path)
 
 
+@pytest.fixture
+def served(plain):
+    """The project, with a server of its own."""
+    ui = plain.start("-m", "tasks", "ui", "0")
+    try:
+        assert ui.stdout.readline() and "Prefect UI" in ui.stdout.readline()
+        yield plain
+    finally:
+        ui.send_signal(signal.SIGTERM)
+        ui.wait(30)
+
+
 def last(project):
     return records.listing(project.path)[-1]
 
 
 @pytest.mark.slow  # a flow and three nights
-def test_a_night_after_a_run_computes_nothing_and_records_go_with_the_nights(plain) -> None:
-    plain.python("-m", "tasks", "run")
-    plain.commit("as make leaves it")
-    record = plain.path / "data/lineage/measure.json"
-    first, before = record.read_bytes(), workspace(plain)
-    plain.python(*ONCE)
-    night = last(plain)
+def test_a_night_after_a_run_computes_nothing_and_records_go_with_the_nights(served) -> None:
+    served.python("-m", "tasks", "run")
+    served.commit("as make leaves it")
+    record = served.path / "data/lineage/measure.json"
+    first, before = record.read_bytes(), workspace(served)
+    served.python(*ONCE)
+    night = last(served)
     assert (night.record["verdict"], night.record["stages"]) == ("ACCEPT", CACHED)
     assert night.record["figures"]["seconds_per_token"] == 0.01  # which no output holds
-    assert workspace(plain) == before
-    plain.weights(0.001)
-    plain.python(*ONCE)
-    changed = last(plain)
+    assert workspace(served) == before
+    served.weights(0.001)
+    served.python(*ONCE)
+    changed = last(served)
     assert changed.record["figures"]["seconds_per_token"] == 0.01
     latency = [check for check in changed.record["checks"] if check["value"] == 1.0 and "token" in check["check"]]
     assert record.read_bytes() == first and latency
-    plain.weights(0.0)
-    plain.python(*ONCE)
-    assert last(plain).record["stages"] == CACHED
-    assert plain.run("git", "show", f"{last(plain).commit}:data/lineage/measure.json").encode() == first
-    plain.weights(0.001)
-    plain.commit("the source of that night")
-    plain.python("-m", "tasks", "night", "apply", changed.name)
+    served.weights(0.0)
+    served.python(*ONCE)
+    assert last(served).record["stages"] == CACHED
+    assert served.run("git", "show", f"{last(served).commit}:data/lineage/measure.json").encode() == first
+    served.weights(0.001)
+    served.commit("the source of that night")
+    served.python("-m", "tasks", "night", "apply", changed.name)
     entry = json.loads(record.read_bytes())
     assert record.read_bytes() != first and entry["measured"].keys() == {"package"}
-    assert (plain.path / "data/report/report.html").read_bytes() == record.read_bytes()
-    assert "up to date" in plain.run(sys.executable, "-m", "dvc", "status")
+    assert (served.path / "data/report/report.html").read_bytes() == record.read_bytes()
+    assert "up to date" in served.run(sys.executable, "-m", "dvc", "status")
 
 
 def test_a_record_goes_with_the_data_that_it_is_of(plain) -> None:
