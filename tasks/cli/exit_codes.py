@@ -11,7 +11,6 @@ Where a code means something else:
   gate, night --once  0 ACCEPT, 3 REGRESSION, 4 ANOMALOUS, 5 INFEASIBLE, 6 UNDECIDED; 1 there is no verdict
   lineage verify      1 something was altered or is missing; lineage refuses with 2
   verify              1 something differs from the commit; verify refuses with 2
-  deps --check        1 dvc.yaml is out of date
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from dvc_data.hashfile import load
 from dvc_data.hashfile.hash_info import HashInfo
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import differences, git, lineage
+from tasks.runtime import code, differences, files, git, lineage
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -111,7 +111,7 @@ def _row(stage: Stage, entry: dict[str, Any] | None, made: set[str], revision: s
         if found[path] != locked[path]:
             why += _by_how_much(outs[path], locked[path], found[path], revision)
     if not stage.frozen:  # its result is kept on purpose when its inputs go on
-        why += [*_parameters(stage, entry), *_sources(stage, entry, made)]
+        why += [*_parameters(stage, entry), *_code(stage, entry), *_sources(stage, entry, made)]
     why += [f"output {path} is not there" for path in sorted(absent)]
     state = NOT_RUN if absent else DIFFERS if why else SAME
     return Row(stage.addressing, state, _source(stage, found, absent), why, len(found) - len(absent))
@@ -140,20 +140,38 @@ def _parameters(stage: Stage, entry: dict[str, Any]) -> Iterator[str]:
                 yield f"parameter {name} is {json.dumps(new.get(name))}, committed {json.dumps(old.get(name))}"
 
 
+def _code(stage: Stage, entry: dict[str, Any]) -> Iterator[str]:
+    """Files of a stage's code that are not what its list in the commit says; without that list only that it differs."""
+    dep = code.listed(stage)
+    then = next((one.get("md5") for one in entry.get("deps", []) if dep and one["path"] == dep.def_path), None)
+    if then is None:
+        return
+    now = code.listing(stage.name.partition("@")[0], Path(stage.repo.root_dir))
+    if hashlib.md5(files.json_text(now).encode(), usedforsecurity=False).hexdigest() == then:
+        return
+    try:
+        before = json.loads(Path(stage.repo.cache.local.oid_to_path(then)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        yield "its code differs"
+        return
+    for path in sorted(now.keys() | before.keys()):
+        if now.get(path) != before.get(path):
+            yield f"code {path} differs"
+
+
 def _sources(stage: Stage, entry: dict[str, Any], made: set[str]) -> Iterator[str]:
-    """Code and sources that differ: what another stage makes is told there."""
+    """Sources that differ: what another stage makes is told there."""
     then = {dep["path"]: dep.get("md5") for dep in entry.get("deps", [])}
     deps = {dep.def_path: dep for dep in lineage.inputs(stage)}
     for path in sorted(then.keys() | deps.keys()):
         if any(Path(path) == Path(out) or Path(out) in Path(path).parents for out in made):
             continue
-        what = "code" if lineage.is_code(path) else "source"
         if path not in deps:
-            yield f"{what} {path} is no longer read"
+            yield f"source {path} is no longer read"
         elif path not in then:
-            yield f"{what} {path} was not read then"
+            yield f"source {path} was not read then"
         elif (now := lineage.md5(deps[path], trust_state=False)) != then[path]:
-            yield f"{what} {path} {'is not there' if now is None else 'differs'}"
+            yield f"source {path} {'is not there' if now is None else 'differs'}"
 
 
 def _by_how_much(out: Output, locked: str, found: str, revision: str) -> Iterator[str]:

@@ -52,7 +52,7 @@ def test_a_run_here_is_the_same_as_its_commit(committed: Path, capsys) -> None:
     code, out, _ = edgepress(capsys, "verify")
     assert code == 0
     assert re.match(
-        r"the same as HEAD \([0-9a-f]{10}\): 6 files and folders hashed, 6 of 6 stages", out.splitlines()[-1]
+        r"the same as HEAD \([0-9a-f]{10}\): 7 files and folders hashed, 7 of 7 stages", out.splitlines()[-1]
     )
 
 
@@ -61,7 +61,7 @@ def test_what_differs_is_named_with_by_how_much(committed: Path, capsys) -> None
     rewrite("data/corpus/a.txt", "one\nmore\n")
     Path("data/corpus/new.txt").touch()
     Path("data/speed.txt").unlink()
-    Path("code.py").write_text("answer = 43\n")
+    Path("tasks/parts/answer.py").write_text("answer = 43\n")
     Path("params.yaml").write_text(PARAMETERS.format(5))
     code, out, _ = edgepress(capsys, "verify")
     assert code == 1
@@ -70,7 +70,7 @@ def test_what_differs_is_named_with_by_how_much(committed: Path, capsys) -> None
         "train: parameter train.steps is 5, committed 3",
         "corpus: output data/corpus/a.txt: 3 of 3 lines",
         "corpus: output data/corpus/new.txt is not in the commit",
-        "corpus: code code.py differs",
+        "corpus: code tasks/parts/answer.py differs",
         "speed: output data/speed.txt is not there",
     ):
         assert line in out.splitlines()
@@ -78,7 +78,7 @@ def test_what_differs_is_named_with_by_how_much(committed: Path, capsys) -> None
     assert (found["train"], found["speed"]) == ("differs from a cache", "not run -")
     assert found["report"].startswith("same computed here")
     last = out.splitlines()[-1]
-    assert last.startswith("differs from HEAD (") and "in 3 stages (corpus, train, speed)" in last
+    assert last.startswith("differs from HEAD (") and "in 4 stages (code, corpus, train, speed)" in last
     assert not Path("ran.txt").exists() or "train" not in Path("ran.txt").read_text().split()[5:]  # it runs nothing
 
 
@@ -108,7 +108,7 @@ def test_a_clone_that_pulls_is_the_same_from_a_cache(committed: Path, tmp_path: 
     monkeypatch.chdir(root)
     code, out, _ = edgepress(capsys, "verify")
     assert code == 0 and set(states(out).values()) == {"same from a cache"}
-    assert out.splitlines()[-1].endswith("0 of 6 stages computed here")
+    assert out.splitlines()[-1].endswith("0 of 7 stages computed here")
     code, out, _ = edgepress(capsys, "lineage", "verify", "data/report.txt")
     assert code == 0 and len(out.splitlines()) == 1  # by the records that git brought
     assert repro(root) == [] and status(root) == ""

@@ -213,7 +213,7 @@ def repo_with(outs, root):
 def test_summary_joins_seconds_from_the_records(make, tmp_path, monkeypatch):
     stage = make()
     report.run(stage)
-    outs = {"wanda": [], "lora": [], "gptq": [], "report": [stage.output("stages.csv"), stage.output("verdict.txt")]}
+    outs = {"wanda": [], "lora": [], "gptq": [], "report": [stage.output("stages.csv").parent]}
     monkeypatch.setattr(summary, "Repo", repo_with(outs, tmp_path))
     first = {"seconds": 99.0, "machine": {"platform": "Elsewhere-1", "cpus": 64}}
     here = {"wanda": first | {"seconds": 12.345}}
@@ -267,7 +267,7 @@ def test_links_lead_to_what_dvc_yaml_names(make, tmp_path):
     written = [Path(out.fs_path) for name in names for out in synthetic_results.node(tmp_path, name).outs]
     known = {os.path.relpath(path, folder) for path in written} | {f"../lineage/{name}.json" for name in names}
     assert "../lineage/evaluate@gptq.json" in links and "../package/model/model.safetensors" in links
-    assert known - {"model"} == set(links) - {"../package/model/model.safetensors"}  # model: beside the report
+    assert known - {"."} == set(links) - {"../package/model/model.safetensors"}  # model: beside the report
 
 
 def test_plots_and_tables_are_files_too(make, monkeypatch):

@@ -409,7 +409,7 @@ def report_stage(folder, inputs, out="out"):
         input=lambda name: Path(inputs[name]),
         has_input=lambda name: name in inputs,
         output=output,
-        outs=[folder / "data/report/report.html"],
+        folder=folder / "data/report",
         dvc=SimpleNamespace(repo=SimpleNamespace(index=SimpleNamespace(graph=graph, stages=list(graph)))),
     )
 
@@ -417,7 +417,7 @@ def report_stage(folder, inputs, out="out"):
 def node(folder, address):
     """A stage that writes a model."""
     name, _, item = address.partition("@")
-    paths = [f"data/{name}/{item}" if item else f"data/{name}/model"]
+    paths = [f"data/{name}/{item}" if item else f"data/{name}"]
     deps = tuple(
         Dep(f"data/{source}/model") for source, user in zip(PIPELINE, PIPELINE[1:], strict=False) if user == name
     )
