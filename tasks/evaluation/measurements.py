@@ -14,7 +14,7 @@ MODELS = "models.json"
 OFF = "stage measure is switched off"
 UNKNOWN = (
     "nobody's speeds of these models are known here: DVC's cache had the stage's output, and it keeps no records;"
-    " `dvc repro -sf measure` and then `edgepress run` measure them on this machine"
+    " `dvc repro -s -f measure` and then `edgepress run` measure them on this machine"
 )
 
 

@@ -132,7 +132,7 @@ def adopt(stage: DvcStage) -> dict[str, Any]:
     if (found := local(stage)) is None:
         raise InputError(
             f"this machine has not computed the outputs of {stage.addressing} that dvc.lock names;"
-            f" `dvc repro -sf {stage.addressing}` does"
+            f" `dvc repro -s -f {stage.addressing}` does"
         )
     _put(stage, found)
     return found

@@ -116,7 +116,7 @@ def test_what_was_made_elsewhere_has_no_record(repository: Path) -> None:
     with Repo() as repo:
         stage = repo.stage.load_one(name="train")
         assert (lineage.find(stage), lineage.local(stage), lineage.keep(stage)) == (None, None, None)
-        with pytest.raises(InputError, match="has not computed the outputs of train .*`dvc repro -sf train` does"):
+        with pytest.raises(InputError, match="has not computed the outputs of train .*`dvc repro -s -f train` does"):
             lineage.adopt(stage)
 
 
