@@ -95,14 +95,14 @@ def test_verify_names_what_was_altered(repository: Path, capsys: pytest.CaptureF
 def test_the_record_of_a_run_here_does_where_the_tracked_one_is_of_another_result(
     repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = record(repository, "train") | {"outputs": {"data/train/model.txt": "0" * 32}}
+    other = record(repository, "train") | {"outputs": {"data/train": "0" * 32 + ".dir"}}
     Path("data/lineage/train.json").write_text(json.dumps(other))
     code, out, _ = edgepress(capsys, "lineage", "verify", "data/score/train.txt")
     assert code == 0 and "train: note: data/lineage/train.json is of another result" in out
     forget("train")
     Path("data/lineage/train.json").write_text(json.dumps(other))
     code, out, _ = edgepress(capsys, "lineage", "verify", "data/score/train.txt")
-    assert code == 1 and "train: output data/train/model.txt is 0000000000 in the lineage record" in out
+    assert code == 1 and "train: output data/train is 0000000000.dir in the lineage record" in out
     assert "train  (made elsewhere" in edgepress(capsys, "lineage", "show", "data/score/train.txt")[1]
 
 

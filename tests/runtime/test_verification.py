@@ -117,11 +117,13 @@ def test_a_clone_that_pulls_is_the_same_from_a_cache(committed: Path, tmp_path: 
 def test_bytes_that_no_cache_has_are_told_by_their_hashes(committed: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     root = lineage_project.clone(committed, tmp_path / "clone")
     monkeypatch.chdir(root)
-    Path("data/train").mkdir(parents=True)
-    Path("data/train/model.txt").write_text("other")
+    Path("data/score").mkdir(parents=True)
+    Path("data/score/train.txt").write_text("other")
     Path("data/corpus").mkdir()
     _, out, _ = edgepress(capsys, "verify")
-    assert re.search(r"train: output data/train/model.txt: 795f3202b1 on disk, \w{10} committed, whose bytes no", out)
+    assert re.search(
+        r"score@train: output data/score/train.txt: 795f3202b1 on disk, \w{10} committed, whose bytes no", out
+    )
     assert re.search(r"corpus: output data/corpus: \w{10}.dir on disk, \w{10}.dir committed, whose files no cache", out)
 
 
