@@ -127,6 +127,7 @@ def _load(address: str) -> Stage:
 def _perform(stage: Stage) -> None:
     _remove(stage.scratch)  # of a run that was killed
     mend.keep_lock()
+    lineage.keep_inputs(stage.dvc)
     if edited := code.changed_code(stage.dvc):
         raise InputError(f"{code.named(edited)} changed since stage {code.STAGE} listed the code; {code.WAY_OUT}")
     if altered := failures.altered_inputs(stage):

@@ -46,7 +46,6 @@ LIBRARIES = ("torch", "transformers", "peft", "gptqmodel")
 """Their versions are part of every key."""
 RECORD = "record.json"
 """Written last into a finished folder."""
-LINEAGE = "data/lineage/"
 SHIPPED = ("model.safetensors", "model.json")
 """The files that hold a packed model."""
 
@@ -255,7 +254,7 @@ def declared(path: Path, values: Mapping[str, Any]) -> dict[str, Declared]:
         for items in itertools.product(*matrix.values()):
             address = f"{name}@{'-'.join(items)}" if items else name
             context = {**values, "item": dict(zip(matrix, items, strict=True))}
-            (out,) = (path for path in map(_path, stage["outs"]) if not path.startswith(LINEAGE))
+            (out,) = map(_path, stage["outs"])
             found[address] = Declared(
                 address,
                 tuple(dict.fromkeys(os.path.normpath(_fill(dep, context)) for dep in stage["deps"])),
