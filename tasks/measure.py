@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.evaluation import measuring_process
-from tasks.models import tensor_headers
+from tasks.models import model_files
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def run(stage: Stage) -> None:
             progress.update(step + 1)
     machine = measuring_process.machine()
     for name, folder in folders.items():
-        found = {"model": name, "measured": True, "engine": ENGINE, "bytes": tensor_headers.stored_bytes(folder)}
+        found = {"model": name, "measured": True, "engine": ENGINE, "bytes": model_files.stored_bytes(folder)}
         found |= {"host": machine, "workload": p.model_dump(exclude={"enabled"})}
         _write(stage, name, found | summary(rounds[of[name]], p))
         print(_line(name, found | summary(rounds[of[name]], p)))
