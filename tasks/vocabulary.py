@@ -59,7 +59,7 @@ def run(stage: Stage) -> None:
     tokenizer = dense_folder.load_tokenizer(source)
     content = _content(tokenizer)
     texts = json_lines.read(stage.input("fetch/corpora") / f"{p.corpus}.jsonl")
-    tokens = perplexity.tokenise(tokenizer, texts)
+    tokens = perplexity.tokenise(tokenizer, texts).long()
     counts = torch.bincount(tokens, minlength=dense_folder.config(source)["vocab_size"])
     tokenizer.save_pretrained(target)  # and makes the folder
     described = _described(source, target)
@@ -70,7 +70,7 @@ def run(stage: Stage) -> None:
     _write_weights(stage, source, target, keep)
 
     trimmed = dense_folder.load_tokenizer(target)
-    ids = perplexity.tokenise(trimmed, texts)
+    ids = perplexity.tokenise(trimmed, texts).long()
     if p.min_count == 1:
         check_tokens(tokens, ids, keep)
     check_texts(tokenizer, trimmed, [*UNSEEN, *texts[:DOCUMENTS]])
