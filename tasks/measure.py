@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.evaluation import measurements, measuring_process
-from tasks.models import tensor_headers
+from tasks.models import model_files
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def run(stage: Stage) -> None:
     stage.note(measured=figures, workload=asked, host=measuring_process.machine())
     models = {
         name: {
-            "bytes": tensor_headers.stored_bytes(folder),
+            "bytes": model_files.stored_bytes(folder),
             "files": digests[name],
             "same_as": None if of[name] == name else of[name],
         }

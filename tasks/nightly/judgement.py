@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import yaml
 from dvc.exceptions import DvcException
 from dvc.fs import DVCFileSystem
 from dvc.repo import Repo
@@ -29,6 +28,7 @@ from tasks.algorithms.statistics import bootstrap, gate
 from tasks.algorithms.statistics.bootstrap import Sums
 from tasks.evaluation import comparison, measurements, results
 from tasks.evaluation.comparison import FETCHED, PACKAGE, RECOVERED_DENSE
+from tasks.parameters import parameter_file
 from tasks.parameters.schema import Gate
 
 PACKAGE_FOLDER = "data/package/model"
@@ -104,7 +104,7 @@ def _evidence(fs: DVCFileSystem) -> Evidence:
     metrics = {name: _json(fs, f"data/evaluate/{name}/metrics.json") for name in (PACKAGE, FETCHED, RECOVERED_DENSE)}
     if not metrics[PACKAGE].get("evaluated"):
         raise KeyError(f"data/evaluate/{PACKAGE} holds no evaluation")
-    sections = _yaml(fs, "params.yaml")  # not validated: an older revision has an older schema
+    sections = _parameters(fs)
     recovered, dense_too = (sections.get(name, {}).get("enabled", False) for name in ("lora", "baseline_lora"))
     scored = {name: _sums(fs, name) for name, found in metrics.items() if found.get("evaluated")}
     dense = (RECOVERED_DENSE if dense_too else None) if recovered else FETCHED
@@ -270,6 +270,7 @@ def _json(fs: DVCFileSystem, path: str) -> dict[str, Any]:
         return json.load(file)
 
 
-def _yaml(fs: DVCFileSystem, path: str) -> Any:
-    with fs.open(path, "r", encoding="utf-8") as file:
-        return yaml.safe_load(file)
+def _parameters(fs: DVCFileSystem) -> dict[str, Any]:
+    """params.yaml, not validated: an older revision has an older schema."""
+    with fs.open("params.yaml", "rb") as file:
+        return parameter_file.parse(file.read(), "params.yaml")

@@ -26,7 +26,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
-from tasks.parameters import preflight
+from tasks.parameters import parameter_file, preflight
 from tasks.runtime import code, failures, lineage, locks, mend, parent
 from tasks.runtime.stage import JOURNALS, SCRATCH, Stage
 
@@ -121,7 +121,7 @@ def _load(address: str) -> Stage:
     try:
         return Stage(address, Repo())
     except DvcException as error:  # no such stage, no DVC project, dvc.yaml broken
-        raise InputError(" ".join(str(error).split())) from error
+        raise InputError(parameter_file.told(error) or " ".join(str(error).split())) from error
 
 
 def _perform(stage: Stage) -> None:

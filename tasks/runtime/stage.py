@@ -167,8 +167,10 @@ def _relative(item: Any) -> Path:
 
 
 def _matches(paths: Iterable[Path], name: str) -> list[Path]:
+    """The path that is the name, else those that end with it: `test.jsonl` ends `wiki/test.jsonl`, too."""
     wanted = Path(name).parts
-    return [path for path in paths if path.parts[-len(wanted) :] == wanted]
+    found = [path for path in paths if path.parts[-len(wanted) :] == wanted]
+    return [path for path in found if path.parts == wanted] or found
 
 
 def _find(paths: Iterable[Path], name: str, what: str) -> Path:

@@ -35,7 +35,7 @@ import torch
 import yaml
 
 from tasks.algorithms.model import checkpoints
-from tasks.models import tensor_headers
+from tasks.models import model_files
 from tasks.parameters import schema
 from tasks.runtime import files
 from tasks.runtime.stage import Inputs, Stage
@@ -153,7 +153,7 @@ class Chain:
 
     def folder_bytes(self, model: str) -> int:
         """Bytes of every file of a stage's model folder, tokenizer and manifest included."""
-        return tensor_headers.stored_bytes(self.output(model) / "model")
+        return model_files.stored_bytes(self.output(model) / "model")
 
     def seconds(self, address: str) -> float:
         """How long a stage took when it was computed, without its inputs."""
