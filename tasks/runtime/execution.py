@@ -27,7 +27,7 @@ from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
 from tasks.parameters import preflight
-from tasks.runtime import failures, lineage, locks, mend, parent
+from tasks.runtime import edits, failures, lineage, locks, mend, parent
 from tasks.runtime.stage import JOURNALS, SCRATCH, Stage
 
 if TYPE_CHECKING:
@@ -75,12 +75,15 @@ class _Attempt:
         try:
             stage = self.stage = _load(self.address)
             _perform(stage)
+            _refuse_edits(stage)
             self._publish(stage)
             lineage.record(stage, started=self.started, run_ids=run_ids)
+            edits.claim(stage.start)
             _remove(SCRATCH / self.address)
             _remove(JOURNALS / self.address)
             if "answers" in vars(stage):
                 stage.answers.flush()
+            _refuse_edits(stage)  # the last act: the sooner DVC looks after it, the better
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # the model that filled the memory
             _remove(SCRATCH / self.address)  # first: the disk may be full
@@ -107,6 +110,8 @@ class _Attempt:
         try:
             for out in self.published:  # not all are there, or not their record
                 _remove(out)
+            if self.stage:
+                edits.disown(self.stage.dvc)
             outs = Repo().stage.load_one(name=self.address).outs
         except DvcException:  # no such stage, or dvc.yaml is broken: nothing was removed
             return
@@ -128,6 +133,7 @@ def _load(address: str) -> Stage:
 def _perform(stage: Stage) -> None:
     _remove(stage.scratch)  # of a run that was killed
     mend.keep_lock()
+    failures.refuse_misnoted(stage)
     if altered := failures.altered_inputs(stage):
         raise InputError(f"{' and '.join(altered)} {failures.ALTERED}")
     preflight.check_workspace(stage.everything, stage.address)
@@ -137,6 +143,14 @@ def _perform(stage: Stage) -> None:
     else:
         print(f"{stage.address}: switched off, its input is passed on")
         module.skip(stage)
+
+
+def _refuse_edits(stage: Stage) -> None:
+    if edited := stage.start.edited():
+        raise InputError(
+            f"{' and '.join(edited)}, edited while the stage ran: what it computed is dropped, as DVC would note it as"
+            " made from the edited ones; run again, and leave them until the stage has ended"
+        )
 
 
 def _bring_back(out: Output) -> None:

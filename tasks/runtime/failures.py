@@ -6,7 +6,8 @@ import errno
 import re
 from typing import TYPE_CHECKING
 
-from tasks.runtime import lineage
+from tasks.algorithms.errors import InputError
+from tasks.runtime import edits, lineage
 
 if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
@@ -52,6 +53,18 @@ def sentence(error: Exception, address: str, stage: Stage | None) -> str | None:
         what = " ".join(str(error).split())[:200]
         return f"{' and '.join(altered)} {ALTERED} ({type(error).__name__}: {what})"
     return None
+
+
+def refuse_misnoted(stage: Stage) -> None:
+    """Raise an InputError where DVC noted an edit as what made an input; `tasks.runtime.edits`."""
+    inputs = {dep.fs_path for dep in stage.dvc.deps}
+    for found in edits.misnoted(stage.dvc.repo):
+        made = [str(out) for out in found.stage.outs if out.fs_path in inputs]
+        if made:
+            raise InputError(
+                f"{' and '.join(made)} can't be used: {' and '.join(found.differences)}, edited just when stage"
+                f" {found.stage.addressing} had ended; `edgepress mend` forgets that, and `dvc repro` makes it again"
+            )
 
 
 def altered_inputs(stage: Stage) -> list[str]:

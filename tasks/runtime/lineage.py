@@ -59,15 +59,15 @@ def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:
     path = record_path(stage.dvc)
     if path is None:
         return
-    hashes = {name(dep): md5(dep) for dep in inputs(stage.dvc)}
+    begun = stage.start.identity  # not what is there now: that may be an edit
     entry = {
         "stage": stage.address,
-        "inputs": hashes,
+        "inputs": begun["inputs"],
         "outputs": {name(out): md5(out) for out in results(stage.dvc)},
-        "parameters": parameters(stage.dvc),
-        "code": code_hash(hashes),
+        "parameters": begun["parameters"],
+        "code": code_hash(begun["inputs"]),
         "git": _git_state(),
-        "packages": _versions(),
+        "packages": begun["packages"],
         "seed": getattr(getattr(stage.params, stage.name, None), "seed", None),
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - started, 3),
@@ -130,6 +130,15 @@ def parameters(stage: DvcStage) -> dict[str, Any]:
         if getattr(dep, "params", ()):
             values |= dep.read_params()
     return json.loads(json.dumps(values))  # plain lists and numbers, as they come back from a record
+
+
+def locked_parameters(stage: DvcStage) -> dict[str, Any]:
+    """The declared parameters and their values in dvc.lock."""
+    values: dict[str, Any] = {}
+    for dep in stage.deps:
+        if getattr(dep, "params", ()) and dep.hash_info:
+            values |= dep.hash_info.value
+    return json.loads(json.dumps(values))
 
 
 def code_hash(hashes: dict[str, str | None]) -> str | None:

@@ -157,7 +157,7 @@ def _against_lock(stage: DvcStage, actual: Callable[[Output], str | None]) -> It
             # a frozen stage's result is kept on purpose when its inputs go on
             yield finding._replace(fault=False) if stage.frozen else finding
     for key, now in lineage.parameters(stage).items():
-        then = _locked_parameters(stage).get(key)
+        then = lineage.locked_parameters(stage).get(key)
         if then != now:
             yield Finding(name, f"parameter {key} is {now!r} now, it was made with {then!r}", not stage.frozen)
 
@@ -180,7 +180,7 @@ def _against_record(stage: DvcStage) -> Iterator[Finding]:
                 # DVC notes a frozen stage's code as it is now; the record keeps what made the result
                 fault = not (stage.frozen and side == "inputs" and lineage.is_code(what))
                 yield Finding(name, f"{word} {what} is {places}", fault)
-    if entry.get("parameters") != _locked_parameters(stage):
+    if entry.get("parameters") != lineage.locked_parameters(stage):
         yield Finding(name, "the lineage record has other parameters than dvc.lock")
     locked = {lineage.name(dep): dep.hash_info.value for dep in lineage.inputs(stage)}
     if entry.get("code") != lineage.code_hash(locked):
@@ -206,7 +206,7 @@ def _headline(stage: DvcStage) -> str:
 
 def _details(stage: DvcStage) -> Iterator[str]:
     """Parameters that are set, outputs, and the inputs that no stage makes."""
-    flat = _flat(_locked_parameters(stage))
+    flat = _flat(lineage.locked_parameters(stage))
     own = f"{stage.addressing.partition('@')[0]}."
     parameters = [f"{key.removeprefix(own)}={json.dumps(value)}" for key, value in flat if value is not None]
     if parameters:
@@ -241,14 +241,6 @@ def _read_record(stage: DvcStage) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return entry if isinstance(entry, dict) else None
-
-
-def _locked_parameters(stage: DvcStage) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for dep in stage.deps:
-        if getattr(dep, "params", ()) and dep.hash_info:
-            values |= dep.hash_info.value
-    return json.loads(json.dumps(values))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from dvc.repo import Repo
-from tasks.runtime import lineage
+from tasks.runtime import edits, lineage
 started, (name, out, text) = time.time(), sys.argv[1:]
 path = Path(out)
 if path.suffix:
@@ -27,7 +27,9 @@ else:
     for part in "ab":
         (path / f"{part}.txt").write_text(text + part)
 seeded = SimpleNamespace(**{name: SimpleNamespace(seed=7)}) if name == "train" else SimpleNamespace()
-stage = SimpleNamespace(address=name, name=name.partition("@")[0], params=seeded, dvc=Repo().stage.load_one(name=name))
+dvc = Repo().stage.load_one(name=name)
+names = {"address": name, "name": name.partition("@")[0]}
+stage = SimpleNamespace(**names, params=seeded, dvc=dvc, start=edits.Start(dvc))
 lineage.record(stage, started=started, run_ids={"flow_run": "f-1"})
 '''
 
