@@ -16,7 +16,7 @@ from dvc.repo import Repo
 from dvc.repo.experiments.refs import EXEC_APPLY
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import git, locks
+from tasks.runtime import files, git, locks
 
 FOLDER = Path(".dvc/tmp/nights")
 """Below DVC's temporary folder, which git and DVC ignore."""
@@ -69,7 +69,7 @@ def prepare(top: Path) -> Path:
         git.run(folder, "checkout", "--quiet", "--force", "--detach", head)
         git.run(folder, "clean", "--quiet", "--force", "-d")
         if kept is not None:
-            lock.write_bytes(kept)
+            files.write_bytes(lock, kept)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         _forget(top, folder)

@@ -13,10 +13,13 @@ sentence. Any other error keeps its traceback.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import shutil
+import sqlite3
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -52,6 +55,8 @@ def execute(address: str, *, run_ids: dict[str, str] | None = None) -> None:
     except InputError:
         raise
     except Exception as error:
+        if attempt.stage is None:  # it didn't get as far as its lock, which nobody else holds
+            attempt.restore()
         if sentence := failures.sentence(error, address, attempt.stage):
             raise InputError(sentence) from error
         raise
@@ -87,7 +92,7 @@ class _Attempt:
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # the model that filled the memory
             _remove(SCRATCH / self.address)  # first: the disk may be full
-            self._restore()
+            self.restore()
             raise
 
     def _publish(self, stage: Stage) -> None:
@@ -105,17 +110,17 @@ class _Attempt:
             os.replace(stage.scratch / out, out)
             self.published.append(out)
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
         """Check the previous outputs out again: DVC removed them before it started the stage, and the stage failed."""
         try:
             for out in self.published:  # not all are there, or not their record
                 _remove(out)
             if self.stage:
                 edits.disown(self.stage.dvc)
-            outs = Repo().stage.load_one(name=self.address).outs
+            outs = self.stage.dvc.outs if self.stage else _opened_anyhow().stage.load_one(name=self.address).outs
         except DvcException:  # no such stage, or dvc.yaml is broken: nothing was removed
             return
-        except (OSError, MemoryError):
+        except (OSError, sqlite3.Error, MemoryError):
             print(f"{self.address}: `dvc checkout` brings the previous outputs back from DVC's cache", file=sys.stderr)
             return
         for out in outs:
@@ -128,6 +133,17 @@ def _load(address: str) -> Stage:
         return Stage(address, Repo())
     except DvcException as error:  # no such stage, no DVC project, dvc.yaml broken
         raise InputError(" ".join(str(error).split())) from error
+
+
+def _opened_anyhow() -> Repo:
+    """The repository, also where DVC (3.67.1) can't write the database that it opens first: with one in memory."""
+    try:
+        return Repo()
+    except (OSError, sqlite3.Error):
+        folder = tempfile.mkdtemp(dir="/dev/shm")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["DVC_SITE_CACHE_DIR"] = folder
+        return Repo()
 
 
 def _perform(stage: Stage) -> None:
@@ -161,9 +177,14 @@ def _bring_back(out: Output) -> None:
     try:
         try:
             out.checkout(force=True)
-        except OSError:
+        except (OSError, sqlite3.Error):
             _link_back(out)
-    except (DvcException, OSError, MemoryError) as error:  # the cache lost it, or there is no room for a link
+    except (
+        DvcException,
+        OSError,
+        sqlite3.Error,
+        MemoryError,
+    ) as error:  # the cache lost it, or there is no room for a link
         why = str(error) or type(error).__name__
         print(f"{out}: `dvc checkout {out}` will bring the previous one back, now: {why}", file=sys.stderr)
 

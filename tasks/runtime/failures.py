@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import re
+import sqlite3
 from typing import TYPE_CHECKING
+
+from dvc.exceptions import DvcException
 
 from tasks.algorithms.errors import InputError
 from tasks.runtime import edits, lineage
@@ -22,6 +25,16 @@ DISK = {
     errno.EROFS: "the folder is read-only; make it writable, or copy the project elsewhere",
 }
 """What the machine can refuse any stage, and the way out; every other number would be a mistake of this project."""
+REFUSED = (InputError, OSError, sqlite3.Error, DvcException)
+"""What a night, which has to record why it ended, catches: what this project, the machine or DVC refuses."""
+DATABASE = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+}
+"""The same in the words of SQLite, in which DVC notes the hashes of files."""
 TOLD = re.compile(r"(?:\(os error |\[Errno )(\d+)[)\]]")
 """An error number in the words of safetensors, tokenizers (Rust) and shutil.copytree."""
 ALTERED = (
@@ -40,8 +53,10 @@ def sentence(error: Exception, address: str, stage: Stage | None) -> str | None:
     """
     told = TOLD.search(str(error))
     number = int(told[1]) if told else getattr(error, "errno", None)
+    named = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    if isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF in DATABASE:
+        number, named = DATABASE[error.sqlite_errorcode & 0xFF], "the database in which DVC notes the hashes of files"
     if number in DISK:
-        named = getattr(error, "filename2", None) or getattr(error, "filename", None)
         where = named or f"the outputs of stage {address}"
         return f"cannot read or write {where}: {DISK[number]}"
     if isinstance(error, MemoryError) or number == errno.ENOMEM or OUT_OF_MEMORY.search(str(error)):

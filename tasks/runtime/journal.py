@@ -3,8 +3,8 @@
 It lies outside the stage's outputs, which DVC removes before it starts a stage, in a folder that is named by a hash of
 everything that the result depends on: inputs, code, parameters, versions of the libraries, and of the machine what
 changes rounding, as they were when the stage began. Once an input was written meanwhile, nothing is added: nobody knows
-which of its bytes a later entry would be of. A journal of another fingerprint is discarded, never read. The stage runner removes the journal when
-the outputs are in place.
+which of its bytes a later entry would be of. A journal of another fingerprint is discarded, never read. The stage
+runner removes the journal when the outputs are in place.
 
 An entry is one safetensors file, `<key>.<number>.<SHA-256 of its bytes>.safetensors`, with its JSON in the metadata:
 no pickle. It is written under another name, flushed to the disk and renamed, so an unfinished one is never read. One

@@ -101,7 +101,8 @@ def _mend_notes() -> Iterator[str]:
             path, _dumped({name: entry for name, entry in (_entries(path) or {}).items() if name not in gone})
         )
     for stage, differences in found:
-        yield f"{stage.addressing} was noted by DVC with an edit that came after it ({' and '.join(differences)}): it runs again"
+        what = " and ".join(differences)
+        yield f"{stage.addressing} was noted by DVC with an edit that came after it ({what}): it runs again"
 
 
 def _lost(kept: dict[str, Any], now: dict[str, Any] | None) -> bool:

@@ -27,7 +27,12 @@ def taken_back(path: Path) -> None:
         path.write_bytes(text)
 
 
-MEND = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tasks.runtime import mend; print(*mend.mend(), sep='', end='')"
+MEND = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from tasks.runtime import mend
+print(*mend.mend(), sep="", end="")
+"""
 EDITS = {
     "parameter": (lambda toy: toy.set(value=3, how="wait"), "toy.value was 2 and is now 3"),
     "grown": (lambda _: Path("other/text.txt").write_text("other\nrow"), "other/text.txt was written"),
