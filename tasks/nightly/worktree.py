@@ -16,7 +16,7 @@ from dvc.repo import Repo
 from dvc.repo.experiments.refs import EXEC_APPLY
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import files, git, locks
+from tasks.runtime import files, git, locks, mend
 
 FOLDER = Path(".dvc/tmp/nights")
 """Below DVC's temporary folder, which git and DVC ignore."""
@@ -75,6 +75,8 @@ def prepare(top: Path) -> Path:
         _forget(top, folder)
         git.run(top, "worktree", "prune")
         git.run(top, "worktree", "add", "--quiet", "--force", "--detach", str(folder), head)
+    with contextlib.chdir(folder):
+        mend.mend()  # a dvc.lock that git or a full disk left half-written
     _share_cache(top, folder)
     return folder
 

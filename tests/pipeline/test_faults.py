@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from tests.support import fault_cases, faults
 
-SAMPLE = {"stage": 90, "promotion": 40, "update": 60, "night": 12, "first night": 6, "repro": 4}
+SAMPLE = {"stage": 60, "repro": 2, "promotion": 24, "update": 110, "night": 6, "first night": 2}
 """Case: how many faults."""
 
 

@@ -81,6 +81,9 @@ class Case:
     def mend(self) -> None:
         """What a user does before the next run, after a kill."""
 
+    def tidy(self) -> None:
+        """What a user does where something is left of a full disk."""
+
     def partly(self, found: Any) -> bool:
         """Whether a kill may leave this."""
         return found in (self.before, self.after)
@@ -110,6 +113,9 @@ class Case:
             yield f"{what}: the next run ends with {again.code}, {again.said[-1500:]}"
         elif (found := self.content()) != self.after:
             yield f"{what}: the next run gives {found}"
+        if self.files() - self.names:
+            with _alone(self.root):
+                self.tidy()
         yield from (f"{what}: the next run leaves {name}" for name in self.files() - self.names)
 
     def files(self) -> set[str]:
@@ -165,6 +171,9 @@ class Stage(Case):
             print(f"error: {error}", file=sys.stderr)
             return 1
         return 0
+
+    def tidy(self) -> None:
+        list(mend.mend_cache())
 
     def content(self) -> Any:
         return tree(self.root / "data/toy")
