@@ -9,17 +9,18 @@ what it was made from, and whoever comes next compares dvc.lock with it. The nex
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dvc.exceptions import DvcException
 from dvc.stage.cache import _can_hash, _get_stage_hash
 
-from tasks.runtime import files, lineage
+from tasks.runtime import code, files, lineage
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -42,7 +43,8 @@ class Start:
 
     def __init__(self, stage: DvcStage) -> None:
         self.stage = stage
-        self.written = {dep.fs_path: _written(dep) for dep in lineage.inputs(stage)}  # first: an edit now is seen later
+        self.looks = _looks(stage)
+        self.written = {name: look() for name, look in self.looks.items()}  # first: an edit now is seen later
         self.identity: dict[str, Any] = lineage.identity(stage)
 
     def inputs_are_same(self) -> bool:
@@ -51,17 +53,28 @@ class Start:
 
     def edited(self) -> list[str]:
         """What changed since, each in words."""
-        inputs = [f"{lineage.name(dep)} was written" for dep in self._rewritten()]
+        inputs = [f"{name} was written" for name in self._rewritten()]
         return [*inputs, *_differences(self.identity["parameters"], lineage.parameters(self.stage), "was", "is now")]
 
-    def _rewritten(self) -> Iterator[Output]:
-        return (dep for dep in lineage.inputs(self.stage) if _written(dep) != self.written[dep.fs_path])
+    def _rewritten(self) -> Iterator[str]:
+        return (name for name, look in self.looks.items() if look() != self.written[name])
+
+
+def _looks(stage: DvcStage) -> dict[str, Callable[[], Written]]:
+    """Name of an input, or of a file of the stage's code -> what looks how it is written now."""
+    root = Path(stage.repo.root_dir)
+    modules = code.closure(root / f"tasks/{stage.name.partition('@')[0]}.py", root) if code.listed(stage) else []
+    looks = {lineage.name(dep): functools.partial(_written, dep) for dep in lineage.inputs(stage)}
+    return looks | {name: functools.partial(_stat, [root / name]) for name in modules}
 
 
 def _written(item: Output) -> Written:
+    return _stat(item.dvcignore.find(item.fs, item.fs_path) if os.path.isdir(item.fs_path) else [item.fs_path])
+
+
+def _stat(paths: Iterable[str | Path]) -> Written:
     try:
-        inside = item.dvcignore.find(item.fs, item.fs_path) if os.path.isdir(item.fs_path) else [item.fs_path]
-        found = {path: os.stat(path) for path in inside}
+        found = {str(path): os.stat(path) for path in paths}
     except FileNotFoundError:  # gone, or being replaced
         return {}
     return {path: (info.st_mtime_ns, info.st_ino, info.st_size) for path, info in found.items()}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import re
 import sqlite3
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dvc.exceptions import DvcException
@@ -13,6 +15,8 @@ from tasks.algorithms.errors import InputError
 from tasks.runtime import edits, lineage
 
 if TYPE_CHECKING:
+    from dvc.output import Output
+
     from tasks.runtime.stage import Stage
 
 DISK = {
@@ -72,10 +76,9 @@ def sentence(error: Exception, address: str, stage: Stage | None) -> str | None:
 
 def refuse_misnoted(stage: Stage) -> None:
     """Raise an InputError where DVC noted an edit as what made an input; `tasks.runtime.edits`."""
-    inputs = {dep.fs_path for dep in stage.dvc.deps}
     for found in edits.misnoted(stage.dvc.repo):
-        made = [str(out) for out in found.stage.outs if out.fs_path in inputs]
-        if made:
+        outs = {Path(out.fs_path) for out in found.stage.outs}
+        if made := [str(dep) for dep in stage.dvc.deps if outs & {Path(dep.fs_path), *Path(dep.fs_path).parents}]:
             raise InputError(
                 f"{' and '.join(made)} can't be used: {' and '.join(found.differences)}, edited just when stage"
                 f" {found.stage.addressing} had ended; `edgepress mend` forgets that, and `dvc repro` makes it again"
@@ -87,10 +90,15 @@ def altered_inputs(stage: Stage) -> list[str]:
 
     DVC itself doesn't look: it trusts a file whose size and time are those of its note, and its whole cache.
     """
-    made = {out.fs_path: out for other in stage.dvc.repo.index.stages for out in other.outs}
-    inputs = (made.get(dep.fs_path) for dep in stage.dvc.deps)
-    return [
-        str(out)
-        for out in inputs
-        if out and out.hash_info and lineage.md5(out, trust_state=False) != out.hash_info.value
-    ]
+    made = [out for other in stage.dvc.repo.index.stages for out in other.outs if out.hash_info]
+    pairs = [(dep, out) for dep in lineage.inputs(stage.dvc) for out in made if lineage.overlap(dep, out)]
+    return list(dict.fromkeys(str(item) for item in itertools.starmap(_altered, pairs) if item))
+
+
+def _altered(dep: Output, out: Output) -> Output | None:
+    """What of an output is read and isn't what its stage wrote; None where it is."""
+    part = dep if Path(out.fs_path) in Path(dep.fs_path).parents else out
+    wanted = lineage.made(out, part)
+    if wanted is None:  # DVC doesn't cache this output, so it knows the hash of the whole alone
+        part, wanted = out, out.hash_info.value
+    return part if lineage.md5(part, trust_state=False) != wanted else None

@@ -156,7 +156,7 @@ def _mend_outputs(repo: Repo) -> Iterator[str]:
 def _entries(path: Path) -> dict[str, dict[str, Any]] | None:
     """Stage -> entry of a dvc.lock; None where there is none or it can't be read. Half of an entry is left out."""
     try:
-        stages = yaml.load(path.read_bytes(), yaml.CSafeLoader)["stages"]
+        stages = yaml.load(path.read_bytes(), yaml.CSafeLoader).get("stages") or {}  # it has none at first
         return {name: entry for name, entry in stages.items() if _is_entry(entry)}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
         return None

@@ -79,7 +79,7 @@ def misnoted(toy: Toy) -> None:
     raw["stages"]["last"] = {
         "cmd": f"{sys.executable} run.py last",
         "deps": ["data/toy/table.csv"],
-        "outs": ["data/last/text.txt"],
+        "outs": ["data/last"],
     }
     Path("dvc.yaml").write_text(yaml.safe_dump(raw))
     Path("toy_tasks/last.py").write_text(Path("toy_tasks/source.py").read_text())
