@@ -18,7 +18,7 @@ from dvc.repo import Repo
 from dvc.repo.experiments.refs import EXEC_APPLY
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import git, lineage, locks
+from tasks.runtime import files, git, lineage, locks, mend
 
 FOLDER = Path(".dvc/tmp/nights")
 """Below DVC's temporary folder, which git and DVC ignore."""
@@ -71,12 +71,14 @@ def prepare(top: Path) -> Path:
         git.run(folder, "clean", "--quiet", "--force", "-d")
         for path, content in kept.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            files.write_bytes(path, content)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         _forget(top, folder)
         git.run(top, "worktree", "prune")
         git.run(top, "worktree", "add", "--quiet", "--force", "--detach", str(folder), head)
+    with contextlib.chdir(folder):
+        mend.mend()  # a dvc.lock that git or a full disk left half-written
     _share_cache(top, folder)
     _share_records(top, folder)
     return folder

@@ -65,15 +65,15 @@ def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:
         started: seconds since the epoch.
         run_ids: ids of the runs it belongs to, by kind.
     """
-    hashes = {name(dep): md5(dep) for dep in inputs(stage.dvc)}
+    begun = stage.start.identity  # not what is there now: that may be an edit
     entry = stage.facts | {
         "stage": stage.address,
-        "inputs": hashes,
+        "inputs": begun["inputs"],
         "outputs": {name(out): md5(out) for out in stage.dvc.outs},
-        "parameters": parameters(stage.dvc),
-        "code": next((value for path, value in hashes.items() if is_code(path)), None),
+        "parameters": begun["parameters"],
+        "code": next((value for path, value in begun["inputs"].items() if is_code(path)), None),
         "git": _git_state(),
-        "packages": _versions(),
+        "packages": begun["packages"],
         "seed": getattr(getattr(stage.params, stage.name, None), "seed", None),
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - started, 3),

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tasks.parameters import schema
+from tasks.runtime import edits
 from tasks.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Stage(Inputs):
     """What `run(stage)` of a stage module gets.
 
     Attributes:
+        start: what the result depends on, as it was before the parameters were read.
         name: the stage's name in dvc.yaml, without the matrix item.
         item: the matrix item (`gptq` in `evaluate@gptq`), or None.
         everything: all sections, for the checks before the stage starts; a stage computes with `params` alone.
@@ -90,6 +92,7 @@ class Stage(Inputs):
 
     def __init__(self, address: str, repo: Repo) -> None:
         self.dvc = repo.stage.load_one(name=address)
+        self.start = edits.Start(self.dvc)
         files = [_relative(dep) for dep in self.dvc.deps if not getattr(dep, "params", ())]
         super().__init__(address, {path: path for path in files})  # one corpus may serve as two
         self.name, _, item = address.partition("@")
@@ -111,14 +114,14 @@ class Stage(Inputs):
         """What an interrupted run with the same inputs, parameters and code had finished, and where to note more."""
         from tasks.runtime import journal  # here, as it imports torch, which not every stage needs
 
-        return journal.open_for(self.dvc, JOURNALS / self.address)
+        return journal.open_for(self.start, JOURNALS / self.address)
 
     @functools.cached_property
     def answers(self) -> Journal:
         """What a model answered to which request, with the same inputs and code; it stays when the stage is done."""
         from tasks.runtime import journal
 
-        return journal.open_for(self.dvc, ANSWERS / self.address, parameters=False)
+        return journal.open_for(self.start, ANSWERS / self.address, parameters=False)
 
     def output(self, name: str) -> Path:
         """Where to write this file or folder of the stage's own folder; its parent folder exists.

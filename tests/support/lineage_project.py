@@ -16,7 +16,7 @@ import json, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from dvc.repo import Repo
-from tasks.runtime import code, files, lineage
+from tasks.runtime import code, edits, files, lineage
 started, (name, out, text) = time.time(), sys.argv[1:]
 path, dvc, facts = Path(out), Repo().stage.load_one(name=name), {}
 with open("ran.txt", "a") as ran:
@@ -40,7 +40,8 @@ else:
     for part in "ab":
         (path / f"{part}.txt").write_text(text + part)
 seeded = SimpleNamespace(**{name: SimpleNamespace(seed=7)}) if name == "train" else SimpleNamespace()
-stage = SimpleNamespace(address=name, name=name.partition("@")[0], params=seeded, dvc=dvc, facts=facts)
+names = {"address": name, "name": name.partition("@")[0]}
+stage = SimpleNamespace(**names, params=seeded, dvc=dvc, facts=facts, start=edits.Start(dvc))
 lineage.record(stage, started=started, run_ids={"flow_run": "f-1"})
 '''
 
