@@ -21,7 +21,7 @@ import torch
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, masks
 from tasks.algorithms.scoring import generation_failures, likelihood, protocols
-from tasks.models import dense_folder, tensor_headers
+from tasks.models import dense_folder, model_files
 from tasks.runners import any_folder
 from tasks.runtime import files
 from tasks.sources import json_lines
@@ -90,7 +90,7 @@ def _write_documents(stage: Stage, tables: list[pd.DataFrame]) -> None:
 
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of a model folder by `stat`: total, and by what they are for, with the names of the folder's own format."""
-    return {"total": tensor_headers.stored_bytes(folder), **any_folder.component_bytes(folder)}
+    return {"total": model_files.stored_bytes(folder), **any_folder.component_bytes(folder)}
 
 
 def sparsity(weights: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -75,6 +75,13 @@ COMMANDS = {
             "tasks.cli.lineage",
             refused=exit_codes.LINEAGE_REFUSED,
         ),
+        Command(
+            "verify",
+            EVIDENCE,
+            "whether what is on disk is what a commit names",
+            "tasks.cli.verify",
+            refused=exit_codes.VERIFY_REFUSED,
+        ),
         Command("registry", REGISTRY, "list, promote, roll back and verify versions", "tasks.cli.registry"),
         Command("canary", REGISTRY, "a candidate with a share of the requests", "tasks.cli.canary"),
         Command(

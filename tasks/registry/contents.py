@@ -42,7 +42,7 @@ EVALUATION = "data/evaluate/package/metrics.json"
 CHUNK = 2**20
 """Bytes that are copied at once."""
 TRACKED = ("dvc.yaml", "dvc.lock", "params.yaml")
-"""What `snapshot` adds even where git doesn't know it yet."""
+"""What `snapshot` adds even where git doesn't know it yet, beside the lineage records."""
 
 
 def store(root: Path, revision: str, target: Path, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def snapshot(root: Path) -> str:
         InputError: no git repository, or the package on disk isn't the one that dvc.lock names.
     """
     _check_workspace(root)
-    head, tree = git.run(root, "rev-parse", "HEAD"), git.tree(root, TRACKED)
+    head, tree = git.run(root, "rev-parse", "HEAD"), git.tree(root, [*TRACKED, *lineage.tracked(root)])
     if tree == git.run(root, "rev-parse", "HEAD^{tree}"):
         return head
     message = "Workspace of a promoted package"

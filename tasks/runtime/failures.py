@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import itertools
 import re
+import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.runtime import lineage
+from dvc.exceptions import DvcException
+
+from tasks.algorithms.errors import InputError
+from tasks.runtime import edits, lineage
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -25,6 +29,16 @@ DISK = {
     errno.EROFS: "the folder is read-only; make it writable, or copy the project elsewhere",
 }
 """What the machine can refuse any stage, and the way out; every other number would be a mistake of this project."""
+REFUSED = (InputError, OSError, sqlite3.Error, DvcException)
+"""What a night, which has to record why it ended, catches: what this project, the machine or DVC refuses."""
+DATABASE = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+}
+"""The same in the words of SQLite, in which DVC notes the hashes of files."""
 TOLD = re.compile(r"(?:\(os error |\[Errno )(\d+)[)\]]")
 """An error number in the words of safetensors, tokenizers (Rust) and shutil.copytree."""
 ALTERED = (
@@ -43,8 +57,10 @@ def sentence(error: Exception, address: str, stage: Stage | None) -> str | None:
     """
     told = TOLD.search(str(error))
     number = int(told[1]) if told else getattr(error, "errno", None)
+    named = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    if isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF in DATABASE:
+        number, named = DATABASE[error.sqlite_errorcode & 0xFF], "the database in which DVC notes the hashes of files"
     if number in DISK:
-        named = getattr(error, "filename2", None) or getattr(error, "filename", None)
         where = named or f"the outputs of stage {address}"
         return f"cannot read or write {where}: {DISK[number]}"
     if isinstance(error, MemoryError) or number == errno.ENOMEM or OUT_OF_MEMORY.search(str(error)):
@@ -56,6 +72,17 @@ def sentence(error: Exception, address: str, stage: Stage | None) -> str | None:
         what = " ".join(str(error).split())[:200]
         return f"{' and '.join(altered)} {ALTERED} ({type(error).__name__}: {what})"
     return None
+
+
+def refuse_misnoted(stage: Stage) -> None:
+    """Raise an InputError where DVC noted an edit as what made an input; `tasks.runtime.edits`."""
+    for found in edits.misnoted(stage.dvc.repo):
+        outs = {Path(out.fs_path) for out in found.stage.outs}
+        if made := [str(dep) for dep in stage.dvc.deps if outs & {Path(dep.fs_path), *Path(dep.fs_path).parents}]:
+            raise InputError(
+                f"{' and '.join(made)} can't be used: {' and '.join(found.differences)}, edited just when stage"
+                f" {found.stage.addressing} had ended; `edgepress mend` forgets that, and `dvc repro` makes it again"
+            )
 
 
 def altered_inputs(stage: Stage) -> list[str]:

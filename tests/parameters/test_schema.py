@@ -229,7 +229,7 @@ def test_every_problem_at_once() -> None:
     [
         (None, "cannot read {path}: No such file or directory; run from the project's folder"),
         ("a: [", "{path} is not valid YAML: "),
-        ("", "{path} holds NoneType, expected one section per stage"),
+        ("", "{path} holds nothing, expected one section per stage"),
         ("- a", "{path} holds list, expected one section per stage"),
     ],
 )

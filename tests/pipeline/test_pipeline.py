@@ -68,10 +68,17 @@ def test_the_flow_has_nothing_to_do_after_dvc_and_dvc_nothing_after_the_flow(pro
     assert f"0 of {len(STAGES)} stages ran" in project.flow().stdout
 
 
-def test_the_dag_elsewhere_gives_the_same_bytes(project, tiny_model, tmp_path) -> None:
-    other = Project(tmp_path / "elsewhere", tiny_model)
-    other.repro()
+def test_a_clone_without_a_cache_gives_the_same_bytes_and_stays_clean(project, tmp_path) -> None:
+    project("git", "add", "-A")
+    project("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "dvc.lock and records")
+    other = Project.found(tmp_path / "elsewhere")
+    project("git", "clone", "-q", ".", str(other.path))
+    assert ran(other.repro().stdout) == STAGES
     assert other.lock() == project.lock()
+    assert other("git", "status", "--porcelain").stdout == ""
+    verified = other(sys.executable, "-m", "tasks", "verify").stdout
+    assert verified.splitlines()[-1].startswith("the same as HEAD (")
+    assert f"{len(STAGES)} of " in verified and "from a cache" not in verified
 
 
 def test_stages_that_are_off_pass_the_same_files_on_without_taking_space(project) -> None:

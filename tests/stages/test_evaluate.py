@@ -15,7 +15,7 @@ from tasks import evaluate
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.scoring import generation_failures
-from tasks.models import dense_folder, tensor_headers
+from tasks.models import dense_folder, model_files, tensor_headers
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed import reader
 from tasks.packed.stored_model import Linear, Model
@@ -41,7 +41,7 @@ def test_components_of_a_dense_folder_add_up(model_folder: Path) -> None:
     found = tensor_headers.component_bytes(model_folder)
     weights = load_file(model_folder / "model.safetensors")
     blocks = sum(4 * w.numel() for name, w in weights.items() if ".layers." in name and w.dim() == 2)
-    assert sum(found.values()) == on_disk(model_folder) == tensor_headers.stored_bytes(model_folder)
+    assert sum(found.values()) == on_disk(model_folder) == model_files.stored_bytes(model_folder)
     assert (found["blocks"], found["embedding"]) == (blocks, 96 * 32 * 4)
     assert found["norms"] == (4 * 2 + 1) * 32 * 4
     assert found["scales"] == found["adapter"] == 0 and found["metadata"] > 0
