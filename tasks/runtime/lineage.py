@@ -49,12 +49,42 @@ PACKAGES = (
 )
 
 
-def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:
+FIGURES = ("seconds", "start_up_seconds", "computing_seconds", "cpu_seconds")
+"""Of a record: from the stage's first line to its record; from the process's start to `run`; of `run`; of all cores."""
+
+
+def took(stage: DvcStage) -> dict[str, float]:
+    """The `FIGURES` of a stage's last run; those that its record lacks, or all without a record, are left out."""
+    found = _read(stage)
+    return {name: found[name] for name in FIGURES if isinstance(found.get(name), int | float)}
+
+
+def _read(stage: DvcStage) -> dict[str, Any]:
+    """A stage's record; empty where there is none, or it can't be read."""
+    path = record_path(stage)
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def link(stage: DvcStage) -> dict[str, str]:
+    """A stage's record for a list of many: when and with which code it was made, and where all of it is."""
+    found, path = _read(stage), record_path(stage)
+    return (
+        {}
+        if not path
+        else {"made": found.get("started") or "", "code": (found.get("code") or "")[:12], "record": path.as_uri()}
+    )
+
+
+def record(stage: Stage, *, started: float, run_ids: dict[str, str], spent: dict[str, float] | None = None) -> None:
     """Write the record of a stage whose outputs are in place. A stage that declares no record gets none.
 
     Args:
         started: seconds since the epoch.
         run_ids: ids of the runs it belongs to, by kind.
+        spent: more of `FIGURES`.
     """
     path = record_path(stage.dvc)
     if path is None:
@@ -71,6 +101,7 @@ def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:
         "seed": getattr(getattr(stage.params, stage.name, None), "seed", None),
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - started, 3),
+        **{name: round(value, 3) for name, value in (spent or {}).items()},
         "peak_memory_bytes": _peak_memory(),
         "machine": {
             "platform": platform.platform(),

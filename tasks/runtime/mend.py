@@ -39,14 +39,17 @@ AT_WORK = "DVC is working in this folder"
 
 
 def keep_lock() -> None:
-    """Keep a copy of dvc.lock: what it says now, and the entries that it lacks and had before."""
-    now = _entries(LOCK)
-    if now is None:
-        return
-    kept = _entries(KEPT) or {}
-    if kept != (together := kept | now):
-        KEPT.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(KEPT, _dumped(together))
+    """Keep a copy of dvc.lock: what it says now, and the entries that it lacks and had before.
+
+    Stages that start side by side do it one after another, so that none takes back what another one kept.
+    """
+    with locks.held(KEPT.with_suffix(".guard"), "the copy of dvc.lock is being written", wait=True):
+        now = _entries(LOCK)
+        if now is None:
+            return
+        kept = _entries(KEPT) or {}
+        if kept != (together := kept | now):
+            files.write_text(KEPT, _dumped(together))
 
 
 def mend() -> list[str]:
