@@ -9,6 +9,7 @@ thread in the order of `flows.order`, each stage in a thread of Prefect's.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import sys
@@ -54,6 +55,7 @@ class Reproduction:
     def __init__(self) -> None:
         self.project = Project()
         self.states: dict[str, State] = {}
+        self.results: dict[str, str] = {}
         self.rows: list[dict[str, Any]] = []
         self.began = 0.0
         self.begun: dict[str, float] = {}
@@ -155,7 +157,7 @@ class Reproduction:
         """The stage as a task, whose key is read now; needs the lock."""
         key = self.project.key(stage, stale)
 
-        def body() -> dict | State:
+        def body() -> str | State:
             failure = self._run(stage, force, threads) if stale else None
             return Failed(message=failure) if failure else self._record(stage, stale, key)
 
@@ -196,17 +198,23 @@ class Reproduction:
             return following.sentence(log) or f"{_line(error)}; all that it printed is in {log}"
         return None
 
-    def _record(self, stage: Stage, stale: bool, key: str | None) -> dict | State:
+    def _record(self, stage: Stage, stale: bool, key: str | None) -> str | State:
+        """The task run's result: why it ended so, DVC's key, and the hashes of the outputs.
+
+        Prefect draws an arrow from a task run to every later one that meets an object with the `id` of its result, or
+        of a part of it (3.8.8). So it is one text, which is kept as long as the run.
+        """
         why = "unchanged" if not stale else "restored" if stage.addressing in self.project.cache.restored else "ran"
         why = f"frozen, {why}" if stage.frozen else why
         record = {"why": why, "key": key, "outs": {out.def_path: out.hash_info.value for out in stage.outs}}
-        return record if why == "ran" else Completed(name="Cached", message=why, data=record)
+        text = self.results[stage.addressing] = json.dumps(record)
+        return text if why == "ran" else Completed(name="Cached", message=why, data=text)
 
     def _end(self, stage: Stage, state: State) -> None:
         """Note how a stage ended; the first failure is the flow's."""
         name = stage.addressing
         self.states[name], self.ended[name] = state, time.monotonic()
-        record = state.result(raise_on_failure=False) if state.is_completed() else {}
+        record = json.loads(self.results[name]) if state.is_completed() else {}
         why = record["why"] if record else state.message or f"stage {name} ended as {state.name}"
         ran = why == "ran"
         self.rows.append(

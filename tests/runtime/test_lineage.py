@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dvc.repo import Repo
 
 from tasks.runtime import lineage
 from tests.support.lineage_project import call, record
@@ -33,6 +34,18 @@ def test_record_says_who_when_and_with_what(recorded: Path) -> None:
     assert entry["peak_memory_bytes"] > 2**20
     assert entry["packages"].keys() == set(lineage.PACKAGES) and entry["packages"]["dvc"]
     assert entry["machine"].keys() == {"platform", "cpus", "threads", "python"}
+
+
+def test_what_a_stage_took_is_read_back(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(recorded)
+    with Repo() as repo:
+        stage = repo.stage.load_one(name="train")
+        assert lineage.took(stage) == {"seconds": record(recorded, "train")["seconds"]}
+        listed = lineage.link(stage)
+        assert listed["record"] == (recorded / "data/lineage/train.json").as_uri()
+        assert record(recorded, "train")["code"].startswith(listed["code"]) and len(listed["code"]) == 12
+        without = repo.stage.load_one(name="unused")
+        assert lineage.took(without) == {} and lineage.link(without) == {}
 
 
 def test_code_hash_changes_with_the_code_alone() -> None:
