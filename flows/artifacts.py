@@ -46,9 +46,7 @@ def publish(artifacts: Iterable[Artifact]) -> None:
 def of_run(rows: Sequence[Mapping[str, Any]], failure: str | None) -> Iterator[Artifact]:
     """What each stage did; and what stopped the run, where something did."""
     if failure:
-        yield MarkdownArtifact(
-            key="1-verdict", markdown=f"## Failed\n\n{_plain(failure)}", description="what stopped it"
-        )
+        yield MarkdownArtifact(key="1-verdict", markdown=f"## Failed\n\n{_plain(failure)}", description=failure)
     table = [{column: _shown(row.get(column)) for column in COLUMNS} for row in rows]
     yield TableArtifact(key="2-stages", table=table, description="what each stage did, and where its record is")
 
@@ -58,9 +56,7 @@ def of_report(report: Path) -> Iterator[Artifact]:
     folder = report.parent
     sentences = (folder / "verdict.txt").read_text(encoding="utf-8").splitlines()
     rest = "\n\n".join(map(_plain, sentences[1:]))
-    yield MarkdownArtifact(
-        key="1-verdict", markdown=f"## {_plain(sentences[0])}\n\n{rest}", description="what came out"
-    )
+    yield MarkdownArtifact(key="1-verdict", markdown=f"## {_plain(sentences[0])}\n\n{rest}", description=sentences[0])
     models = summary.rows()
     yield TableArtifact(key="4-models", table=models, description=f"the model after each stage; {PLAIN}")
     seconds = {row["stage"]: row["seconds"] for row in models}
@@ -75,7 +71,9 @@ def of_report(report: Path) -> Iterator[Artifact]:
         for name, caption in captions.items()
     )
     yield MarkdownArtifact(key="6-plots", markdown=plots, description="the plots of the report")
-    yield LinkArtifact(key="7-report", link=report.resolve().as_uri(), link_text=str(report.resolve()))
+    yield LinkArtifact(
+        key="7-report", link=report.resolve().as_uri(), link_text=str(report.resolve()), description="its page"
+    )
 
 
 def _shown(value: Any) -> Any:

@@ -48,6 +48,11 @@ def compress(targets: list[str] | None = None, force: bool = False) -> State:
     return Failed(message=message) if failure else Completed(message=message)
 
 
+def counted(state: State) -> str:
+    """Of the message of a run that completed what it says of the stages; the verdict follows there."""
+    return (state.message or "").partition("; ")[0]
+
+
 def makes_report(targets: list[str] | None) -> bool:
     """Whether a run of these stages brings the report up to date; a table of an older one would mislead."""
     return not targets or REPORT.parent.name in targets

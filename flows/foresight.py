@@ -63,6 +63,8 @@ class Foresight:
 
     def sentence(self) -> str:
         """How far the run is, in words."""
+        if self.ended == self.total:
+            return f"all {self.total} stages are done"
         running = [f"{name} {self.parts[name]:.0%}" if self.parts[name] else name for name in self.since]
         words = f"{self.ended} of {self.total} stages are done"
         words += f", {' and '.join(running)} now" if running else ""

@@ -47,6 +47,7 @@ def made(tmp_path, monkeypatch):
 def test_few_artifacts_and_the_verdict_first(made, tmp_path):
     assert list(made) == ["1-verdict", "2-stages", "4-models", "5-tables", "6-plots", "7-report"]
     first = (tmp_path / "out/verdict.txt").read_text().splitlines()[0]
+    assert made["1-verdict"].description == first
     assert made["1-verdict"].markdown.startswith(f"## {first}\n\n")
 
 

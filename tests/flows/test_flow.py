@@ -160,7 +160,7 @@ def test_the_ui_serves_what_ran_on_any_port_and_leaves_nothing_behind(toy) -> No
         assert "first talks" in logged
         (progress,) = ask(url, "artifacts/filter")
         assert (progress["key"], progress["type"], progress["data"]) == ("3-progress", "progress", 100.0)
-        assert progress["description"].startswith("2 of 2 stages are done; ")
+        assert progress["description"] == "all 2 stages are done"
         steps = {step["name"]: step for step in ask(url, "task_runs/filter")}
         assert parents(steps["first"]) == [] and parents(steps["last"]) == [steps["first"]["id"]]
     finally:
