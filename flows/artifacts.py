@@ -54,7 +54,7 @@ def of_run(rows: Sequence[Mapping[str, Any]], failure: str | None) -> Iterator[A
 def of_report(report: Path) -> Iterator[Artifact]:
     """What came out; `report` is report.html, and the rest lies beside it."""
     folder = report.parent
-    sentences = (folder / "verdict.txt").read_text(encoding="utf-8").splitlines()
+    sentences = verdict(report)
     rest = "\n\n".join(map(_plain, sentences[1:]))
     yield MarkdownArtifact(key="1-verdict", markdown=f"## {_plain(sentences[0])}\n\n{rest}", description=sentences[0])
     models = summary.rows()
@@ -79,6 +79,11 @@ def of_report(report: Path) -> Iterator[Artifact]:
 def _shown(value: Any) -> Any:
     """Seconds to a tenth; Prefect's UI draws a table with the columns of its first row."""
     return "" if value is None else round(value, 1) if isinstance(value, float) else value
+
+
+def verdict(report: Path) -> list[str]:
+    """The report's sentences; the first one says it all."""
+    return (report.parent / "verdict.txt").read_text(encoding="utf-8").splitlines()
 
 
 async def _send(artifacts: list[Artifact]) -> None:

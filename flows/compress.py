@@ -21,7 +21,7 @@ from flows import artifacts, costs  # noqa: E402
 from flows.reproduction import Reproduction  # noqa: E402
 from flows.server import dead_runs  # noqa: E402
 from tasks.algorithms.errors import InputError  # noqa: E402
-from tasks.cli import console, report  # noqa: E402
+from tasks.cli import console  # noqa: E402
 from tasks.parameters import schema  # noqa: E402
 
 REPORT = Path("data/report/report.html")
@@ -41,7 +41,7 @@ def compress(targets: list[str] | None = None, force: bool = False) -> State:
     made = list(artifacts.of_run(rows, failure))
     if not failure and makes_report(targets):
         made += artifacts.of_report(REPORT)
-        message += f"; {report.verdict()}"
+        message += f"; {artifacts.verdict(REPORT)[0]}"
     artifacts.publish(sorted(made, key=lambda artifact: artifact.key))
     if table := costs.table(rows):
         console.show("", table)

@@ -1,9 +1,10 @@
 """DVC's project while a flow runs its stages: planned, locked, restored and written by DVC, several commands at once.
 
 This is the only place that uses DVC's internals (dvc 3.67.1, pinned): how `Repo.reproduce` plans and locks,
-`_reproduce_stage`, `_get_stage_hash`, `StageCache.restore`, `Repo._reset`, `Stage.changed`, and `modify_yaml` and
-`rwlock` where dvc.lock and DVC's list of readers and writers are written. The public API has no hook per stage and runs
-one stage after another. tests/flows/test_dvc_internals.py holds DVC to what is used of it here.
+`_reproduce_stage`, `_get_stage_hash`, `StageCache.restore`, `Repo._reset`, `Stage.changed`, `load_path` where
+params.yaml is read, and `modify_yaml` and `rwlock` where dvc.lock and DVC's list of readers and writers are written.
+The public API has no hook per stage and runs one stage after another. tests/flows/test_dvc_internals.py holds DVC to
+what is used of it here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dvc.dependency.param
 import dvc.rwlock
 import yaml
 from dvc import dvcfile
@@ -27,7 +29,7 @@ from dvc.repo.reproduce import _reproduce_stage, collect_stages, get_active_grap
 from dvc.rwlock import rwlock
 from dvc.stage import Stage
 from dvc.stage.cache import StageCache, _can_hash, _get_stage_hash
-from dvc.utils.serialize import modify_yaml
+from dvc.utils.serialize import load_path, modify_yaml
 
 from tasks.runtime import files, locks
 
@@ -68,7 +70,10 @@ class Project:
         Raises:
             DvcException: no such stage, or dvc.yaml is broken.
         """
-        with lock_repo(self.repo), self.repo.scm_context(), _lock_written_at_once(), _users_by_thread():
+        replaced = (_lock_written_at_once(), _users_by_thread(), _parameters_parsed_once())
+        with lock_repo(self.repo), self.repo.scm_context(), contextlib.ExitStack() as stack:
+            for each in replaced:
+                stack.enter_context(each)
             stages = collect_stages(self.repo, targets or [PROJECT_FILE])
             graph = get_active_graph(self.repo.index.graph)
             self.plan = {stage: list(graph.successors(stage)) for stage in plan_repro(graph, stages)}
@@ -185,3 +190,22 @@ def _users_by_thread() -> Iterator[None]:
         yield
     finally:
         dvc.rwlock.rwlock = rwlock
+
+
+@contextlib.contextmanager
+def _parameters_parsed_once() -> Iterator[None]:
+    """DVC parses params.yaml three times a stage (3.67.1): let it parse a file that did not change once."""
+    known: dict[tuple, Any] = {}
+
+    def load(path: str, fs: Any, **kwargs: Any) -> Any:
+        found = Path(path).stat()
+        key = (path, found.st_ino, found.st_mtime_ns, found.st_size, *kwargs.items())
+        if key not in known:
+            known[key] = load_path(path, fs, **kwargs)
+        return copy.deepcopy(known[key])
+
+    dvc.dependency.param.load_path = load
+    try:
+        yield
+    finally:
+        dvc.dependency.param.load_path = load_path

@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
+import dvc.dependency.param
 import dvc.rwlock
 import dvc.stage.decorators
 import dvc.stage.run
@@ -36,6 +37,7 @@ def test_dvc_still_has_what_the_flow_uses_of_its_internals() -> None:
     assert "self.stage_cache" in inspect.getsource(Repo.__init__)
     assert "with modify_yaml(self.path, fs=self.repo.fs) as data" in inspect.getsource(dvcfile.Lockfile.dump_stages)
     assert dvcfile.modify_yaml is modify_yaml
+    assert "load_path(path, fs, **load_kwargs)" in inspect.getsource(dvc.dependency.param.read_param_file)
 
 
 def test_dvc_still_locks_as_threads_need_it() -> None:
@@ -100,3 +102,20 @@ def test_two_threads_are_two_users_for_dvc(tmp_path) -> None:
         for thread in threads:
             thread.join()
     assert seen[0].count("dvc repro") == 2 and seen[1].count("dvc repro") == 1 and "dvc repro" not in seen[3]
+
+
+def test_parameters_are_parsed_again_when_they_changed(tmp_path, monkeypatch) -> None:
+    from dvc.fs import localfs
+
+    path, parsed = tmp_path / "params.yaml", []
+    monkeypatch.setattr(
+        dvc_internals, "load_path", lambda path, fs: parsed.append(1) or yaml.safe_load(Path(path).read_text())
+    )
+    with dvc_internals._parameters_parsed_once():
+        for text in ("a: [1]", "a: [1, 2]"):
+            path.write_text(text)
+            for _ in range(3):
+                found = dvc.dependency.param.read_param_file(localfs, str(path), ["a"])
+                assert found == yaml.safe_load(text)
+                found["a"].append("mine")
+    assert len(parsed) == 2
