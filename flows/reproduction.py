@@ -204,6 +204,7 @@ class Reproduction:
         Prefect draws an arrow from a task run to every later one that meets an object with the `id` of its result, or
         of a part of it (3.8.8). So it is one text, which is kept as long as the run.
         """
+        lineage.keep(stage)  # what DVC restored came without its record, which a later stage may read
         why = "unchanged" if not stale else "restored" if stage.addressing in self.project.cache.restored else "ran"
         why = f"frozen, {why}" if stage.frozen else why
         record = {"why": why, "key": key, "outs": {out.def_path: out.hash_info.value for out in stage.outs}}
