@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
 
 FULL = 16
-BATCH = 4
-"""Windows that are read at once: HQQ's search costs as many calls for four as for one."""
 COLUMNS = (
     "context",
     "bits",
@@ -68,9 +66,10 @@ def run(stage: Stage) -> None:
             reference = None
             for width in bits:
                 cached = kv_cache.Cached(model, width, p.group_size, p.residual)
-                score = likelihood.score(cached, prepared, BATCH, stage.journal.part(f"{context}-{width}"))
+                score = likelihood.score(cached, prepared, saved=stage.journal.part(f"{context}-{width}"))
                 reference = reference or score
-                cached(prepared.ids[0][None, :context])  # one sequence, whose bytes are counted
+                if not cached.cache.get_seq_length():  # all windows were in the journal
+                    cached(prepared.ids[0][None, :context])
                 rows.append({"context": context, "bits": width, **_row(score, reference), **_held(cached, context)})
                 progress.update(len(rows), perplexity=score.perplexity)
     table = pd.DataFrame(rows)

@@ -38,7 +38,7 @@ class _InHalf:
     """A cache that holds keys and values in float16, and gives them to the model in the type that it computes in."""
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        # new ones in: [batch, kv_heads, piece, head_dim]; all held out: [batch, kv_heads, tokens, head_dim]
+        # new ones in: [1, kv_heads, piece, head_dim]; all held out: [1, kv_heads, tokens, head_dim]
         held = super().update(keys.half(), values.half(), layer_idx, *args, **kwargs)
         return held[0].to(keys.dtype), held[1].to(values.dtype)
 
@@ -52,9 +52,7 @@ class _Quantised(_InHalf, QuantizedCache):
 
 
 class Cached:
-    """A model that reads texts through a cache; a call returns `.logits` [batch, length, vocabulary].
-
-    Texts of a batch share nothing but the moment at which HQQ's search of zero points ends: it looks at the mean error.
+    """A model that reads a text through a cache; a call returns `.logits` [1, length, vocabulary].
 
     Args:
         model: one of transformers', with full attention.
@@ -96,9 +94,9 @@ class Cached:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, use_cache: bool = True) -> Any:
-        """Return the logits of texts [batch, length], read through an empty cache; `self.cache` then holds them."""
+        """Return the logits of one text [1, length], read through an empty cache; `self.cache` then holds it."""
         self.cache, logits = self.empty(), []
-        for piece in beside(self.model, input_ids).split(self.residual, dim=1):  # [batch, residual]
+        for piece in beside(self.model, input_ids).split(self.residual, dim=1):  # [1, residual]
             logits.append(self.model(input_ids=piece, past_key_values=self.cache, use_cache=True).logits)
         return SimpleNamespace(logits=torch.cat(logits, dim=1))
 
