@@ -46,7 +46,7 @@ from flows import stage as stage_command
 from flows.stage import FLOW_RUN, LOG, TASK_RUN
 from tasks.algorithms.errors import InputError
 from tasks.cli import dispatch
-from tasks.runtime import files, locks, mend
+from tasks.runtime import files, lineage, locks, mend
 
 LOGS = Path("logs")
 PROGRESS = re.compile(r"\[progress\] (?P<what>.+?) (?P<done>\d+)/(?P<total>[1-9]\d*)(?= |$)")
@@ -159,9 +159,7 @@ class Reproduction:
 
 
 def _lineage_artifact(stage: Stage, record: dict) -> None:
-    path = next((Path(out.fs_path) for out in stage.outs if Path(out.def_path).parent.name == "lineage"), None)
-    lineage = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
-    text = json.dumps({**lineage, **record}, indent=1, sort_keys=True)
+    text = json.dumps({**(lineage.keep(stage) or {}), **record}, indent=1, sort_keys=True)
     key = artifact_key("lineage", stage.addressing)
     what = f"who made the outputs of {stage.addressing}, from what and when"
     create_markdown_artifact(f"```json\n{text}\n```", key=key, description=what)

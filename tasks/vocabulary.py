@@ -22,7 +22,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.scoring import perplexity
 from tasks.algorithms.text import vocabulary
-from tasks.models import dense_folder, tensor_files, tensor_headers
+from tasks.models import dense_folder, generations, model_files, tensor_files, tensor_headers
 from tasks.runtime import files
 from tasks.sources import json_lines
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from tasks.runtime.stage import Stage
 
-INDEX = "model.safetensors.index.json"
-"""Of a sharded checkpoint."""
 WINDOW = 128
 """Tokens on which the answers of both models are compared."""
 TOLERANCE = 1e-5
@@ -61,7 +59,7 @@ def run(stage: Stage) -> None:
     tokenizer = dense_folder.load_tokenizer(source)
     content = _content(tokenizer)
     texts = json_lines.read(stage.input("fetch/corpora") / f"{p.corpus}.jsonl")
-    tokens = perplexity.tokenise(tokenizer, texts)
+    tokens = perplexity.tokenise(tokenizer, texts).long()
     counts = torch.bincount(tokens, minlength=dense_folder.config(source)["vocab_size"])
     tokenizer.save_pretrained(target)  # and makes the folder
     described = _described(source, target)
@@ -72,7 +70,7 @@ def run(stage: Stage) -> None:
     _write_weights(stage, source, target, keep)
 
     trimmed = dense_folder.load_tokenizer(target)
-    ids = perplexity.tokenise(trimmed, texts)
+    ids = perplexity.tokenise(trimmed, texts).long()
     if p.min_count == 1:
         check_tokens(tokens, ids, keep)
     check_texts(tokenizer, trimmed, [*UNSEEN, *texts[:DOCUMENTS]])
@@ -181,23 +179,24 @@ def _write_configs(described: dict[str, dict[str, Any]], target: Path, keep: Ten
     renumbered["config.json"]["vocab_size"] = len(keep)
     for name, content in renumbered.items():
         files.write_json(target / name, content)
+    generations.rewrite(target)
 
 
 def _write_weights(stage: Stage, source: Path, target: Path, keep: Tensor) -> None:
     """Embedding and head with the kept rows; a shard with neither is passed on."""
     described = families.family(dense_folder.config(source))
     names = {f"{described.embedding}.weight", f"{described.head}.weight"}
-    for path in sorted(source.glob("*.safetensors")):
+    for path in model_files.tensors(source):
         metadata, entries = tensor_headers.header(path)
         if names.isdisjoint(entries):
             stage.pass_on(path, target / path.name)
             continue
         tensors = {name: tensor[keep] if name in names else tensor for name, tensor in load_file(path).items()}
         tensor_files.save_tensors(target / path.name, tensors, metadata)
-    index = _json(source / INDEX)
+    index = _json(source / model_files.INDEX)
     if index:
         index["metadata"] = {**index.get("metadata", {}), "total_size": _stored(target)}
-        files.write_json(target / INDEX, index)
+        files.write_json(target / model_files.INDEX, index)
 
 
 def _sizes(source: Path, target: Path, tokenizer: int) -> dict[str, Any]:
@@ -210,7 +209,7 @@ def _sizes(source: Path, target: Path, tokenizer: int) -> dict[str, Any]:
     tables = [tensor_headers.component_bytes(folder)["embedding"] for folder in folders.values()]
     return {
         "tokens": {when: dense_folder.config(folder)["vocab_size"] for when, folder in folders.items()},
-        "bytes": {when: tensor_headers.stored_bytes(folder) for when, folder in folders.items()},
+        "bytes": {when: model_files.stored_bytes(folder) for when, folder in folders.items()},
         "bytes_saved": {"embedding": tables[0] - tables[1], "tokenizer": tokenizer},
     }
 

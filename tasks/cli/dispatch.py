@@ -19,6 +19,7 @@ from typing import IO, NoReturn
 from tasks.algorithms.errors import InputError
 from tasks.cli import exit_codes, quiet
 from tasks.cli.commands import COMMANDS, GROUPS, Command
+from tasks.parameters import parameter_file
 
 ERROR = "error: "
 """Begins each line of an error; the flow finds a stage's own sentence by it."""
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if (command and command.told) or not _is_refusal(error):
             raise
-        print_error(" ".join(str(error).split()))
+        print_error(parameter_file.told(error) or " ".join(str(error).split()))
         try:
             sys.stdout.flush()  # what the command has said
         except OSError:  # it was stdout's own, such as a full disk
@@ -142,6 +143,6 @@ def overview() -> str:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether the operating system or DVC refused; asked without importing DVC."""
-    known = sys.modules.get("dvc.exceptions")
-    return isinstance(error, OSError) or (known is not None and isinstance(error, known.DvcException))
+    """Whether the operating system, DVC or its database refused; asked without importing them."""
+    known = [(sys.modules.get(name), kind) for name, kind in (("dvc.exceptions", "DvcException"), ("sqlite3", "Error"))]
+    return isinstance(error, (OSError, *(getattr(module, kind) for module, kind in known if module)))

@@ -42,7 +42,7 @@ SNAPPED_BITS = 6
 """What a scale of `scale_steps` takes when coded: an estimate, the package's coder sees how they are distributed."""
 
 
-def settings(chosen: Gptq, widths: int | Mapping[str, int], device: str = "cpu") -> Any:
+def settings(chosen: Gptq, widths: int | Mapping[str, int], device: str) -> Any:
     """Make gptqmodel's configuration.
 
     Args:
@@ -69,8 +69,8 @@ def compress_embedding(
     dense: Path,
     windows: Tensor,
     chosen: Gptq,
+    device: str,
     saved: checkpoints.Saved = checkpoints.NOTHING,
-    device: str = "cpu",
 ) -> tuple[dict[str, rounding.Coded], nn.Module | None]:
     """Quantise the embedding, and the head where it is a matrix of its own.
 
@@ -181,7 +181,7 @@ def choices(stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, 
         pattern: of the masks.
     """
     chosen = stage.params.gptq
-    config = settings(chosen, chosen.bits)
+    config = settings(chosen, chosen.bits, stage.params.device)
     weights = matrices.weights(model)
 
     def quantise(name: str, weight: Tensor, bits: int) -> Tensor:

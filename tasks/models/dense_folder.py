@@ -12,27 +12,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.model.shape import shape_of_model
-
-LARGEST = {"config.json": 2**20, "tokenizer.json": 2**28, "model.safetensors.index.json": 2**26}
-"""Bytes that a file of a model folder may have: the folder is untrusted, and a JSON text is read into memory whole."""
-LARGEST_TEXT = 2**24
-"""The same of every other text."""
-TEXTS = (".json", ".jinja", ".txt", ".model")
-
-
-def check_sizes(folder: Path) -> None:
-    """Refuse a model folder with a text that is far larger than any model's; nothing is opened.
-
-    Raises:
-        InputError: names the file, its size and the limit.
-    """
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in TEXTS and path.is_file()):
-        size, most = path.stat().st_size, LARGEST.get(path.name, LARGEST_TEXT)
-        if size > most:
-            raise InputError(f"{path} has {size} bytes, at most {most} are read of such a file; take another model")
+from tasks.models import generations, model_files
 
 
 def config(folder: Path) -> dict[str, Any]:
@@ -41,7 +23,7 @@ def config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: it is larger than any config.
     """
-    check_sizes(folder)
+    model_files.check_sizes(folder)
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
@@ -51,7 +33,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: one of its files is larger than any tokenizer's.
     """
-    check_sizes(folder)
+    model_files.check_sizes(folder)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -59,9 +41,10 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     """A dense checkpoint on the CPU, in evaluation mode.
 
     Raises:
-        InputError: a text of the folder is larger than any model's.
+        InputError: a text of the folder is larger than any model's, or it holds two sets of weights.
     """
-    check_sizes(folder)
+    model_files.check_sizes(folder)
+    model_files.check_unambiguous(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
@@ -69,9 +52,10 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 
 def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write an ordinary checkpoint that stock `from_pretrained` loads."""
+    """Write an ordinary checkpoint that stock `from_pretrained` loads, of transformers 4 as of 5."""
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
+    generations.rewrite(folder)
 
 
 def parameter_count(model: PreTrainedModel) -> int:

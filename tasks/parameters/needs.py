@@ -87,7 +87,7 @@ def _wanda_memory(params: Params, model: ModelShape) -> int:
 
 
 MEMORY: dict[str, Callable[[Params, ModelShape], int]] = {
-    "fetch": lambda params, model: model.stored * model.vocabulary * model.hidden,  # one tensor at a time
+    "fetch": lambda params, model: 2 * model.stored * model.vocabulary * model.hidden,  # the embedding and a head
     "vocabulary": lambda params, model: _dense(model) + 3 * 4 * PROBE * model.vocabulary,
     "calibrate": lambda params, model: _dense(model) + _boundary(params, model),
     "importance": lambda params, model: 2 * _dense(model) + _backward(model, params.calibrate.length),  # and gradients
