@@ -35,6 +35,9 @@ SPLITS = ("test", "test_ood")
 GROUPS = (4, 8, 16, 32)
 """Lengths of the groups of consecutive inputs whose largest number of non-zeros is stated."""
 
+TOGETHER = 8
+"""Prompts that are completed at once."""
+
 
 def run(stage: Stage) -> None:
     """Write metrics.json, documents.csv and completions.json."""
@@ -135,20 +138,32 @@ def completions(
     rows = begun.values if begun else []
     end = model.generation_config.eos_token_id
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
-    for prompt in prompts[len(rows) :]:
-        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
-        with torch.no_grad():
-            full = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-        new = full[0, ids.shape[1] :]
-        text = tokenizer.decode(new, skip_special_tokens=True)
-        described = generation_failures.describe(new.tolist(), text, ends)
-        rows.append({"prompt": prompt, "completion": text, **described})
+    while several := prompts[len(rows) : len(rows) + TOGETHER]:
+        for prompt, new in zip(several, _continued(model, tokenizer, several, new_tokens, ends), strict=True):
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            rows.append({"prompt": prompt, "completion": text, **generation_failures.describe(new, text, ends)})
         if saved.due():
             saved.save("completions", {}, rows)
     return rows
+
+
+def _continued(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, ends: list[int]) -> list[list[int]]:
+    """The greedy new tokens of each prompt, up to and with the first end token."""
+    given = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    width, padding = max(map(len, given)), tokenizer.eos_token_id or 0
+    # padded on the left and masked there, so that all continue in the same column; [prompts, width]
+    ids = torch.tensor([[padding] * (width - len(one)) + one for one in given])
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in given])
+    with torch.no_grad():
+        full = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=padding,
+        )
+    found = []
+    for row in full[:, width:].tolist():
+        stop = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
+        found.append(row[:stop])  # behind it is padding
+    return found
