@@ -162,7 +162,7 @@ class Reproduction:
             return Failed(message=failure) if failure else self._record(stage, stale, key)
 
         return task(
-            name=stage.name,
+            name=stage.addressing,
             task_run_name=stage.addressing,
             cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda *_: key) if key else NO_CACHE,
             refresh_cache=True,  # DVC answers, and says why: a hit of Prefect's own has no message (3.8.8)
@@ -181,7 +181,7 @@ class Reproduction:
         if absent := [str(dep) for dep in stage.deps if not dep.exists and not stage.frozen]:
             # DVC would remove the stage's outputs before it finds out
             return f"{', '.join(absent)} is not there; name what is, or bring it back"
-        LOGS.mkdir(exist_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True)  # the address of what `dvc add` made is a path
         log.write_bytes(b"")
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         found = {FLOW_RUN: str(flow_run.id), TASK_RUN: str(task_run.id), LOG: str(log.resolve())}
