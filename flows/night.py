@@ -24,16 +24,16 @@ from prefect.events import emit_event  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed, Failed, State  # noqa: E402
 
-from flows.compress import compress  # noqa: E402
+from flows.compress import compress, counted  # noqa: E402
 from flows.notification import EVENT  # noqa: E402
 from flows.server import dead_runs  # noqa: E402
-from tasks.algorithms.errors import InputError  # noqa: E402
 from tasks.algorithms.statistics.gate import ACCEPT  # noqa: E402
 from tasks.cli import console, gate  # noqa: E402
 from tasks.nightly import judgement, newer_sources, records, worktree  # noqa: E402
 from tasks.nightly.records import FAILED, Night  # noqa: E402
 from tasks.parameters import schema  # noqa: E402
 from tasks.registry import versions  # noqa: E402
+from tasks.runtime import failures  # noqa: E402
 
 
 @flow(name="night", persist_result=False)
@@ -46,7 +46,7 @@ def night() -> State:
         own = schema.load(top / "params.yaml").nightly
         with worktree.locked(top, wait=own.overlap == "queue"):
             return _night(top, datetime.now(ZoneInfo(own.timezone)))
-    except (InputError, OSError) as error:  # what couldn't even be recorded: no room on the disk, say
+    except failures.REFUSED as error:  # what couldn't even be recorded: no room on the disk, say
         return Failed(message=str(error))
 
 
@@ -65,13 +65,14 @@ def _night(top: Path, started: datetime) -> State:
         record["stages"] = state.message
         if not state.is_completed():
             return _failed(folder, name, record, state.message)
+        record["stages"] = counted(state)
         found = _judged(top, folder, name, record)
-    except (InputError, OSError) as error:
+    except failures.REFUSED as error:
         return _failed(folder, name, record, str(error))
     verdict = found.record["verdict"]
     try:
         promoted = _promoted(top, found)
-    except (InputError, OSError) as error:  # its verdict stands, and the next night promotes it
+    except failures.REFUSED as error:  # its verdict stands, and the next night promotes it
         promoted = f"not promoted: {error}"
         _announce(found, promoted)
         return Failed(message=f"{name}: {verdict}, but {promoted}")

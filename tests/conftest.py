@@ -48,11 +48,15 @@ class FakeStage(Inputs):
         self.params, self.item, self.out = SimpleNamespace(**{"device": "cpu"} | sections), item, out
         self.journal = checkpoints.NOTHING if journal is None else journal
         self.answers = checkpoints.NOTHING if answers is None else answers
+        self.facts = {}
 
     def output(self, name):
         path = self.out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def note(self, **facts):
+        self.facts |= facts
 
     def pass_on(self, source, target):
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)

@@ -68,6 +68,13 @@ COMMANDS = {
             "tasks.cli.lineage",
             refused=exit_codes.LINEAGE_REFUSED,
         ),
+        Command(
+            "verify",
+            EVIDENCE,
+            "whether what is on disk is what a commit names",
+            "tasks.cli.verify",
+            refused=exit_codes.VERIFY_REFUSED,
+        ),
         Command("registry", REGISTRY, "list, promote, roll back and verify versions", "tasks.cli.registry"),
         Command("canary", REGISTRY, "a candidate with a share of the requests", "tasks.cli.canary"),
         Command("update", REGISTRY, "signed updates from one version's folder to another's", "tasks.cli.update"),
@@ -75,7 +82,6 @@ COMMANDS = {
         Command("ui", NIGHTS, "serve the Prefect UI of this project", "flows.server.ui"),
         Command("retention", NIGHTS, "remove what nights left and nobody needs", "flows.retention"),
         Command("notify", NIGHTS, "tell the nights' verdicts to a webhook or by e-mail", "flows.notification"),
-        Command("deps", PROJECT, "write the code that each stage needs into dvc.yaml", "tasks.cli.deps"),
     )
 }
 GROUPS = tuple(dict.fromkeys(command.group for command in COMMANDS.values()))

@@ -143,6 +143,6 @@ def overview() -> str:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether the operating system or DVC refused; asked without importing DVC."""
-    known = sys.modules.get("dvc.exceptions")
-    return isinstance(error, OSError) or (known is not None and isinstance(error, known.DvcException))
+    """Whether the operating system, DVC or its database refused; asked without importing them."""
+    known = [(sys.modules.get(name), kind) for name, kind in (("dvc.exceptions", "DvcException"), ("sqlite3", "Error"))]
+    return isinstance(error, (OSError, *(getattr(module, kind) for module, kind in known if module)))

@@ -26,13 +26,16 @@ from dvc.scm import SCMError
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.statistics import bootstrap, gate
 from tasks.algorithms.statistics.bootstrap import Sums
-from tasks.evaluation import comparison, results
+from tasks.evaluation import comparison, measurements, results
 from tasks.evaluation.comparison import FETCHED, PACKAGE, RECOVERED_DENSE
 from tasks.parameters import parameter_file
 from tasks.parameters.schema import Gate
 
 PACKAGE_FOLDER = "data/package/model"
 MANIFEST = "manifest.json"
+MEASURED = f"data/measure/{measurements.MODELS}"
+MEASURED_BY = "data/lineage/measure.json"
+"""In git at every revision: speeds are in no output."""
 CHUNK = 1 << 20
 
 
@@ -43,8 +46,8 @@ class Evidence(NamedTuple):
         figures: of the package.
         sums: evaluated model -> split -> scores per document.
         task_errors: task -> standard error of its accuracy.
-        hosts: of the package and of the fetched model, what stage measure found: machine, workload, bytes, seconds per
-            token (median, least); empty where it wasn't measured.
+        hosts: of the package and of the fetched model, what stage measure found (`tasks.evaluation.measurements`):
+            machine, workload, bytes, seconds per token (median, least); empty where it wasn't measured.
         dense: the evaluated model that is the best dense reference; None where it had less recovery than the package.
     """
 
@@ -106,8 +109,8 @@ def _evidence(fs: DVCFileSystem) -> Evidence:
     scored = {name: _sums(fs, name) for name, found in metrics.items() if found.get("evaluated")}
     dense = (RECOVERED_DENSE if dense_too else None) if recovered else FETCHED
     accuracy, errors = _tasks(fs)
-    found = {name: _json(fs, f"data/measure/{name}/host.json") for name in (PACKAGE, FETCHED)}
-    hosts = {name: one if one.get("measured") else {} for name, one in found.items()}
+    found = measurements.hosts(_json(fs, MEASURED), _json(fs, MEASURED_BY))
+    hosts = {name: found[name] if found.get(name, {}).get("measured") else {} for name in (PACKAGE, FETCHED)}
     seconds = hosts[PACKAGE]["seconds_per_token"]["median"] if hosts[PACKAGE] else None
     figures = _figures(fs, metrics[PACKAGE], scored[PACKAGE])
     figures = replace(figures, tasks=accuracy, seconds_per_token=seconds)

@@ -2,8 +2,10 @@
 
 A night runs in `.dvc/tmp/nights/worktree`, a worktree of the committed HEAD that shares DVC's cache with the workspace:
 neither the workspace nor its branch, index or dvc.lock is touched, whatever lies there uncommitted. The worktree stays
-from one night to the next, with its outputs, its dvc.lock and the journals of interrupted stages, so that a night
-without changes has nothing to link and an interrupted one goes on. The list of nights is `tasks.nightly.records`'s.
+from one night to the next, with its outputs, its dvc.lock and lineage records, and the journals of interrupted stages,
+so that a night without changes has nothing to link and an interrupted one goes on. What stages note of this machine's
+runs (`lineage.HERE`) is shared as the cache is: who restores what the other computed knows who made it. The list of
+nights is `tasks.nightly.records`'s.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dvc.repo import Repo
 from dvc.repo.experiments.refs import EXEC_APPLY
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import git, locks
+from tasks.runtime import files, git, lineage, locks, mend
 
 FOLDER = Path(".dvc/tmp/nights")
 """Below DVC's temporary folder, which git and DVC ignore."""
@@ -59,24 +61,32 @@ def locked(top: Path, wait: bool) -> contextlib.AbstractContextManager[None]:
 
 
 def prepare(top: Path) -> Path:
-    """Bring the nights' worktree to the workspace's HEAD; its outputs and dvc.lock stay, as they belong together."""
+    """Bring the nights' worktree to the workspace's HEAD; outputs, dvc.lock and records stay: they belong together."""
     folder, head = top / WORKTREE, git.run(top, "rev-parse", "HEAD")
     if _is_worktree(folder):
-        lock = folder / "dvc.lock"
-        kept = lock.read_bytes() if lock.exists() else None
+        kept = {path: path.read_bytes() for path in map(folder.joinpath, _beside_head(folder))}
         for stale in Path(git.run(folder, "rev-parse", "--absolute-git-dir")).glob("*.lock"):
             stale.unlink()  # git's, of a night that was killed: only nights work here, one at a time
         git.run(folder, "checkout", "--quiet", "--force", "--detach", head)
         git.run(folder, "clean", "--quiet", "--force", "-d")
-        if kept is not None:
-            lock.write_bytes(kept)
+        for path, content in kept.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_bytes(path, content)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         _forget(top, folder)
         git.run(top, "worktree", "prune")
         git.run(top, "worktree", "add", "--quiet", "--force", "--detach", str(folder), head)
+    with contextlib.chdir(folder):
+        mend.mend()  # a dvc.lock that git or a full disk left half-written
     _share_cache(top, folder)
+    _share_records(top, folder)
     return folder
+
+
+def _beside_head(folder: Path) -> list[str]:
+    """What says what the outputs in a worktree are: dvc.lock, and the stages' records."""
+    return [name for name in ("dvc.lock", *lineage.tracked(folder)) if (folder / name).exists()]
 
 
 def _forget(top: Path, folder: Path) -> None:
@@ -105,9 +115,18 @@ def _share_cache(top: Path, folder: Path) -> None:
             config.setdefault("cache", {})["dir"] = cache
 
 
+def _share_records(top: Path, folder: Path) -> None:
+    """Make the worktree's records of runs on this machine the workspace's."""
+    own, shared = folder / lineage.HERE, (top / lineage.HERE).resolve()
+    shared.mkdir(parents=True, exist_ok=True)
+    own.parent.mkdir(parents=True, exist_ok=True)
+    if not own.is_symlink():
+        own.symlink_to(shared, target_is_directory=True)
+
+
 def snapshot(folder: Path) -> str:
-    """A commit on HEAD of the worktree's tracked files and dvc.lock; no ref names it yet."""
-    return commit(folder, git.tree(folder, ["dvc.lock"]), "candidate of a night")
+    """A commit on HEAD of the worktree's tracked files, dvc.lock and records; no ref names it yet."""
+    return commit(folder, git.tree(folder, _beside_head(folder)), "candidate of a night")
 
 
 def commit(folder: Path, tree: str, message: str) -> str:

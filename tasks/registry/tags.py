@@ -180,6 +180,8 @@ def locked(root: Path) -> Iterator[None]:
     with _git(root) as scm:
         folder = Path(scm.dulwich.repo.commondir())
     with locks.held(folder / LOCK, "the registry is in use", wait=True):
+        for stale in (folder / "refs/tags").glob(f"{ARTIFACT}[@#]*.lock"):
+            stale.unlink()  # git's, of a call that was killed: only the registry writes these tags, one at a time
         yield
 
 

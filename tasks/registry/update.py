@@ -147,14 +147,14 @@ def apply(path: Path, key: Path, folder: Path) -> Update:
 
 
 def _apply(path: Path, folder: Path, update: Update, sizes: Mapping[str, int]) -> None:
+    scratch = folder.with_name(f".{folder.name}.update")
+    contents.remove(scratch)  # of a call that was killed, or couldn't remove it
     found = _contents(folder)
     if found == {name: file.sha256 for name, file in update.files.items()}:
         return
     if found != update.base:
         odd = sorted(name for name in found | update.base if found.get(name) != update.base.get(name))
         raise InputError(f"{folder} is not {update.old}, which the update starts from: {odd[0]} is another file")
-    scratch = folder.with_name(f".{folder.name}.update")
-    contents.remove(scratch)  # of a call that was killed
     try:
         scratch.mkdir()
         for name, file in update.files.items():

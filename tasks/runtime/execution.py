@@ -13,10 +13,14 @@ sentence. Any other error keeps its traceback.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
+import resource
 import shutil
+import sqlite3
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -27,7 +31,7 @@ from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
 from tasks.parameters import parameter_file, preflight
-from tasks.runtime import failures, lineage, locks, mend, parent
+from tasks.runtime import code, edits, failures, lineage, locks, mend, parent
 from tasks.runtime.stage import JOURNALS, SCRATCH, Stage
 
 if TYPE_CHECKING:
@@ -52,6 +56,8 @@ def execute(address: str, *, run_ids: dict[str, str] | None = None) -> None:
     except InputError:
         raise
     except Exception as error:
+        if attempt.stage is None:  # it didn't get as far as its lock, which nobody else holds
+            attempt.restore()
         if sentence := failures.sentence(error, address, attempt.stage):
             raise InputError(sentence) from error
         raise
@@ -62,55 +68,60 @@ class _Attempt:
 
     Attributes:
         stage: None until it is read from dvc.yaml.
-        published: the outputs that are in place.
+        published: the folder, once it is in place.
     """
 
     def __init__(self, address: str) -> None:
         self.address, self.started = address, time.time()
         self.stage: Stage | None = None
-        self.published: list[Path] = []
+        self.published: Path | None = None
 
     def make(self, run_ids: dict[str, str]) -> None:
         """Make the outputs and their record; after an exception everything is as it was."""
         try:
             stage = self.stage = _load(self.address)
-            _perform(stage)
+            spent = _perform(stage)
+            _refuse_edits(stage)
             self._publish(stage)
-            lineage.record(stage, started=self.started, run_ids=run_ids)
+            spent["cpu_seconds"] = _cpu_seconds()
+            lineage.record(stage, started=self.started, run_ids=run_ids, spent=spent)
+            edits.claim(stage.start)
             _remove(SCRATCH / self.address)
             _remove(JOURNALS / self.address)
             if "answers" in vars(stage):
                 stage.answers.flush()
+            _refuse_edits(stage)  # the last act: the sooner DVC looks after it, the better
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # the model that filled the memory
             _remove(SCRATCH / self.address)  # first: the disk may be full
-            self._restore()
+            self.restore()
             raise
 
     def _publish(self, stage: Stage) -> None:
-        """Move every output into place.
+        """Move the stage's folder into place.
 
         Raises:
-            RuntimeError: a declared output was not written.
+            RuntimeError: something that dvc.yaml names of it was not written.
         """
-        missing = [str(out) for out in stage.outs if not (stage.scratch / out).exists()]
+        missing = [str(path) for path in stage.expected() if not (stage.scratch / path).exists()]
         if missing:
             raise RuntimeError(f"stage {self.address} did not write {', '.join(missing)}")
-        for out in stage.outs:
-            _remove(out)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(stage.scratch / out, out)
-            self.published.append(out)
+        _remove(stage.folder)
+        stage.folder.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(stage.scratch / stage.folder, stage.folder)
+        self.published = stage.folder
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
         """Check the previous outputs out again: DVC removed them before it started the stage, and the stage failed."""
         try:
-            for out in self.published:  # not all are there, or not their record
-                _remove(out)
-            outs = Repo().stage.load_one(name=self.address).outs
+            if self.published:  # without its record
+                _remove(self.published)
+            if self.stage:
+                edits.disown(self.stage.dvc)
+            outs = self.stage.dvc.outs if self.stage else _opened_anyhow().stage.load_one(name=self.address).outs
         except DvcException:  # no such stage, or dvc.yaml is broken: nothing was removed
             return
-        except (OSError, MemoryError):
+        except (OSError, sqlite3.Error, MemoryError):
             print(f"{self.address}: `dvc checkout` brings the previous outputs back from DVC's cache", file=sys.stderr)
             return
         for out in outs:
@@ -120,23 +131,62 @@ class _Attempt:
 
 def _load(address: str) -> Stage:
     try:
-        return Stage(address, Repo())
+        repo = Repo()
+        lineage.keep_inputs(repo.stage.load_one(name=address))  # before the stage looks at what it begins with
+        return Stage(address, repo)
     except DvcException as error:  # no such stage, no DVC project, dvc.yaml broken
         raise InputError(parameter_file.told(error) or " ".join(str(error).split())) from error
 
 
-def _perform(stage: Stage) -> None:
+def _opened_anyhow() -> Repo:
+    """The repository, also where DVC (3.67.1) can't write the database that it opens first: with one in memory."""
+    try:
+        return Repo()
+    except (OSError, sqlite3.Error):
+        folder = tempfile.mkdtemp(dir="/dev/shm")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["DVC_SITE_CACHE_DIR"] = folder
+        return Repo()
+
+
+def _perform(stage: Stage) -> dict[str, float]:
+    """Check, then compute; returns the seconds before and in `run`, by their names in the record."""
     _remove(stage.scratch)  # of a run that was killed
     mend.keep_lock()
+    failures.refuse_misnoted(stage)
+    if edited := code.changed_code(stage.dvc):
+        raise InputError(f"{code.named(edited)} changed since stage {code.STAGE} listed the code; {code.WAY_OUT}")
     if altered := failures.altered_inputs(stage):
         raise InputError(f"{' and '.join(altered)} {failures.ALTERED}")
     preflight.check_workspace(stage.everything, stage.address)
     module = importlib.import_module(f"tasks.{stage.name}")
+    start_up, began = _age(), time.monotonic()
     if stage.enabled:
         module.run(stage)
     else:
         print(f"{stage.address}: switched off, its input is passed on")
         module.skip(stage)
+    return {"start_up_seconds": start_up, "computing_seconds": time.monotonic() - began}
+
+
+def _age() -> float:
+    """Seconds since this process was started, to a hundredth; psutil's figure is a whole second's."""
+    after_name = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _cpu_seconds() -> float:
+    """Of all cores, spent by this process and by children that it has waited for."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def _refuse_edits(stage: Stage) -> None:
+    if edited := stage.start.edited():
+        raise InputError(
+            f"{' and '.join(edited)}, edited while the stage ran: what it computed is dropped, as DVC would note it as"
+            " made from the edited ones; run again, and leave them until the stage has ended"
+        )
 
 
 def _bring_back(out: Output) -> None:
@@ -147,9 +197,14 @@ def _bring_back(out: Output) -> None:
     try:
         try:
             out.checkout(force=True)
-        except OSError:
+        except (OSError, sqlite3.Error):
             _link_back(out)
-    except (DvcException, OSError, MemoryError) as error:  # the cache lost it, or there is no room for a link
+    except (
+        DvcException,
+        OSError,
+        sqlite3.Error,
+        MemoryError,
+    ) as error:  # the cache lost it, or there is no room for a link
         why = str(error) or type(error).__name__
         print(f"{out}: `dvc checkout {out}` will bring the previous one back, now: {why}", file=sys.stderr)
 

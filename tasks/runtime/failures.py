@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import re
+import sqlite3
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.runtime import lineage
+from dvc.exceptions import DvcException
+
+from tasks.algorithms.errors import InputError
+from tasks.runtime import edits, lineage
 
 if TYPE_CHECKING:
+    from dvc.output import Output
+
     from tasks.runtime.stage import Stage
 
 DISK = {
@@ -21,6 +29,16 @@ DISK = {
     errno.EROFS: "the folder is read-only; make it writable, or copy the project elsewhere",
 }
 """What the machine can refuse any stage, and the way out; every other number would be a mistake of this project."""
+REFUSED = (InputError, OSError, sqlite3.Error, DvcException)
+"""What a night, which has to record why it ended, catches: what this project, the machine or DVC refuses."""
+DATABASE = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+}
+"""The same in the words of SQLite, in which DVC notes the hashes of files."""
 TOLD = re.compile(r"(?:\(os error |\[Errno )(\d+)[)\]]")
 """An error number in the words of safetensors, tokenizers (Rust) and shutil.copytree."""
 ALTERED = (
@@ -39,8 +57,10 @@ def sentence(error: Exception, address: str, stage: Stage | None) -> str | None:
     """
     told = TOLD.search(str(error))
     number = int(told[1]) if told else getattr(error, "errno", None)
+    named = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    if isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF in DATABASE:
+        number, named = DATABASE[error.sqlite_errorcode & 0xFF], "the database in which DVC notes the hashes of files"
     if number in DISK:
-        named = getattr(error, "filename2", None) or getattr(error, "filename", None)
         where = named or f"the outputs of stage {address}"
         return f"cannot read or write {where}: {DISK[number]}"
     if isinstance(error, MemoryError) or number == errno.ENOMEM or OUT_OF_MEMORY.search(str(error)):
@@ -54,15 +74,31 @@ def sentence(error: Exception, address: str, stage: Stage | None) -> str | None:
     return None
 
 
+def refuse_misnoted(stage: Stage) -> None:
+    """Raise an InputError where DVC noted an edit as what made an input; `tasks.runtime.edits`."""
+    for found in edits.misnoted(stage.dvc.repo):
+        outs = {Path(out.fs_path) for out in found.stage.outs}
+        if made := [str(dep) for dep in stage.dvc.deps if outs & {Path(dep.fs_path), *Path(dep.fs_path).parents}]:
+            raise InputError(
+                f"{' and '.join(made)} can't be used: {' and '.join(found.differences)}, edited just when stage"
+                f" {found.stage.addressing} had ended; `edgepress mend` forgets that, and `dvc repro` makes it again"
+            )
+
+
 def altered_inputs(stage: Stage) -> list[str]:
     """The inputs that another stage made and that are no longer as dvc.lock has them; every byte is read.
 
     DVC itself doesn't look: it trusts a file whose size and time are those of its note, and its whole cache.
     """
-    made = {out.fs_path: out for other in stage.dvc.repo.index.stages for out in other.outs}
-    inputs = (made.get(dep.fs_path) for dep in stage.dvc.deps)
-    return [
-        str(out)
-        for out in inputs
-        if out and out.hash_info and lineage.md5(out, trust_state=False) != out.hash_info.value
-    ]
+    made = [out for other in stage.dvc.repo.index.stages for out in other.outs if out.hash_info]
+    pairs = [(dep, out) for dep in lineage.inputs(stage.dvc) for out in made if lineage.overlap(dep, out)]
+    return list(dict.fromkeys(str(item) for item in itertools.starmap(_altered, pairs) if item))
+
+
+def _altered(dep: Output, out: Output) -> Output | None:
+    """What of an output is read and isn't what its stage wrote; None where it is."""
+    part = dep if Path(out.fs_path) in Path(dep.fs_path).parents else out
+    wanted = lineage.made(out, part)
+    if wanted is None:  # DVC doesn't cache this output, so it knows the hash of the whole alone
+        part, wanted = out, out.hash_info.value
+    return part if lineage.md5(part, trust_state=False) != wanted else None

@@ -54,6 +54,12 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes as they are."""
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content)
+
+
 def json_text(content: Any) -> str:
     """JSON whose bytes depend on its content alone."""
     return json.dumps(content, indent=1, sort_keys=True) + "\n"

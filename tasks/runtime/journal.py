@@ -2,8 +2,9 @@
 
 It lies outside the stage's outputs, which DVC removes before it starts a stage, in a folder that is named by a hash of
 everything that the result depends on: inputs, code, parameters, versions of the libraries, and of the machine what
-changes rounding. A journal of another fingerprint is discarded, never read. The stage runner removes the journal when
-the outputs are in place.
+changes rounding, as they were when the stage began. Once an input was written meanwhile, nothing is added: nobody knows
+which of its bytes a later entry would be of. A journal of another fingerprint is discarded, never read. The stage
+runner removes the journal when the outputs are in place.
 
 An entry is one safetensors file, `<key>.<number>.<SHA-256 of its bytes>.safetensors`, with its JSON in the metadata:
 no pickle. It is written under another name, flushed to the disk and renamed, so an unfinished one is never read. One
@@ -35,10 +36,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tasks.algorithms.model.checkpoints import Entry, Saved
-from tasks.runtime import files, lineage
+from tasks.runtime import files
 
 if TYPE_CHECKING:
-    from dvc.stage import Stage as DvcStage
+    from tasks.runtime.edits import Start
 
 FORMAT = 1
 """Of the entries: raised when an algorithm's entries change their meaning while its code's hash doesn't see it."""
@@ -62,10 +63,17 @@ class Journal:
         folder: made with the first entry.
         interval: seconds between two writes; 0: every entry at once.
         clock: seconds, rising.
+        pure: whether what is kept so far comes of what the folder is named by; else it isn't written.
     """
 
-    def __init__(self, folder: Path, interval: float = INTERVAL, clock: Callable[[], float] = time.monotonic) -> None:
-        self.folder, self.interval, self.clock = folder, interval, clock
+    def __init__(
+        self,
+        folder: Path,
+        interval: float = INTERVAL,
+        clock: Callable[[], float] = time.monotonic,
+        pure: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.folder, self.interval, self.clock, self.pure = folder, interval, clock, pure
         self.lock = threading.RLock()
         self.files: dict[str, dict[int, Path]] = {}  # key -> number -> file
         self.pending: dict[str, tuple[Mapping[str, Tensor], Any]] = {}
@@ -118,6 +126,10 @@ class Journal:
         """Write all entries that are kept; where that fails, say so, and keep none from here on."""
         with self.lock:
             started = self.clock()
+            if not self.pure():
+                self.writes = False
+                self.pending.clear()
+                return
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for key, (tensors, values) in self.pending.items():
@@ -194,35 +206,33 @@ class _Part:
         self.journal.forget_keys(f"{self.prefix}+")
 
 
-def open_for(stage: DvcStage, folder: Path, parameters: bool = True) -> Journal:
-    """The journal of a stage for the state that its inputs, parameters, code and libraries are in now.
+def open_for(start: Start, folder: Path, parameters: bool = True) -> Journal:
+    """The journal of a stage for the state that its inputs, parameters, code and libraries were in when it began.
 
     Args:
-        stage: as DVC has it.
         folder: of this stage's journals; those of other fingerprints are removed.
         parameters: False: whatever the parameters; what the entries depend on of them has to be in their keys.
     """
-    name = fingerprint(stage, parameters)
+    name = fingerprint(start, parameters)
     for other in sorted(folder.iterdir()) if folder.is_dir() else ():
         if other.name != name:
             print(f"{other}: the journal of other inputs, parameters or code is discarded", file=sys.stderr)
             shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink()
-    journal = Journal(folder / name, float(os.environ.get(SECONDS, INTERVAL)))
+    journal = Journal(folder / name, float(os.environ.get(SECONDS, INTERVAL)), pure=start.inputs_are_same)
     if journal.files:
         left = "what an interrupted run has left" if parameters else "the answers that earlier runs have left"
-        print(f"{stage.addressing}: goes on with {left} in {journal.folder}", flush=True)
+        print(f"{start.stage.addressing}: goes on with {left} in {journal.folder}", flush=True)
     return journal
 
 
-def fingerprint(stage: DvcStage, parameters: bool = True) -> str:
+def fingerprint(start: Start, parameters: bool = True) -> str:
     """A hash of everything that the result of the stage depends on; without its parameters where that is asked."""
     machine = {
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    described = {"format": FORMAT, "stage": stage.addressing, "machine": machine, **lineage.identity(stage)}
+    described = {"format": FORMAT, "stage": start.stage.addressing, "machine": machine, **start.identity}
     if not parameters:  # two devices round differently: no answer of one is one of the other
         described["parameters"] = {"device": described["parameters"].get("device")}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:SHORT]

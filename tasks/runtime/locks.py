@@ -12,10 +12,11 @@ import contextlib
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 
@@ -38,6 +39,53 @@ class Holder(NamedTuple):
 
     def __str__(self) -> str:
         return f"process {self.pid} ({self.command}), since {self.since:%Y-%m-%d %H:%M:%S}"
+
+
+class _Lock(Protocol):
+    """A lock between processes, as DVC's own is."""
+
+    is_locked: bool
+
+    def lock(self) -> None: ...
+    def unlock(self) -> None: ...
+
+
+class Shared:
+    """A lock between processes that the threads of this one take in turn, too; it stands in for DVC's.
+
+    DVC's objects are not made for threads (3.67.1). It releases its lock exactly while a stage's command runs: with
+    this one, all that DVC does itself is done by one thread at a time, and only the commands run side by side.
+    """
+
+    def __init__(self, inner: _Lock) -> None:
+        self.inner, self.turn = inner, threading.Lock()
+
+    def lock(self) -> None:
+        """Wait for this process's other threads, then for other processes as the inner lock does."""
+        self.turn.acquire()
+        try:
+            self.inner.lock()
+        except BaseException:
+            self.turn.release()
+            raise
+
+    def unlock(self) -> None:
+        """Let other processes and threads have it."""
+        try:
+            self.inner.unlock()
+        finally:
+            self.turn.release()
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether a thread of this process has it."""
+        return self.inner.is_locked
+
+    def __enter__(self) -> None:
+        self.lock()
+
+    def __exit__(self, *_: object) -> None:
+        self.unlock()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Put right what a kill, a full disk or a failing one left behind, so that the next run goes on.
 
-    edgepress mend            DVC's list of readers and writers, and dvc.lock
+    edgepress mend            DVC's list of readers and writers, dvc.lock, and what DVC noted of an edit
     edgepress mend --cache    hash every byte of DVC's cache and of the outputs, too
 
 DVC (3.67.1) writes dvc.lock and `.dvc/tmp/rwlock` in place. A kill meanwhile leaves half of them, and then every
@@ -25,7 +25,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import files, lineage, locks
+from tasks.runtime import edits, files, lineage, locks
 
 LOCK = Path("dvc.lock")
 KEPT = Path("data/.scratch/dvc.lock")
@@ -39,14 +39,17 @@ AT_WORK = "DVC is working in this folder"
 
 
 def keep_lock() -> None:
-    """Keep a copy of dvc.lock: what it says now, and the entries that it lacks and had before."""
-    now = _entries(LOCK)
-    if now is None:
-        return
-    kept = _entries(KEPT) or {}
-    if kept != (together := kept | now):
-        KEPT.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(KEPT, _dumped(together))
+    """Keep a copy of dvc.lock: what it says now, and the entries that it lacks and had before.
+
+    Stages that start side by side do it one after another, so that none takes back what another one kept.
+    """
+    with locks.held(KEPT.with_suffix(".guard"), "the copy of dvc.lock is being written", wait=True):
+        now = _entries(LOCK)
+        if now is None:
+            return
+        kept = _entries(KEPT) or {}
+        if kept != (together := kept | now):
+            files.write_text(KEPT, _dumped(together))
 
 
 def mend() -> list[str]:
@@ -58,7 +61,7 @@ def mend() -> list[str]:
     if not locks.DVC_LOCK.parent.is_dir():
         return []
     with locks.held(locks.DVC_LOCK, AT_WORK), locks.held(GUARD, AT_WORK):
-        return [*_mend_users(), *_mend_lock()]
+        return [*_mend_users(), *_mend_lock(), *_mend_notes()]
 
 
 def _mend_users() -> Iterator[str]:
@@ -82,6 +85,27 @@ def _mend_lock() -> Iterator[str]:
     if lost:
         files.write_text(LOCK, _dumped((now or {}) | lost))
         yield f"{LOCK} had lost {len(lost)} entries ({', '.join(sorted(lost)[:3])} …): they are back"
+
+
+def _mend_notes() -> Iterator[str]:
+    """Let DVC forget what it noted of stages whose inputs were edited just when they had ended."""
+    if not edits.CLAIMS.is_dir():
+        return
+    try:
+        with Repo() as repo:
+            found = list(edits.misnoted(repo))
+            for stage, _ in found:
+                edits.forget(stage)
+    except DvcException:  # dvc.yaml is broken: DVC says so when it is used
+        return
+    for path in (KEPT, LOCK) if found else ():
+        gone = {stage.addressing for stage, _ in found}
+        files.write_text(
+            path, _dumped({name: entry for name, entry in (_entries(path) or {}).items() if name not in gone})
+        )
+    for stage, differences in found:
+        what = " and ".join(differences)
+        yield f"{stage.addressing} was noted by DVC with an edit that came after it ({what}): it runs again"
 
 
 def _lost(kept: dict[str, Any], now: dict[str, Any] | None) -> bool:
@@ -110,6 +134,9 @@ def mend_cache() -> Iterator[str]:
 
 
 def _mend_objects(cache: Path) -> Iterator[str]:
+    for path in sorted(cache.glob(".*.tmp")):  # of DVC's look which links work here, on a full disk (3.67.1)
+        path.unlink()
+        yield f"{path} was left by a run that found no room: it was removed"
     for path in sorted(cache.glob("??/*")):
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "md5").hexdigest()
@@ -132,7 +159,7 @@ def _mend_outputs(repo: Repo) -> Iterator[str]:
 def _entries(path: Path) -> dict[str, dict[str, Any]] | None:
     """Stage -> entry of a dvc.lock; None where there is none or it can't be read. Half of an entry is left out."""
     try:
-        stages = yaml.load(path.read_bytes(), yaml.CSafeLoader)["stages"]
+        stages = yaml.load(path.read_bytes(), yaml.CSafeLoader).get("stages") or {}  # it has none at first
         return {name: entry for name, entry in stages.items() if _is_entry(entry)}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
         return None

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dvc.exceptions import OutputNotFoundError
 from dvc.repo import Repo
+from dvc_data.hashfile.tree import Tree
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import lineage
+from tasks.runtime import code, lineage
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -51,6 +52,7 @@ def trace(repo: Repo, path: str) -> list[Node]:
     def node(stage: DvcStage) -> Node:
         if stage.addressing not in known:
             parents = sorted(graph.successors(stage), key=lambda parent: parent.addressing)
+            parents = [parent for parent in parents if parent.name != code.STAGE]  # it makes lists: see _against_code
             known[stage.addressing] = Node(stage, [node(parent) for parent in parents])
         return known[stage.addressing]
 
@@ -107,8 +109,9 @@ def described(repo: Repo, path: str) -> list[dict[str, Any]]:
             "stage": name,
             "frozen": node.stage.frozen,
             "parents": [parent.stage.addressing for parent in node.parents],
-            "outputs": {lineage.name(out): out.hash_info.value for out in lineage.results(node.stage)},
-            "record": _read_record(node.stage),
+            "outputs": {lineage.name(out): out.hash_info.value for out in node.stage.outs},
+            "record": lineage.find(node.stage),
+            "here": lineage.local(node.stage),
         }
         for name, node in nodes.items()
     ]
@@ -140,7 +143,7 @@ def verify(repo: Repo, path: str) -> tuple[list[Finding], int]:
         return hashes[item.fs_path]
 
     for stage in _stages(trace(repo, path)):
-        for finding in (*_against_lock(stage, actual), *_against_record(stage)):
+        for finding in (*_against_lock(stage, actual), *_against_code(stage), *_against_record(stage)):
             findings[finding] = None
     return list(findings), len(hashes)
 
@@ -151,26 +154,52 @@ def _against_lock(stage: DvcStage, actual: Callable[[Output], str | None]) -> It
         yield Finding(name, "never run here: dvc.lock has no entry for it (`dvc repro` makes it)")
         return
     for out in stage.outs:
-        yield from _compare(name, f"output {lineage.name(out)}", out.hash_info.value, actual(out))
+        if (found := actual(out)) != (locked := out.hash_info.value):
+            yield from _altered_files(out) or _compare(name, f"output {lineage.name(out)}", locked, found)
     for dep in lineage.inputs(stage):
         for finding in _compare(name, f"input {lineage.name(dep)}", dep.hash_info.value, actual(dep)):
             # a frozen stage's result is kept on purpose when its inputs go on
             yield finding._replace(fault=False) if stage.frozen else finding
     for key, now in lineage.parameters(stage).items():
-        then = _locked_parameters(stage).get(key)
+        then = lineage.locked_parameters(stage).get(key)
         if then != now:
             yield Finding(name, f"parameter {key} is {now!r} now, it was made with {then!r}", not stage.frozen)
 
 
+def _altered_files(out: Output) -> list[Finding]:
+    """Which files of an output folder are not as they were written; none where DVC knows only the hash of the whole."""
+    wanted, found = out.get_obj(), lineage.on_disk(out, trust_state=False)
+    if not isinstance(wanted, Tree) or not isinstance(found, Tree):
+        return []
+    then, now = ({key: info.value for key, _, info in tree} for tree in (wanted, found))
+    return [
+        finding
+        for key in sorted(then.keys() | now.keys())
+        for finding in _compare(
+            out.stage.addressing, f"output {lineage.name(out)}/{'/'.join(key)}", then.get(key), now.get(key)
+        )
+    ]
+
+
+def _against_code(stage: DvcStage) -> Iterator[Finding]:
+    """The files that the list of a stage's code names, against those on disk."""
+    for path in code.changed_code(stage, made=True):
+        yield Finding(stage.addressing, f"code {path} is not what it was made with", not stage.frozen)
+
+
 def _against_record(stage: DvcStage) -> Iterator[Finding]:
     name, path = stage.addressing, lineage.record_path(stage)
-    entry = _read_record(stage)
-    if path is None or not all(out.hash_info for out in stage.outs):
+    if not all(out.hash_info for out in stage.outs):
         return
+    entry = lineage.find(stage) or lineage.read(path)  # that of another result says what differs
     if entry is None:
-        yield Finding(name, f"lineage record {_relative(path)} is missing or unreadable")
+        yield Finding(name, f"lineage record {_relative(path)} is missing or unreadable, and no run here made this")
         return
-    sides = (("outputs", "output", lineage.results(stage)), ("inputs", "input", lineage.inputs(stage)))
+    if entry != lineage.read(path):
+        yield Finding(
+            name, f"{_relative(path)} is of another result; a run of the flow puts the right one there", False
+        )
+    sides = (("outputs", "output", stage.outs), ("inputs", "input", lineage.inputs(stage)))
     for side, word, items in sides:
         written = entry.get(side) if isinstance(entry.get(side), dict) else {}
         for item in items:
@@ -180,11 +209,8 @@ def _against_record(stage: DvcStage) -> Iterator[Finding]:
                 # DVC notes a frozen stage's code as it is now; the record keeps what made the result
                 fault = not (stage.frozen and side == "inputs" and lineage.is_code(what))
                 yield Finding(name, f"{word} {what} is {places}", fault)
-    if entry.get("parameters") != _locked_parameters(stage):
+    if entry.get("parameters") != lineage.locked_parameters(stage):
         yield Finding(name, "the lineage record has other parameters than dvc.lock")
-    locked = {lineage.name(dep): dep.hash_info.value for dep in lineage.inputs(stage)}
-    if entry.get("code") != lineage.code_hash(locked):
-        yield Finding(name, "the lineage record has another code hash than dvc.lock gives", not stage.frozen)
 
 
 def _compare(stage: str, what: str, locked: str | None, found: str | None) -> Iterator[Finding]:
@@ -195,9 +221,9 @@ def _compare(stage: str, what: str, locked: str | None, found: str | None) -> It
 
 
 def _headline(stage: DvcStage) -> str:
-    entry = _read_record(stage)
+    entry = lineage.find(stage)
     if entry is None:
-        return "  (no lineage record)"
+        return "  (made elsewhere: no lineage record is of these outputs)"
     git = entry["git"] if isinstance(entry.get("git"), dict) else {}
     revision = f"git {_short(git.get('revision'))}{' + changes' if git.get('dirty') else ''}"
     when = f"{entry.get('started')}  {entry.get('seconds')} s"
@@ -205,17 +231,21 @@ def _headline(stage: DvcStage) -> str:
 
 
 def _details(stage: DvcStage) -> Iterator[str]:
-    """Parameters that are set, outputs, and the inputs that no stage makes."""
-    flat = _flat(_locked_parameters(stage))
-    own = f"{stage.addressing.partition('@')[0]}."
-    parameters = [f"{key.removeprefix(own)}={json.dumps(value)}" for key, value in flat if value is not None]
+    """Who made it here, too; parameters that are set, outputs, and the inputs that no stage makes."""
+    first, own = lineage.find(stage), lineage.local(stage)
+    if first and own and first != own:
+        yield f"made on {lineage.machine(first)}"
+        yield f"and again here {own.get('started')}  {own.get('seconds')} s  on {lineage.machine(own)}"
+    flat = _flat(lineage.locked_parameters(stage))
+    section = f"{stage.addressing.partition('@')[0]}."
+    parameters = [f"{key.removeprefix(section)}={json.dumps(value)}" for key, value in flat if value is not None]
     if parameters:
         yield f"parameters {' '.join(parameters)}"
-    for out in lineage.results(stage):
+    for out in stage.outs:
         yield f"output {lineage.name(out)} {_short(out.hash_info.value)}"
     made = [out for made_by in stage.repo.index.stages for out in made_by.outs]
     for dep in lineage.inputs(stage):
-        if not lineage.is_code(lineage.name(dep)) and not any(_overlap(dep.fs_path, out.fs_path) for out in made):
+        if not lineage.is_code(lineage.name(dep)) and not any(lineage.overlap(dep, out) for out in made):
             yield f"source {lineage.name(dep)} {_short(dep.hash_info.value)}"
 
 
@@ -234,23 +264,6 @@ def _stages(nodes: list[Node]) -> Iterator[DvcStage]:
         yield from visit(node)
 
 
-def _read_record(stage: DvcStage) -> dict[str, Any] | None:
-    path = lineage.record_path(stage)
-    try:
-        entry = json.loads(path.read_text(encoding="utf-8")) if path else None
-    except (OSError, ValueError):
-        return None
-    return entry if isinstance(entry, dict) else None
-
-
-def _locked_parameters(stage: DvcStage) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for dep in stage.deps:
-        if getattr(dep, "params", ()) and dep.hash_info:
-            values |= dep.hash_info.value
-    return json.loads(json.dumps(values))
-
-
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict):
@@ -261,11 +274,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _relative(path: Path) -> str:
     return os.path.relpath(path)
-
-
-def _overlap(one: str, other: str) -> bool:
-    first, second = Path(one), Path(other)
-    return first == second or first in second.parents or second in first.parents
 
 
 def _short(value: Any) -> str:

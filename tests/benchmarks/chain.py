@@ -35,7 +35,7 @@ import torch
 import yaml
 
 from tasks.algorithms.model import checkpoints
-from tasks.models import tensor_headers
+from tasks.models import model_files
 from tasks.parameters import schema
 from tasks.runtime import files
 from tasks.runtime.stage import Inputs, Stage
@@ -46,7 +46,6 @@ LIBRARIES = ("torch", "transformers", "peft", "gptqmodel")
 """Their versions are part of every key."""
 RECORD = "record.json"
 """Written last into a finished folder."""
-LINEAGE = "data/lineage/"
 SHIPPED = ("model.safetensors", "model.json")
 """The files that hold a packed model."""
 
@@ -59,13 +58,13 @@ class Declared:
         address: "wanda", "evaluate@gptq".
         deps: files and folders, as written.
         params: dotted names.
-        outs: files and folders, without the lineage record.
+        out: its folder.
     """
 
     address: str
     deps: tuple[str, ...]
     params: tuple[str, ...]
-    outs: tuple[str, ...]
+    out: str
     frozen: bool
 
     @property
@@ -154,7 +153,7 @@ class Chain:
 
     def folder_bytes(self, model: str) -> int:
         """Bytes of every file of a stage's model folder, tokenizer and manifest included."""
-        return tensor_headers.stored_bytes(self.output(model) / "model")
+        return model_files.stored_bytes(self.output(model) / "model")
 
     def seconds(self, address: str) -> float:
         """How long a stage took when it was computed, without its inputs."""
@@ -200,7 +199,7 @@ class Chain:
         if (stage.address, dep) in self.replaced:
             return self.replaced[stage.address, dep]
         for other in self.stages.values():
-            if not other.frozen and any(_within(dep, out) for out in other.outs):
+            if not other.frozen and _within(dep, other.out):
                 return self._folder(other.address) / dep
         return Path(os.path.normpath(self.root / dep))
 
@@ -211,7 +210,8 @@ class Chain:
         with _publishing(folder, identity) as unfinished, contextlib.redirect_stdout(sys.stderr):
             given = CachedStage(stage, self.everything, places, unfinished)
             (module.run if given.enabled else module.skip)(given)
-            missing = [out for out in stage.outs if not (unfinished / out).exists()]
+            read = {dep for other in self.stages.values() for dep in other.deps if _within(dep, str(given.folder))}
+            missing = [path for path in sorted(read | {str(given.folder)}) if not (unfinished / path).exists()]
             if missing:
                 raise RuntimeError(f"stage {stage.address} did not write {', '.join(missing)}")
         self.computed.append(stage.address)
@@ -229,7 +229,7 @@ class CachedStage(Stage):
         self.everything = everything
         sections = sorted({key.split(".")[0] for key in declared.params})
         self.params = SimpleNamespace(**{key: getattr(everything, key) for key in sections})
-        self.outs = [Path(out) for out in declared.outs]
+        self.folder = Path(declared.out)
         self.scratch = scratch
         self.journal = self.answers = checkpoints.NOTHING
 
@@ -254,12 +254,12 @@ def declared(path: Path, values: Mapping[str, Any]) -> dict[str, Declared]:
         for items in itertools.product(*matrix.values()):
             address = f"{name}@{'-'.join(items)}" if items else name
             context = {**values, "item": dict(zip(matrix, items, strict=True))}
-            outs = [_path(out) for key in ("metrics", "plots", "outs") for out in stage.get(key, [])]
+            (out,) = map(_path, stage["outs"])
             found[address] = Declared(
                 address,
                 tuple(dict.fromkeys(os.path.normpath(_fill(dep, context)) for dep in stage["deps"])),
                 tuple(stage.get("params", [])),
-                tuple(_fill(out, context) for out in outs if not out.startswith(LINEAGE)),
+                _fill(out, context),
                 stage.get("frozen", False),
             )
     return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from tests.support.command import edgepress
 from tests.support.lineage_project import DAG, call, record
 
 
-@pytest.mark.parametrize("path", ["data/score/train.txt", "data/score", "data/lineage/score@train.json"])
+@pytest.mark.parametrize("path", ["data/score/train.txt", "data/score"])
 def test_show_reaches_the_first_inputs(repository: Path, capsys: pytest.CaptureFixture[str], path: str) -> None:
     code, out, _ = edgepress(capsys, "lineage", "show", path)
     assert code == 0
@@ -44,6 +46,12 @@ def rewrite_keeping_size_and_time(path: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def forget(name: str) -> None:
+    """Remove every record of a stage."""
+    Path(f"data/lineage/{name}.json").unlink()
+    shutil.rmtree(f"data/lineage/here/{name}")
+
+
 ALTERATIONS = {
     "output": (
         lambda: rewrite_keeping_size_and_time(Path("data/train/model.txt")),
@@ -51,17 +59,24 @@ ALTERATIONS = {
     ),
     "in a folder": (
         lambda: rewrite_keeping_size_and_time(Path("data/corpus/a.txt")),
-        "corpus: output data/corpus was altered",
+        "corpus: output data/corpus/a.txt was altered",
     ),
     "missing": (lambda: Path("data/train/model.txt").unlink(), "train: output data/train/model.txt is missing"),
     "source": (lambda: Path("source.txt").write_text("twice\n"), "corpus: input source.txt was altered"),
-    "code": (lambda: Path("code.py").write_text("answer = 41\n"), "corpus: input code.py was altered"),
+    "code": (
+        lambda: Path("tasks/parts/answer.py").write_text("answer = 41\n"),
+        "corpus: code tasks/parts/answer.py is not what it was made with",
+    ),
+    "list of the code": (
+        lambda: rewrite_keeping_size_and_time(Path("data/code/train.json")),
+        "train: input data/code/train.json was altered",
+    ),
     "parameter": (
         lambda: Path("params.yaml").write_text("corpus: {seed: 1, words: [a, b]}\ntrain: {steps: 4}\n"),
         "train: parameter train.steps is 4 now, it was made with 3",
     ),
     "record": (
-        lambda: Path("data/lineage/train.json").unlink(),
+        lambda: forget("train"),
         "train: lineage record data/lineage/train.json is missing",
     ),
 }
@@ -77,13 +92,38 @@ def test_verify_names_what_was_altered(repository: Path, capsys: pytest.CaptureF
     assert "ok" not in out.splitlines()[-1].split()
 
 
+def test_the_record_of_a_run_here_does_where_the_tracked_one_is_of_another_result(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = record(repository, "train") | {"outputs": {"data/train": "0" * 32 + ".dir"}}
+    Path("data/lineage/train.json").write_text(json.dumps(other))
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/score/train.txt")
+    assert code == 0 and "train: note: data/lineage/train.json is of another result" in out
+    forget("train")
+    Path("data/lineage/train.json").write_text(json.dumps(other))
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/score/train.txt")
+    assert code == 1 and "train: output data/train is 0000000000.dir in the lineage record" in out
+    assert "train  (made elsewhere" in edgepress(capsys, "lineage", "show", "data/score/train.txt")[1]
+
+
+def test_show_tells_the_first_run_and_this_machine_s(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("data/lineage/train.json")
+    first = record(repository, "train")
+    first |= {"started": "2026-01-02T03:04:05+00:00", "machine": {"platform": "Elsewhere-1", "cpus": 64}}
+    path.write_text(json.dumps(first))
+    _, out, _ = edgepress(capsys, "lineage", "show", "data/train/model.txt")
+    (here,) = Path("data/lineage/here/train").iterdir()
+    assert "train  2026-01-02T03:04:05+00:00" in out and "made on Elsewhere-1, 64 cores" in out
+    assert f"and again here {json.loads(here.read_text())['started']}" in out
+
+
 def test_verify_finds_a_lock_that_no_stage_made(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("data/train/model.txt")
     path.chmod(0o644)
     path.write_text("other weights")
     call(sys.executable, "-m", "dvc", "commit", "-f", "-q", "train", cwd=repository)
     code, out, _ = edgepress(capsys, "lineage", "verify", "data/train/model.txt")
-    assert code == 1 and "train: output data/train/model.txt is" in out
+    assert code == 1 and "train: output data/train is" in out
 
 
 def test_verify_before_the_first_run(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,19 +139,20 @@ def test_a_frozen_stage_may_lag_behind_its_inputs(repository: Path, capsys: pyte
 
 
 def test_the_code_of_a_frozen_stage_may_have_moved_since(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    moved = DAG.replace("deps: [data/corpus]", "deps: [data/corpus, code.py]").replace(
-        "make.py train", "-B make.py train"
-    )
-    Path("dvc.yaml").write_text(moved.format(python=sys.executable, frozen="true"))
-    call(sys.executable, "-m", "dvc", "repro", "-q", "train", cwd=repository)  # DVC notes the code that is there now
+    Path("dvc.yaml").write_text(DAG.format(python=sys.executable, frozen="true"))
+    Path("tasks/train.py").write_text("answer = 44\n")
     code, out, _ = edgepress(capsys, "lineage", "verify", "data/train/model.txt")
-    assert code == 0 and "train: note: input code.py is none in the lineage record" in out
+    assert code == 0 and "train: note: code tasks/train.py is not what it was made with" in out
+    call(sys.executable, "-m", "dvc", "repro", "-q", "code", cwd=repository)
+    call(sys.executable, "-m", "dvc", "commit", "-f", "-q", "train", cwd=repository)  # the code that is there now
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/train/model.txt")
+    assert code == 0 and "train: note: input data/code/train.json is" in out
     rewrite_keeping_size_and_time(Path("data/train/model.txt"))
     assert edgepress(capsys, "lineage", "verify", "data/train/model.txt")[0] == 1
 
 
 @pytest.mark.parametrize("command", ["show", "verify"])
-@pytest.mark.parametrize("path", ["data/nothing", "code.py", "../elsewhere"])
+@pytest.mark.parametrize("path", ["data/nothing", "make.py", "../elsewhere"])
 def test_a_path_that_no_stage_makes(
     repository: Path, capsys: pytest.CaptureFixture[str], command: str, path: str
 ) -> None:

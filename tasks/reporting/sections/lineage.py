@@ -19,8 +19,8 @@ def context(evidence: Evidence) -> dict[str, Any]:
         "source": flatten(evidence.lineage.get("source", {})),
         "parameters": evidence.lineage.get("parameters", {}),
         "inputs": evidence.lineage.get("inputs", {}),
-        "package": links.get("model"),
-        "record": links.get("package.json"),
+        "package": links.get("package"),
+        "record": evidence.records.get("package"),
     }
 
 
