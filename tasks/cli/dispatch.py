@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import IO, NoReturn
 
 from tasks.algorithms.errors import InputError
-from tasks.cli import exit_codes, quiet
+from tasks.cli import exit_codes, lean, quiet
 from tasks.cli.commands import COMMANDS, GROUPS, Command
 
 ERROR = "error: "
@@ -103,6 +103,7 @@ def _drop_stdout() -> None:
 
 def _run(command: Command, words: list[str]) -> int:
     quiet.apply(bars=command.module.startswith("flows."))
+    lean.apply()
     module = importlib.import_module(command.module)
     first, _, rest = (module.__doc__ or "").partition("\n")
     parser = Parser(
