@@ -46,7 +46,7 @@ from flows import stage as stage_command
 from flows.stage import FLOW_RUN, LOG, TASK_RUN
 from tasks.algorithms.errors import InputError
 from tasks.cli import dispatch
-from tasks.runtime import files, locks, mend
+from tasks.runtime import files, locks, mend, warm
 
 LOGS = Path("logs")
 PROGRESS = re.compile(r"\[progress\] (?P<what>.+?) (?P<done>\d+)/(?P<total>[1-9]\d*)(?= |$)")
@@ -83,6 +83,7 @@ class Reproduction:
         self.copies: dict[str, Stage] = {}
         self.states: dict[str, State] = {}
         self.rows: list[dict[str, str]] = []
+        self.warm = warm.Server()
 
     def run(self, targets: list[str] | None, force: bool) -> str | None:
         """Reproduce `targets` (all stages if None); returns the failure's sentence, or None."""
@@ -98,6 +99,8 @@ class Reproduction:
             return _line(error.__cause__ or error)
         except (DvcException, InputError) as error:
             return _line(error)
+        finally:
+            self.warm.close()
         return None
 
     def _stage(self, stage: Stage, upstream: list[Stage], force: bool = False, **kwargs: Any) -> Stage | None:
@@ -142,7 +145,9 @@ class Reproduction:
         log.write_bytes(b"")
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         found = {FLOW_RUN: str(flow_run.id), TASK_RUN: str(task_run.id), LOG: str(log.resolve())}
-        kwargs["run_env"] = found | {"PATH": path}  # a stage's `python` is this one, active or not
+        kwargs["run_env"] = (
+            found | {"PATH": path} | self.warm.environment()
+        )  # a stage's `python` is this one, active or not
         try:
             with _followed(log, stage.addressing), _ended_with_flow():
                 _reproduce_stage(stage, **kwargs)

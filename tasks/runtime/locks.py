@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from tasks.algorithms.errors import InputError
+from tasks.runtime import warm
 
 DVC_LOCK = Path(".dvc/tmp/lock")
 DVC_USERS = Path(".dvc/tmp/rwlock")
@@ -59,7 +60,7 @@ def held(path: Path, what: str, way_out: str = "wait for it or end it", *, wait:
             found = holder(path)
             raise InputError(f"{what}{f': {found}' if found else ''}; {way_out}") from error
         file.truncate(0)
-        file.write(f" {os.getpid()}\n")
+        file.write(f" {warm.stage_process()}\n")
         file.flush()
         yield
 

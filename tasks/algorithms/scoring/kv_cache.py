@@ -98,7 +98,9 @@ class Cached:
             return _Plain()
         plain = DynamicCache(config=self.model.config).layers
         if foreign := {type(layer).__name__ for layer in plain} - {DynamicLayer.__name__}:
-            raise InputError(f"can't quantise this model's cache: it has {sorted(foreign)}, only full attention is known")
+            raise InputError(
+                f"can't quantise this model's cache: it has {sorted(foreign)}, only full attention is known"
+            )
         axis = 1  # HQQ sees [groups, group_size]: a scale and a zero point per group
         return _Quantised(layers=[_Layer(self.bits, axis, axis, self.group_size, self.residual) for _ in plain])
 
