@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import io
 import json
 import os
 import resource
@@ -34,7 +35,7 @@ SOCKET = "EDGEPRESS_WARM"
 CLIENT = "EDGEPRESS_CLIENT"
 """Set in a child: the process that asked for it, which stands for the stage wherever a process is named."""
 THREADS = "OMP_NUM_THREADS"
-FREE = ("CUDA_", "DVC_", "EDGEPRESS_", "GIT_", "PREFECT_", "PYTEST_", "PYTORCH_")
+FREE = ("CUDA_", "DVC_", "EDGEPRESS_", "GIT_", "PREFECT_", "PYTEST_", "PYTORCH_", "TORCHINDUCTOR_")
 FREE_NAMES = (THREADS, "PATH", "PWD", "OLDPWD", "SHLVL", "_", "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY")
 """Variables that nothing reads before a stage begins; in all others client and server must agree."""
 LIBRARIES = (
@@ -52,7 +53,13 @@ ACCEPTED = b"+"
 
 
 class Server:
-    """The flow's end of it: starts the process when it is first asked for, and ends it. Takes calls of any thread."""
+    """The flow's end of it: starts the process when it is first asked for, and ends it. Takes calls of any thread.
+
+    Attributes:
+        path: the socket's; empty before it was asked for.
+    """
+
+    path = ""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -66,16 +73,17 @@ class Server:
         with self._lock:
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(prefix="edgepress-")
-                path = Path(self._folder.name, "socket")
+                self.path = f"{self._folder.name}/socket"
                 self._process = subprocess.Popen(
-                    [sys.executable, __file__, str(path)],
+                    [sys.executable, __file__, self.path],
                     stdin=subprocess.PIPE,  # closed with this process, however that ends
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
+                    env=dict(os.environ),  # without what a library has set behind Python's back (readline)
                     start_new_session=True,  # Ctrl-C reaches the clients, which pass it on
                 )
                 self._process.stdout.readline()  # it listens
-            return {SOCKET: f"{self._folder.name}/socket"}
+            return {SOCKET: self.path}
 
     def close(self) -> None:
         """End the process, and with it all its children."""
@@ -293,8 +301,7 @@ def _become(asked: dict[str, Any], streams: list[int], threads: str | None) -> N
         os.dup2(descriptor, place)
         os.close(descriptor)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  as long as the process
-    sys.stdout = open(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = _stream(1, os.isatty(1), "strict"), _stream(2, True, "backslashreplace")
     sys.path.insert(0, asked["folder"])
     sys.argv[1:] = asked["arguments"]
     importlib.invalidate_caches()
@@ -305,6 +312,13 @@ def _become(asked: dict[str, Any], streams: list[int], threads: str | None) -> N
 
         torch.set_num_threads(int(wanted))
         threadpoolctl.threadpool_limits(int(wanted))
+
+
+def _stream(descriptor: int, lines: bool, errors: str) -> io.TextIOWrapper:
+    """As Python makes it when it starts."""
+    at_once = bool(os.environ.get("PYTHONUNBUFFERED"))
+    file = open(descriptor, "wb", 0 if at_once else -1, closefd=False)  # noqa: SIM115  as long as the process
+    return io.TextIOWrapper(file, errors=errors, line_buffering=lines, write_through=at_once)
 
 
 if __name__ == "__main__":
