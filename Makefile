@@ -1,5 +1,4 @@
 # make          set up .venv, run the whole DAG as a Prefect flow, print the table and the report's path
-# make deps     write the code that each stage needs into dvc.yaml
 # make test     set up .venv, run every test
 # make ui       serve the Prefect UI with this project's runs (PORT=4200)
 # make nightly  serve the nightly deployment by the cron of params.yaml; needs `make ui` running
@@ -9,7 +8,7 @@ JOBS ?= 2# test processes; a file's tests share one
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: all install deps test test-fast lint ui nightly clean
+.PHONY: all install install-dev test test-fast lint ui nightly clean
 all: install
 	.venv/bin/edgepress run
 
@@ -18,19 +17,21 @@ install: .venv/installed
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "edgepress needs Python 3.11: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+install-dev: .venv/installed-dev
+.venv/installed-dev: .venv/installed
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-deps: install
-	.venv/bin/edgepress deps
-
-test: install lint
+test: install-dev lint
 	.venv/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-test-fast: install
+test-fast: install-dev
 	.venv/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile -m 'not slow'
 
-lint: install
+lint: install-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 

@@ -10,11 +10,15 @@ own. It judges nothing: limits and comparisons are the report's.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 
+from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, masks
 from tasks.algorithms.scoring import generation_failures, likelihood, protocols
 from tasks.models import dense_folder, tensor_headers
@@ -25,7 +29,6 @@ from tasks.sources import json_lines
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tasks.parameters.schema import Evaluate
     from tasks.runtime.stage import Stage
 
 SPLITS = ("test", "test_ood")
@@ -64,7 +67,8 @@ def run(stage: Stage) -> None:
             f" ({score.label}, {score.windows} windows)"
         )
     print(f"{metrics['bytes']['total']} bytes, {metrics['zero_fraction']:.4f} zeros in the blocks")
-    written = completions(model, tokenizer, p, stage.journal)
+    prompts = read_prompts(stage.input(os.path.relpath(p.prompts)))
+    written = completions(model, tokenizer, prompts, p.new_tokens, stage.journal)
     metrics["failures"] = generation_failures.count(written)
     _write_documents(stage, tables)
     files.write_json(stage.output("metrics.json"), metrics)
@@ -104,21 +108,40 @@ def sparsity(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {"block_parameters": parameters, "zeros": zeros, "zero_fraction": zeros / parameters, "max_kept": densest}
 
 
+def read_prompts(path: Path) -> list[str]:
+    """A prompt per line of a text file, blanks around it and empty lines left out.
+
+    Raises:
+        InputError: it holds none, or is no UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"evaluate.prompts = {path} is no UTF-8 ({error.reason}); save it as such") from error
+    if prompts := [line.strip() for line in lines if line.strip()]:
+        return prompts
+    raise InputError(f"evaluate.prompts = {path} holds no prompt; write one on a line")
+
+
 def completions(
-    model: Any, tokenizer: Any, p: Evaluate, saved: checkpoints.Saved = checkpoints.NOTHING
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    new_tokens: int,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
 ) -> list[dict[str, Any]]:
     """The greedy continuation of every prompt, at most `new_tokens` tokens, and what goes wrong in it."""
     begun = saved.load("completions")
     rows = begun.values if begun else []
     end = model.generation_config.eos_token_id
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
-    for prompt in p.prompts[len(rows) :]:
+    for prompt in prompts[len(rows) :]:
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
         with torch.no_grad():
             full = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=p.new_tokens,
+                max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.eos_token_id,
             )

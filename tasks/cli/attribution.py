@@ -78,12 +78,11 @@ def _quality(row: dict[str, Any], split: str) -> str:
 
 
 def _written(repo: Repo, name: str, file: str) -> list[Path]:
-    """data/NAME/MODEL/FILE of every model for which the stage wrote it, be the file its output or a folder above it."""
+    """data/NAME/MODEL/FILE of every model for which the stage wrote it; its output is that folder, or one above it."""
     outs = [
         Path(out.fs_path) for stage in repo.index.stages if stage.name.partition("@")[0] == name for out in stage.outs
     ]
-    below = [path for out in outs for path in ([out] if out.name == file else sorted(out.glob(f"*/{file}")))]
-    return [path for path in below if path.exists()]
+    return [path for out in outs for path in ([out / file] if (out / file).exists() else sorted(out.glob(f"*/{file}")))]
 
 
 def _json(path: Path) -> Any:

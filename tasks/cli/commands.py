@@ -75,7 +75,6 @@ COMMANDS = {
         Command("ui", NIGHTS, "serve the Prefect UI of this project", "flows.server.ui"),
         Command("retention", NIGHTS, "remove what nights left and nobody needs", "flows.retention"),
         Command("notify", NIGHTS, "tell the nights' verdicts to a webhook or by e-mail", "flows.notification"),
-        Command("deps", PROJECT, "write the code that each stage needs into dvc.yaml", "tasks.cli.deps"),
     )
 }
 GROUPS = tuple(dict.fromkeys(command.group for command in COMMANDS.values()))

@@ -10,7 +10,6 @@ Where a code means something else:
   fit --device        0 FITS, 1 FITS_STREAMING, 2 DOES_NOT_FIT; fit refuses, and answers a wrong call, with 3
   gate, night --once  0 ACCEPT, 3 REGRESSION, 4 ANOMALOUS, 5 INFEASIBLE, 6 UNDECIDED; 1 there is no verdict
   lineage verify      1 something was altered or is missing; lineage refuses with 2
-  deps --check        1 dvc.yaml is out of date
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def shown() -> list[Table | str]:
 
 def _report(repo: Repo, name: str) -> Path | None:
     """The report's output of this name, None where it was not made yet."""
-    return next((path for path in _outs(repo, "report") if path.name == name and path.exists()), None)
+    return next((path for out in _outs(repo, "report") if (path := out / name).exists()), None)
 
 
 def _outs(repo: Repo, name: str) -> list[Path]:

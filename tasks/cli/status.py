@@ -1,7 +1,8 @@
 """`edgepress status`: which stages are up to date, which are not and why, and what runs at this moment.
 
-A stage is compared with its entry in dvc.lock as `dvc status` does it: inputs, code, parameters, command, outputs. A
-stage whose input another one is yet to make again still counts as up to date. DVC's locks are not taken, so it answers
+A stage is compared with its entry in dvc.lock as `dvc status` does it: inputs, code, parameters, command, outputs. Of
+its code every file is named, also those that stage code has not listed yet. A stage whose input another one is yet to
+make again still counts as up to date. DVC's locks are not taken, so it answers
 while a run goes on; it changes nothing.
 """
 
@@ -16,7 +17,7 @@ from dvc.repo import Repo
 
 from tasks.cli import console, project
 from tasks.nightly import worktree
-from tasks.runtime import locks
+from tasks.runtime import code, locks
 
 if TYPE_CHECKING:
     from dvc.stage import Stage
@@ -87,8 +88,11 @@ def _row(stage: Stage) -> dict[str, Any]:
 
 def _reasons(stage: Stage) -> Iterator[dict[str, str]]:
     """Whatever differs from dvc.lock: a path, a parameter ("params.yaml: wanda.keep") or the command."""
+    edited = [] if stage.frozen else code.changed_code(stage, made=True)
+    yield from ({"what": path, "is": "modified"} for path in edited)
+    told = code.listed(stage) if edited else None
     for entry in [*(() if stage.frozen else stage.deps), *stage.outs]:
-        for path, state in entry.status().items():
+        for path, state in entry.status().items() if entry is not told else ():
             if isinstance(state, dict):
                 yield from ({"what": f"{path}: {name}", "is": word} for name, word in state.items())
             else:

@@ -291,7 +291,9 @@ def _enabled(params: Params, name: str) -> bool:
 
 
 def _position(stage: str) -> int:
-    return list(Params.model_fields).index(stage.partition("@")[0])
+    """Where params.yaml has its section; one without comes before all."""
+    name, known = stage.partition("@")[0], list(Params.model_fields)
+    return known.index(name) if name in known else 0
 
 
 def _from(stage: str | None) -> list[str]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
+from dvc.output import Output
 from dvc.repo import Repo
 from dvc.scm import SCMError
 from dvc.stage import Stage
@@ -31,7 +32,9 @@ from tasks.algorithms.errors import InputError
 from tasks.runtime import files, git, lineage
 
 STAGE = "package"
-"""The stage whose output is shipped."""
+"""The stage whose model is shipped."""
+MODEL = PurePosixPath("data/package/model")
+"""Its place, which may lie in an output of the stage."""
 MANIFEST = "manifest.json"
 """Of a package: its files by sha256; tasks.package.MANIFEST, without the import of torch."""
 EVALUATION = "data/evaluate/package/metrics.json"
@@ -55,8 +58,10 @@ def store(root: Path, revision: str, target: Path, known: Mapping[str, Any] | No
         InputError: there is no package at that commit, its data is gone, it is not what the hashes say, or not `known`.
     """
     with _refusals(revision), _opened(root, revision) as fs:
-        path = _package_path(fs, revision)
-        info = fs.info(path)["dvc_info"]
+        path, out = str(MODEL), _package(fs, revision)
+        folder = out.get_obj(filter_info=fs.repo.fs.join(fs.repo.root_dir, path))
+        if folder is None:
+            raise FileNotFoundError(path)
         copied = {}
         for source, details in sorted(fs.find(path, detail=True).items()):
             name = checked_name(str(PurePosixPath(source.lstrip("/")).relative_to(path)))
@@ -64,7 +69,7 @@ def store(root: Path, revision: str, target: Path, known: Mapping[str, Any] | No
     _compare_with_manifest(target, copied, revision)
     package = {
         "path": path,
-        "md5": info["md5"],
+        "md5": folder.hash_info.value,
         "bytes": sum(file["bytes"] for file in copied.values()),
         "files": copied,
     }
@@ -84,7 +89,8 @@ def present(root: Path, revision: str) -> bool:
     """Whether DVC's cache (or remote) still has all of the package of a commit."""
     try:
         with _refusals(revision), _opened(root, revision) as fs:
-            return all(fs.exists(path) and _readable(fs, path) for path in fs.find(_package_path(fs, revision)))
+            _package(fs, revision)
+            return all(fs.exists(path) and _readable(fs, path) for path in fs.find(str(MODEL)))
     except InputError:
         return False
 
@@ -162,7 +168,7 @@ def snapshot(root: Path) -> str:
 def _check_workspace(root: Path) -> None:
     try:
         with Repo(str(root)) as repo:
-            outs = [out for out in _stage(repo).outs if Path(out.fs_path).parts[-2:] == (STAGE, "model")]
+            outs = _outputs(_stage(repo))
             altered = [str(out) for out in outs if not out.hash_info or lineage.md5(out) != out.hash_info.value]
     except DvcException as error:
         raise InputError(f"{root} holds no package: {' '.join(str(error).split())}") from error
@@ -178,19 +184,27 @@ def _stage(repo: Repo) -> Stage:
     return repo.stage.load_one(repo.fs.join(repo.root_dir, "dvc.yaml"), STAGE)
 
 
-def _package_path(fs: DVCFileSystem, revision: str) -> str:
-    """The path of the package's model folder at a commit."""
+def _outputs(stage: Stage) -> list[Output]:
+    """The output that is the model's folder, or that it lies in."""
+    return [out for out in stage.outs if MODEL.is_relative_to(out.def_path)]
+
+
+def _package(fs: DVCFileSystem, revision: str) -> Output:
+    """The output with the package at a commit.
+
+    Raises:
+        InputError: there is no such stage, or it made none.
+    """
     try:
         stage = _stage(fs.repo)
     except DvcException as error:
         raise InputError(
             f"{revision[:10]} has no stage {STAGE} in its dvc.yaml: it is no run of this project"
         ) from error
-    paths = [out.def_path for out in stage.outs if PurePosixPath(out.def_path).parts[-2:] == (STAGE, "model")]
-    locked = [out for out in stage.outs if out.def_path in paths and out.hash_info]
-    if not locked:
-        raise InputError(f"{revision[:10]} has no package in its dvc.lock: it was not made there")
-    return paths[0]
+    for out in _outputs(stage):
+        if out.hash_info:
+            return out
+    raise InputError(f"{revision[:10]} has no package in its dvc.lock: it was not made there")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ from tasks.evaluation.comparison import PLAINLY_QUANTISED, RECOVERED_DENSE
 if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
 
+CODE = "code"
+"""The stage that lists the code of every other: an edge to each would tell nothing."""
 LEDGERS = ("wanda", "lora", "gptq", "eora", "package")
 """Stages that say what is left of the sparsity pattern, in the order of dvc.yaml."""
 
@@ -48,7 +50,7 @@ class Evidence:
         host: what stage measure measured of a model; `measured` is false where that was switched off.
         kv_cache: perplexity and bytes by context and bits; without rows where the stage was switched off.
         inputs: paths of what every stage depends on, in the order of dvc.yaml, without matrix items.
-        edges, nodes: of DVC's graph, by address.
+        edges, nodes: of DVC's graph without stage code, by address.
         outs: what every stage writes, by address.
     """
 
@@ -111,6 +113,7 @@ def read(stage: Stage) -> Evidence:
         if table.empty and name in metrics:
             metrics[name], completions[name] = {"model": name, "evaluated": False}, []
     graph = stage.dvc.repo.index.graph  # an edge leads from a stage to one it depends on
+    graph = graph.subgraph(node for node in graph.nodes if node.addressing != CODE)
     return Evidence(
         metrics=metrics,
         overlap=overlap,
@@ -161,9 +164,9 @@ def _items(stage: Stage, name: str) -> list[Path]:
 
 
 def _links(stage: Stage, node: Any) -> list[Link]:
-    report = next(out for out in stage.outs if out.name == "report.html").resolve()
+    report = stage.folder.resolve()
     paths = (Path(os.path.relpath(out.fs_path)) for out in node.outs)
-    return [Link(path.as_posix(), Path(os.path.relpath(path.resolve(), report.parent)).as_posix()) for path in paths]
+    return [Link(path.as_posix(), Path(os.path.relpath(path.resolve(), report)).as_posix()) for path in paths]
 
 
 def _json(path: Path) -> Any:

@@ -25,7 +25,7 @@ FITTING = ("FITS", "FITS_STREAMING")
 
 
 def figures(evidence: Evidence) -> dict[str, float | int | str | bool]:
-    """Flat scalars of the fetched, the shipped and the plain models; one that was not measured is left out."""
+    """Flat scalars of the fetched, the shipped and the plain models, their scores on tasks; no unmeasured one."""
     base, package = evidence.model(FETCHED), evidence.model(PACKAGE)
     found: dict[str, Any] = {"protocol": package.get("protocol"), "base_parameters": base.get("parameters")}
     for who, name in (
@@ -47,6 +47,9 @@ def figures(evidence: Evidence) -> dict[str, float | int | str | bool]:
     ledger = evidence.ledgers[PACKAGE]
     if not ledger.empty:
         found |= {f"package_{name}": int(ledger[name].sum()) for name in ("violations", "revived")}
+    for scores in evidence.task_scores:
+        task = f"{scores['model']}_{scores['task']}"
+        found |= {f"{task}_{name}": score["value"] for name, score in scores["metrics"].items()}
     if evidence.fit_checked:
         found["fits"] = evidence.fit["verdict"] in FITTING
         found["tokens_per_second_bound"] = evidence.fit["tokens_per_second"]["bound"]

@@ -27,7 +27,7 @@ from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
 from tasks.parameters import preflight
-from tasks.runtime import failures, lineage, locks, mend, parent
+from tasks.runtime import code, failures, lineage, locks, mend, parent
 from tasks.runtime.stage import JOURNALS, SCRATCH, Stage
 
 if TYPE_CHECKING:
@@ -62,13 +62,13 @@ class _Attempt:
 
     Attributes:
         stage: None until it is read from dvc.yaml.
-        published: the outputs that are in place.
+        published: the folder, once it is in place.
     """
 
     def __init__(self, address: str) -> None:
         self.address, self.started = address, time.time()
         self.stage: Stage | None = None
-        self.published: list[Path] = []
+        self.published: Path | None = None
 
     def make(self, run_ids: dict[str, str]) -> None:
         """Make the outputs and their record; after an exception everything is as it was."""
@@ -88,25 +88,24 @@ class _Attempt:
             raise
 
     def _publish(self, stage: Stage) -> None:
-        """Move every output into place.
+        """Move the stage's folder into place.
 
         Raises:
-            RuntimeError: a declared output was not written.
+            RuntimeError: something that dvc.yaml names of it was not written.
         """
-        missing = [str(out) for out in stage.outs if not (stage.scratch / out).exists()]
+        missing = [str(path) for path in stage.expected() if not (stage.scratch / path).exists()]
         if missing:
             raise RuntimeError(f"stage {self.address} did not write {', '.join(missing)}")
-        for out in stage.outs:
-            _remove(out)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(stage.scratch / out, out)
-            self.published.append(out)
+        _remove(stage.folder)
+        stage.folder.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(stage.scratch / stage.folder, stage.folder)
+        self.published = stage.folder
 
     def _restore(self) -> None:
         """Check the previous outputs out again: DVC removed them before it started the stage, and the stage failed."""
         try:
-            for out in self.published:  # not all are there, or not their record
-                _remove(out)
+            if self.published:  # without its record
+                _remove(self.published)
             outs = Repo().stage.load_one(name=self.address).outs
         except DvcException:  # no such stage, or dvc.yaml is broken: nothing was removed
             return
@@ -128,6 +127,8 @@ def _load(address: str) -> Stage:
 def _perform(stage: Stage) -> None:
     _remove(stage.scratch)  # of a run that was killed
     mend.keep_lock()
+    if edited := code.changed_code(stage.dvc):
+        raise InputError(f"{code.named(edited)} changed since stage {code.STAGE} listed the code; {code.WAY_OUT}")
     if altered := failures.altered_inputs(stage):
         raise InputError(f"{' and '.join(altered)} {failures.ALTERED}")
     preflight.check_workspace(stage.everything, stage.address)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.runtime import lineage
 
 if TYPE_CHECKING:
+    from dvc.output import Output
+
     from tasks.runtime.stage import Stage
 
 DISK = {
@@ -59,10 +63,15 @@ def altered_inputs(stage: Stage) -> list[str]:
 
     DVC itself doesn't look: it trusts a file whose size and time are those of its note, and its whole cache.
     """
-    made = {out.fs_path: out for other in stage.dvc.repo.index.stages for out in other.outs}
-    inputs = (made.get(dep.fs_path) for dep in stage.dvc.deps)
-    return [
-        str(out)
-        for out in inputs
-        if out and out.hash_info and lineage.md5(out, trust_state=False) != out.hash_info.value
-    ]
+    made = [out for other in stage.dvc.repo.index.stages for out in other.outs if out.hash_info]
+    pairs = [(dep, out) for dep in lineage.inputs(stage.dvc) for out in made if lineage.overlap(dep, out)]
+    return list(dict.fromkeys(str(item) for item in itertools.starmap(_altered, pairs) if item))
+
+
+def _altered(dep: Output, out: Output) -> Output | None:
+    """What of an output is read and isn't what its stage wrote; None where it is."""
+    part = dep if Path(out.fs_path) in Path(dep.fs_path).parents else out
+    wanted = lineage.made(out, part)
+    if wanted is None:  # DVC doesn't cache this output, so it knows the hash of the whole alone
+        part, wanted = out, out.hash_info.value
+    return part if lineage.md5(part, trust_state=False) != wanted else None

@@ -7,7 +7,6 @@ way back from an artifact along the records is `tasks.runtime.provenance`'s.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -23,11 +22,12 @@ from dvc_data.hashfile.build import build
 from dvc_data.hashfile.db import HashFileDB
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import files, git
+from tasks.runtime import code, files, git
 
 if TYPE_CHECKING:
     from dvc.output import Output
     from dvc.stage import Stage as DvcStage
+    from dvc_data.hashfile.obj import HashFile
 
     from tasks.runtime.stage import Stage
 
@@ -65,7 +65,7 @@ def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:
         "inputs": hashes,
         "outputs": {name(out): md5(out) for out in results(stage.dvc)},
         "parameters": parameters(stage.dvc),
-        "code": code_hash(hashes),
+        "code": next((value for path, value in hashes.items() if is_code(path)), None),
         "git": _git_state(),
         "packages": _versions(),
         "seed": getattr(getattr(stage.params, stage.name, None), "seed", None),
@@ -96,12 +96,32 @@ def md5(item: Output, *, trust_state: bool = True) -> str | None:
     Args:
         trust_state: believe DVC's note of an unchanged file (same inode, size and time); False reads every byte.
     """
+    found = on_disk(item, trust_state=trust_state)
+    return found.hash_info.value if found else None
+
+
+def on_disk(item: Output, *, trust_state: bool = True) -> HashFile | None:
+    """A dependency or output as it is on disk, a folder as the list of its files (a Tree); None if it is missing."""
     if not item.exists:
         return None
     own = item.cache if item.use_cache else item.local_cache
     store = own if trust_state else HashFileDB(own.fs, own.path)  # one without a state database
     _, _, found = build(store, item.fs_path, item.fs, item.hash_name, ignore=item.dvcignore, dry_run=True)
-    return found.hash_info.value
+    return found
+
+
+def made(out: Output, part: Output) -> str | None:
+    """The hash that dvc.lock has of an output, or of a file or folder in it; None where DVC knows none of that part."""
+    if part.fs_path == out.fs_path:
+        return out.hash_info.value
+    found = out.get_obj(filter_info=part.fs_path)  # from the list of its files, which DVC's cache holds
+    return found.hash_info.value if found else None
+
+
+def overlap(one: Output, other: Output) -> bool:
+    """Whether they are the same, or one lies in the other."""
+    first, second = Path(one.fs_path), Path(other.fs_path)
+    return first == second or first in second.parents or second in first.parents
 
 
 def inputs(stage: DvcStage) -> list[Output]:
@@ -132,15 +152,9 @@ def parameters(stage: DvcStage) -> dict[str, Any]:
     return json.loads(json.dumps(values))  # plain lists and numbers, as they come back from a record
 
 
-def code_hash(hashes: dict[str, str | None]) -> str | None:
-    """SHA-256 over names and hashes of the declared Python files; None where a stage declares none."""
-    lines = [f"{value}  {path}\n" for path, value in sorted(hashes.items()) if is_code(path)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
-
-
 def is_code(path: str) -> bool:
-    """Whether a dependency is Python code."""
-    return path.endswith(".py")
+    """Whether a dependency is the list of a stage's code."""
+    return Path(path).parent == code.FOLDER
 
 
 def _git_state() -> dict[str, Any]:

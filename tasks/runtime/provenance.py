@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dvc.exceptions import OutputNotFoundError
 from dvc.repo import Repo
+from dvc_data.hashfile.tree import Tree
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import lineage
+from tasks.runtime import code, lineage
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -51,6 +52,7 @@ def trace(repo: Repo, path: str) -> list[Node]:
     def node(stage: DvcStage) -> Node:
         if stage.addressing not in known:
             parents = sorted(graph.successors(stage), key=lambda parent: parent.addressing)
+            parents = [parent for parent in parents if parent.name != code.STAGE]  # it makes lists: see _against_code
             known[stage.addressing] = Node(stage, [node(parent) for parent in parents])
         return known[stage.addressing]
 
@@ -140,7 +142,7 @@ def verify(repo: Repo, path: str) -> tuple[list[Finding], int]:
         return hashes[item.fs_path]
 
     for stage in _stages(trace(repo, path)):
-        for finding in (*_against_lock(stage, actual), *_against_record(stage)):
+        for finding in (*_against_lock(stage, actual), *_against_code(stage), *_against_record(stage)):
             findings[finding] = None
     return list(findings), len(hashes)
 
@@ -151,7 +153,8 @@ def _against_lock(stage: DvcStage, actual: Callable[[Output], str | None]) -> It
         yield Finding(name, "never run here: dvc.lock has no entry for it (`dvc repro` makes it)")
         return
     for out in stage.outs:
-        yield from _compare(name, f"output {lineage.name(out)}", out.hash_info.value, actual(out))
+        if (found := actual(out)) != (locked := out.hash_info.value):
+            yield from _altered_files(out) or _compare(name, f"output {lineage.name(out)}", locked, found)
     for dep in lineage.inputs(stage):
         for finding in _compare(name, f"input {lineage.name(dep)}", dep.hash_info.value, actual(dep)):
             # a frozen stage's result is kept on purpose when its inputs go on
@@ -160,6 +163,27 @@ def _against_lock(stage: DvcStage, actual: Callable[[Output], str | None]) -> It
         then = _locked_parameters(stage).get(key)
         if then != now:
             yield Finding(name, f"parameter {key} is {now!r} now, it was made with {then!r}", not stage.frozen)
+
+
+def _altered_files(out: Output) -> list[Finding]:
+    """Which files of an output folder are not as they were written; none where DVC knows only the hash of the whole."""
+    wanted, found = out.get_obj(), lineage.on_disk(out, trust_state=False)
+    if not isinstance(wanted, Tree) or not isinstance(found, Tree):
+        return []
+    then, now = ({key: info.value for key, _, info in tree} for tree in (wanted, found))
+    return [
+        finding
+        for key in sorted(then.keys() | now.keys())
+        for finding in _compare(
+            out.stage.addressing, f"output {lineage.name(out)}/{'/'.join(key)}", then.get(key), now.get(key)
+        )
+    ]
+
+
+def _against_code(stage: DvcStage) -> Iterator[Finding]:
+    """The files that the list of a stage's code names, against those on disk."""
+    for path in code.changed_code(stage, made=True):
+        yield Finding(stage.addressing, f"code {path} is not what it was made with", not stage.frozen)
 
 
 def _against_record(stage: DvcStage) -> Iterator[Finding]:
@@ -182,9 +206,6 @@ def _against_record(stage: DvcStage) -> Iterator[Finding]:
                 yield Finding(name, f"{word} {what} is {places}", fault)
     if entry.get("parameters") != _locked_parameters(stage):
         yield Finding(name, "the lineage record has other parameters than dvc.lock")
-    locked = {lineage.name(dep): dep.hash_info.value for dep in lineage.inputs(stage)}
-    if entry.get("code") != lineage.code_hash(locked):
-        yield Finding(name, "the lineage record has another code hash than dvc.lock gives", not stage.frozen)
 
 
 def _compare(stage: str, what: str, locked: str | None, found: str | None) -> Iterator[Finding]:
@@ -215,7 +236,7 @@ def _details(stage: DvcStage) -> Iterator[str]:
         yield f"output {lineage.name(out)} {_short(out.hash_info.value)}"
     made = [out for made_by in stage.repo.index.stages for out in made_by.outs]
     for dep in lineage.inputs(stage):
-        if not lineage.is_code(lineage.name(dep)) and not any(_overlap(dep.fs_path, out.fs_path) for out in made):
+        if not lineage.is_code(lineage.name(dep)) and not any(lineage.overlap(dep, out) for out in made):
             yield f"source {lineage.name(dep)} {_short(dep.hash_info.value)}"
 
 
@@ -261,11 +282,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _relative(path: Path) -> str:
     return os.path.relpath(path)
-
-
-def _overlap(one: str, other: str) -> bool:
-    first, second = Path(one), Path(other)
-    return first == second or first in second.parents or second in first.parents
 
 
 def _short(value: Any) -> str:

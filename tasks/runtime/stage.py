@@ -20,6 +20,7 @@ from tasks.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
+    from dvc.stage import Stage as DvcStage
 
     from tasks.runtime.journal import Journal
 
@@ -82,6 +83,8 @@ class Stage(Inputs):
         item: the matrix item (`gptq` in `evaluate@gptq`), or None.
         everything: all sections, for the checks before the stage starts; a stage computes with `params` alone.
         params: the declared sections of params.yaml, as attributes; an undeclared one is an AttributeError.
+        folder: the stage's one output, data/NAME or data/NAME/ITEM, which holds all that it writes.
+        scratch: what it writes lies here until all of it is complete.
     """
 
     def __init__(self, address: str, repo: Repo) -> None:
@@ -93,7 +96,7 @@ class Stage(Inputs):
         self.everything = schema.load()
         declared = {key.split(".")[0] for dep in self.dvc.deps for key in getattr(dep, "params", ())}
         self.params = SimpleNamespace(**{key: getattr(self.everything, key) for key in sorted(declared)})
-        self.outs = [_relative(out) for out in self.dvc.outs if Path("data/lineage") not in _relative(out).parents]
+        self.folder = _folder(self.dvc)
         self.scratch = SCRATCH / address
 
     @property
@@ -116,14 +119,23 @@ class Stage(Inputs):
         return journal.open_for(self.dvc, ANSWERS / self.address, parameters=False)
 
     def output(self, name: str) -> Path:
-        """Where to write the declared output whose path ends with `name`; its parent folder exists.
+        """Where to write this file or folder of the stage's own folder; its parent folder exists.
 
-        Raises:
-            LookupError: dvc.yaml declares no such output for this stage, or several.
+        Args:
+            name: as seen from there ("model", "layers.csv"), the folder's own name before it or not ("wanda/model");
+                that name alone is the folder.
         """
-        path = self.scratch / _find(self.outs, name, f"output of stage {self.address}")
+        own, _, below = name.partition("/")
+        path = self.scratch / self.folder / (below if own == self.folder.name else name)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def expected(self) -> list[Path]:
+        """The folder, and what other stages read of it, and metrics and plots: what must be there when it has run."""
+        index = self.dvc.repo.index
+        paths = {self.folder, *(_relative(dep) for dep in index.deps if not getattr(dep, "params", ()))}
+        paths |= {Path(*key) for keys in (index.metric_keys, index.plot_keys) for key in keys["repo"]}
+        return sorted(path for path in paths if path.is_relative_to(self.folder))
 
     def pass_on(self, source: Path, target: Path) -> None:
         """Make `target` (from `output`) the same bytes as `source`, at no cost in disk (hard links where possible)."""
@@ -135,6 +147,13 @@ class Stage(Inputs):
     def progress(self, description: str, total: int) -> Progress:
         """A progress bar; a context manager with `update(done, **figures)`."""
         return Progress(description, total)
+
+
+def _folder(stage: DvcStage) -> Path:
+    outs = [path for out in stage.outs if Path("data/lineage") not in (path := _relative(out)).parents]
+    if len(outs) != 1:
+        raise LookupError(f"stage {stage.addressing} has one output, its folder; dvc.yaml declares {outs}")
+    return outs[0]
 
 
 def _relative(item: Any) -> Path:

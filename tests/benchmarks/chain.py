@@ -59,13 +59,13 @@ class Declared:
         address: "wanda", "evaluate@gptq".
         deps: files and folders, as written.
         params: dotted names.
-        outs: files and folders, without the lineage record.
+        out: its folder.
     """
 
     address: str
     deps: tuple[str, ...]
     params: tuple[str, ...]
-    outs: tuple[str, ...]
+    out: str
     frozen: bool
 
     @property
@@ -200,7 +200,7 @@ class Chain:
         if (stage.address, dep) in self.replaced:
             return self.replaced[stage.address, dep]
         for other in self.stages.values():
-            if not other.frozen and any(_within(dep, out) for out in other.outs):
+            if not other.frozen and _within(dep, other.out):
                 return self._folder(other.address) / dep
         return Path(os.path.normpath(self.root / dep))
 
@@ -211,7 +211,8 @@ class Chain:
         with _publishing(folder, identity) as unfinished, contextlib.redirect_stdout(sys.stderr):
             given = CachedStage(stage, self.everything, places, unfinished)
             (module.run if given.enabled else module.skip)(given)
-            missing = [out for out in stage.outs if not (unfinished / out).exists()]
+            read = {dep for other in self.stages.values() for dep in other.deps if _within(dep, str(given.folder))}
+            missing = [path for path in sorted(read | {str(given.folder)}) if not (unfinished / path).exists()]
             if missing:
                 raise RuntimeError(f"stage {stage.address} did not write {', '.join(missing)}")
         self.computed.append(stage.address)
@@ -229,7 +230,7 @@ class CachedStage(Stage):
         self.everything = everything
         sections = sorted({key.split(".")[0] for key in declared.params})
         self.params = SimpleNamespace(**{key: getattr(everything, key) for key in sections})
-        self.outs = [Path(out) for out in declared.outs]
+        self.folder = Path(declared.out)
         self.scratch = scratch
         self.journal = self.answers = checkpoints.NOTHING
 
@@ -254,12 +255,12 @@ def declared(path: Path, values: Mapping[str, Any]) -> dict[str, Declared]:
         for items in itertools.product(*matrix.values()):
             address = f"{name}@{'-'.join(items)}" if items else name
             context = {**values, "item": dict(zip(matrix, items, strict=True))}
-            outs = [_path(out) for key in ("metrics", "plots", "outs") for out in stage.get(key, [])]
+            (out,) = (path for path in map(_path, stage["outs"]) if not path.startswith(LINEAGE))
             found[address] = Declared(
                 address,
                 tuple(dict.fromkeys(os.path.normpath(_fill(dep, context)) for dep in stage["deps"])),
                 tuple(stage.get("params", [])),
-                tuple(_fill(out, context) for out in outs if not out.startswith(LINEAGE)),
+                _fill(out, context),
                 stage.get("frozen", False),
             )
     return found

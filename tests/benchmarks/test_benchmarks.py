@@ -110,20 +110,19 @@ def test_a_table_goes_on_where_it_was(tmp_path, capsys):
 def test_dvc_yaml_is_read_with_its_values_and_its_matrix(tmp_path):
     (tmp_path / "dvc.yaml").write_text(
         "stages:\n"
-        "  first: {deps: ['${a.path}', 'tasks/first.py'], params: [a], outs: [data/first/model: {cache: false}]}\n"
+        "  first: {deps: ['${a.path}', 'tasks/first.py'], params: [a], outs: [data/first: {cache: false}]}\n"
         "  each:\n"
         "    matrix: {model: [first, last]}\n"
         "    deps: ['data/${item.model}/model']\n"
-        "    metrics: ['data/each/${item.model}/m.json']\n"
-        "    outs: ['data/lineage/each@${item.model}.json']\n",
+        "    outs: ['data/each/${item.model}', 'data/lineage/each@${item.model}.json']\n",
         encoding="utf-8",
     )
     stages = declared(tmp_path / "dvc.yaml", {"a": {"path": "data//source/model"}})
     assert list(stages) == ["first", "each@first", "each@last"]
     assert stages["first"].deps == ("data/source/model", "tasks/first.py")
-    assert stages["first"].outs == ("data/first/model",)
+    assert stages["first"].out == "data/first"
     assert stages["each@last"].deps == ("data/last/model",)
-    assert stages["each@last"].outs == ("data/each/last/m.json",)
+    assert stages["each@last"].out == "data/each/last"
 
 
 def test_a_digest_is_of_names_and_contents(tmp_path):

@@ -1,4 +1,4 @@
-"""dvc.yaml is the one DAG: its stages, params.yaml's sections, the modules and the declared code agree."""
+"""dvc.yaml is the one DAG: its stages, params.yaml's sections, and the modules agree."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tasks.cli.deps import closure
 from tasks.parameters.schema import OPERATIONS, SHARED, Params
+from tasks.runtime import code
 from tests.support.paths import ROOT
 
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-
+DAG = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+STAGES = DAG["stages"]
+WITH_CODE = [name for name in STAGES if name != code.STAGE]
+"""The stages that depend on a list of their code: all but the one that writes the lists."""
+CODE = {name: set(code.listing(name, ROOT)) for name in WITH_CODE}
 
 ALLOWED = {"gptqmodel_library": {"pathlib"}}  # gptqmodel asks for the path of its log file: it gets os.devnull
 
@@ -25,37 +28,46 @@ def test_there_are_stages() -> None:
 
 def test_stages_are_the_sections_of_the_parameters_in_the_same_order() -> None:
     sections = list(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")))
-    assert [*SHARED, *STAGES, *OPERATIONS] == sections == list(Params.model_fields)  # preflight goes by the order
+    assert [*SHARED, *WITH_CODE, *OPERATIONS] == sections == list(Params.model_fields)  # preflight goes by the order
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", WITH_CODE)
 def test_a_stage_depends_on_its_own_section(name: str) -> None:
     assert any(entry.partition(".")[0] == name for entry in STAGES[name]["params"])
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_declared_code_is_the_import_closure(name: str) -> None:
-    declared = [dep for dep in STAGES[name]["deps"] if dep.startswith("tasks/")]
-    assert declared == closure(ROOT / "tasks" / f"{name}.py", ROOT), "run `edgepress deps`"
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_a_stage_depends_on_the_list_of_its_code_alone(name: str) -> None:
+    deps = [dep for dep in STAGES[name]["deps"] if dep.startswith(("tasks", "data/code"))]
+    assert deps == [f"data/code/{name}.json"]
 
 
-@pytest.mark.parametrize("name", STAGES)
+def test_the_first_stage_looks_at_all_code_and_nothing_else() -> None:
+    assert next(iter(STAGES)) == code.STAGE
+    assert STAGES[code.STAGE].keys() == {"cmd", "deps", "outs"} and STAGES[code.STAGE]["deps"] == ["tasks"]
+    assert not any("tasks/code.py" in files or "tasks/runtime/code.py" in files for files in CODE.values())
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
 def test_a_stage_imports_no_other_stage(name: str) -> None:
     others = {f"tasks/{other}.py" for other in STAGES if other != name}
-    assert not set(closure(ROOT / "tasks" / f"{name}.py", ROOT)) & others
+    assert not CODE[name] & others
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_every_stage_writes_below_its_own_name_and_leaves_a_record(name: str) -> None:
-    outs = [
-        next(iter(out)) if isinstance(out, dict) else out
-        for key in ("outs", "metrics")
-        for out in STAGES[name].get(key, [])
-    ]
-    records = [out for out in outs if out.startswith("data/lineage/")]
-    assert len(records) == 1 and Path(records[0]).name.split("@")[0].removesuffix(".json") == name
-    assert len(outs) > 1 and all(Path(out).parts[:2] == ("data", name) for out in outs if out not in records)
+def test_every_stage_writes_one_folder_of_its_name_and_leaves_a_record(name: str) -> None:
+    outs = [next(iter(out)) if isinstance(out, dict) else out for out in STAGES[name]["outs"]]
+    (record,) = (out for out in outs if out.startswith("data/lineage/"))
+    assert Path(record).name.split("@")[0].removesuffix(".json") == name
+    (folder,) = (Path(out) for out in outs if out != record)
+    items = "-".join(f"${{item.{key}}}" for key in STAGES[name].get("matrix", {}))
+    assert folder == Path("data", name, items) and not {"metrics", "plots"} & STAGES[name].keys()
     assert not any(dep.startswith("data/lineage") for dep in STAGES[name]["deps"])
+
+
+def test_every_evaluation_is_among_the_metrics() -> None:
+    evaluated = {f"data/evaluate/{model}/metrics.json" for model in STAGES["evaluate"]["matrix"]["model"]}
+    assert set(DAG["metrics"]) == {"data/report/metrics.json"} | evaluated
 
 
 def imports(path: Path) -> set[str]:
@@ -128,9 +140,7 @@ def test_the_device_is_a_parameter_of_every_stage_that_asks_for_it() -> None:
         f"tasks/compression/{p.name}" for p in (ROOT / "tasks/compression").glob("*.py") if asks_for_the_device(p)
     }
     asking = {
-        name
-        for name, stage in STAGES.items()
-        if asks_for_the_device(ROOT / f"tasks/{name}.py") or shared & set(stage["deps"])
+        name for name in STAGES if asks_for_the_device(ROOT / f"tasks/{name}.py") or shared & CODE.get(name, set())
     }
     assert len(asking) >= 10
     assert {name for name, stage in STAGES.items() if "device" in stage.get("params", [])} == asking
@@ -146,7 +156,7 @@ REACH = {
     "tasks/algorithms/pruning/wanda.py": {"wanda"},
     "tasks/algorithms/recovery/masked_lora.py": {"lora", "baseline_lora"},
     "tasks/parameters/preflight.py": {"fetch"},
-    "tasks/reporting": {"report"},
+    "tasks/reporting/page.html.jinja": {"report"},
     "tasks/device_profiles/profiles.py": {"hardware_fit"},
     "tasks/evaluation/lm_eval_model.py": {"harness"},
 }
@@ -156,11 +166,11 @@ REACH = {
 @pytest.mark.parametrize("path", REACH)
 def test_an_edit_reruns_what_uses_it_and_nothing_else(path: str) -> None:
     assert (ROOT / path).exists()
-    assert {name for name, stage in STAGES.items() if path in stage["deps"]} == REACH[path]
+    assert {name for name, files in CODE.items() if path in files} == REACH[path]
 
 
 @pytest.mark.parametrize("room", ["runtime", "cli", "registry", "nightly", "export"])
 def test_no_stage_reruns_for_what_only_runs_or_shows_it(room: str) -> None:
     paths = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tasks" / room).glob("*.py")}
-    used = paths & {dep for stage in STAGES.values() for dep in stage["deps"]}
+    used = paths & set().union(*CODE.values())
     assert used <= {"tasks/runtime/files.py", "tasks/runtime/processes.py"}

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 MODELS = ("fetch", "vocabulary", "depth_prune", "wanda", "lora", "gptq", "eora", "package", "baseline_lora", "baseline")
 EVALUATIONS = {f"evaluate@{name}" for name in MODELS}
 STAGES = {*MODELS, "overlap", "calibrate", "importance", "measure", "kv_cache", "hardware_fit", "report"} | EVALUATIONS
-STAGES |= {"harness_data", "harness@fetch-corpus"}
+STAGES |= {"code", "harness_data@corpus", "harness@fetch-corpus"}
 BELOW_PACKAGE = {"baseline", "measure", "kv_cache", "hardware_fit", "report", "evaluate@package", "evaluate@baseline"}
 BELOW_PACKAGE |= {"harness@package-corpus", "harness@baseline-corpus"}
 STAGES |= BELOW_PACKAGE
@@ -277,14 +277,14 @@ def test_each_task_of_each_model_is_cached_alone(project) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     try:
         project.change({"harness_data.enabled": True, "harness.enabled": True})
-        assert ran(project.repro(*tasks).stdout) >= {"harness_data", *tasks}
+        assert ran(project.repro(*tasks).stdout) >= {"harness_data@corpus", *tasks}
         own = {"harness_data.folder": "own", "harness_data.sources.piqa.path": "piqa.jsonl"}
         project.change(own | {"harness.tasks": ["corpus", "piqa"]})
-        assert ran(project.repro(*tasks, "harness@fetch-piqa").stdout) == {"harness_data", "harness@fetch-piqa"}
+        assert ran(project.repro(*tasks, "harness@fetch-piqa").stdout) == {"harness_data@piqa", "harness@fetch-piqa"}
         project.change({"harness_data.sources.piqa.path": "gone.jsonl"})
-        refused = project.repro("harness_data", check=False)
+        refused = project.repro("harness_data@piqa", check=False)
         assert refused.returncode and "Traceback" not in refused.stdout
-        assert "error: harness_data: harness_data.sources.piqa.path = gone.jsonl is no file" in refused.stdout
+        assert "error: harness_data@piqa: harness_data.sources.piqa.path = gone.jsonl is no file" in refused.stdout
         scores = json.loads((project.path / "data/harness/package-corpus/scores.json").read_text(encoding="utf-8"))
         assert scores["agreement"]["relative_difference"] < 1e-4
     finally:

@@ -48,7 +48,7 @@ def test_a_failing_stage_under_dvc_leaves_everything_as_it_was(made: Toy) -> Non
     assert Path("dvc.lock").read_bytes() == lock and Path("data/lineage/toy.json").read_bytes() == record
     assert made.outputs() == OUTPUTS and made.left() == []
     made.set()
-    assert "up to date" in made("-m", "dvc", "status").stdout
+    assert "up to date" in made("-m", "dvc", "status", "toy").stdout
     assert "Running stage" not in made.repro().stdout
 
 
@@ -58,15 +58,15 @@ def test_a_missing_output_is_an_error(made: Toy, run_here) -> None:
     assert made.outputs() == OUTPUTS and made.left() == []
 
 
-def test_a_failure_while_moving_brings_back_what_was_moved(made: Toy, run_here, monkeypatch) -> None:
+def test_a_failure_while_moving_brings_back_what_was_there(made: Toy, run_here, monkeypatch) -> None:
     replace = os.replace
 
-    def fail_for_the_table(source, target) -> None:
-        if Path(target) == Path("data/toy/table.csv"):
+    def fail_for_the_folder(source, target) -> None:
+        if Path(target) == Path("data/toy"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
 
-    monkeypatch.setattr(execution.os, "replace", fail_for_the_table)
+    monkeypatch.setattr(execution.os, "replace", fail_for_the_folder)
     with pytest.raises(InputError, match="the outputs of stage toy: the disk is full"):
         run_here(write)
     assert made.outputs() == OUTPUTS and made.left() == []
@@ -93,7 +93,7 @@ def test_on_a_full_disk_the_previous_outputs_come_back_as_links(made: Toy, run_h
     assert Path("data/toy/model/sub/b").stat().st_nlink > 1
     monkeypatch.undo()
     os.chdir(made.path)
-    assert "up to date" in made("-m", "dvc", "status").stdout
+    assert "up to date" in made("-m", "dvc", "status", "toy").stdout
 
 
 def test_what_cannot_be_brought_back_is_said(made: Toy, run_here, monkeypatch, capsys) -> None:
@@ -105,7 +105,7 @@ def test_what_cannot_be_brought_back_is_said(made: Toy, run_here, monkeypatch, c
     with pytest.raises(InputError):
         run_here(raising(InputError("x")))
     said = capsys.readouterr().err
-    assert "`dvc checkout data/toy/table.csv` will bring the previous one back, now: " in said
+    assert "`dvc checkout data/toy` will bring the previous one back, now: " in said
 
 
 def test_without_memory_even_to_look_the_way_back_is_said(made: Toy, run_here, monkeypatch, capsys) -> None:

@@ -98,6 +98,6 @@ def test_a_bit_that_flips_in_an_input_and_in_the_cache_at_once_is_found(made: To
     text.write_text("tezt")
     text.chmod(before.st_mode)
     os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert before.st_nlink == 2 and "up to date" in made("-m", "dvc", "status").stdout
+    assert before.st_nlink == 2 and "up to date" in made("-m", "dvc", "status", "toy").stdout
     with pytest.raises(InputError, match="data/source/text.txt is not what its stage wrote"):
         run_here(write)

@@ -23,14 +23,22 @@ def test_inputs_and_outputs_are_those_of_dvc_yaml(toy: Toy, run_here) -> None:
     assert stage.has_input("source/text.txt") and not stage.has_input("text.txt") and not stage.has_input("x")
     assert stage.inputs_named("text.txt") == [Path("data/source/text.txt"), Path("other/text.txt")]
     assert stage.output("table.csv") == Path("data/.scratch/toy/data/toy/table.csv")
-    assert stage.outs == [Path("data/toy/model"), Path("data/toy/table.csv")]  # the record is not the module's
+    assert stage.output("toy/model/a") == stage.output("model/a") == Path("data/.scratch/toy/data/toy/model/a")
+    assert stage.folder == Path("data/toy") and stage.output("toy") == Path("data/.scratch/toy/data/toy")
+    assert stage.expected() == [Path("data/toy"), Path("data/toy/model"), Path("data/toy/table.csv")]
     listed = re.escape("dvc.yaml declares ['data/source/text.txt', 'other/text.txt']")
     with pytest.raises(LookupError, match=f"`masks` is no dependency of stage toy; {listed}"):
         stage.input("masks")
     with pytest.raises(LookupError, match=f"`text.txt` is an ambiguous dependency of stage toy; {listed}"):
         stage.input("text.txt")
-    with pytest.raises(LookupError, match="`plot.csv` is no output of stage toy; dvc.yaml declares"):
-        stage.output("plot.csv")
+
+
+def test_a_stage_has_one_output(toy: Toy, run_here) -> None:
+    two = yaml.safe_load(Path("dvc.yaml").read_text())
+    two["stages"]["toy"]["outs"] = ["data/toy/model", "data/toy/table.csv"]
+    Path("dvc.yaml").write_text(yaml.safe_dump(two))
+    with pytest.raises(LookupError, match="stage toy has one output, its folder; dvc.yaml declares"):
+        Stage("toy", Repo())
 
 
 def test_the_model_in_is_the_first_one(toy: Toy, run_here) -> None:

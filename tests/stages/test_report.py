@@ -217,7 +217,7 @@ def test_summary_joins_seconds_from_the_records(make, tmp_path, monkeypatch):
     records.mkdir(parents=True)
     (records / "wanda.json").write_text(json.dumps({"seconds": 12.345}))
     outs = {"wanda": [records / "wanda.json"], "lora": [records / "lora.json"]}
-    outs["report"] = [stage.output("stages.csv"), stage.output("verdict.txt")]
+    outs["report"] = [stage.output("stages.csv").parent]
     monkeypatch.setattr(summary, "Repo", repo_with(outs, tmp_path))
     rows = {row["stage"]: row for row in summary.rows()}
     assert list(rows) == list(MODELS)
@@ -264,7 +264,7 @@ def test_links_lead_to_what_dvc_yaml_names(make, tmp_path):
     written = [Path(out.fs_path) for name in names for out in synthetic_results.node(tmp_path, name).outs]
     known = {os.path.relpath(path, folder) for path in written}
     assert "../lineage/evaluate@gptq.json" in links and "../package/model/model.safetensors" in links
-    assert known - {"model"} == set(links) - {"../package/model/model.safetensors"}  # model: beside the report
+    assert known - {"."} == set(links) - {"../package/model/model.safetensors"}  # model: beside the report
 
 
 def test_plots_and_tables_are_files_too(make, monkeypatch):

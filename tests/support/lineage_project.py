@@ -16,12 +16,16 @@ import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from dvc.repo import Repo
-from tasks.runtime import lineage
+from tasks.runtime import code, files, lineage
 started, (name, out, text) = time.time(), sys.argv[1:]
 path = Path(out)
 if path.suffix:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+elif name == "code":
+    path.mkdir(parents=True)
+    for module in ("corpus", "train"):
+        files.write_json(path / f"{module}.json", code.listing(module, Path()))
 else:
     path.mkdir(parents=True)
     for part in "ab":
@@ -33,17 +37,21 @@ lineage.record(stage, started=started, run_ids={"flow_run": "f-1"})
 
 DAG = """
 stages:
+  code:
+    cmd: {python} make.py code data/code ""
+    deps: [tasks]
+    outs: [data/code]
   corpus:
     cmd: {python} make.py corpus data/corpus text
-    deps: [source.txt, code.py]
+    deps: [source.txt, data/code/corpus.json]
     params: [corpus]
     outs: [data/corpus, data/lineage/corpus.json]
   train:
     frozen: {frozen}
     cmd: {python} make.py train data/train/model.txt weights
-    deps: [data/corpus]
+    deps: [data/corpus, data/code/train.json]
     params: [train.steps]
-    outs: [data/train/model.txt, data/lineage/train.json]
+    outs: [data/train, data/lineage/train.json]
   score:
     matrix:
       of: [train]
@@ -69,7 +77,11 @@ def call(*arguments: str, cwd: Path) -> None:
 def create(root: Path) -> None:
     """Write, commit and reproduce it, all but the stage `unused`."""
     (root / "make.py").write_text(MAKE)
-    (root / "code.py").write_text("answer = 42\n")
+    (root / "tasks/parts").mkdir(parents=True)
+    (root / "tasks/corpus.py").write_text("from tasks.parts import answer\n")
+    (root / "tasks/train.py").write_text("answer = 43\n")
+    (root / "tasks/parts/answer.py").write_text("answer = 42\n")
+    (root / ".gitignore").write_text("__pycache__\n")
     (root / "source.txt").write_text("once\n")
     (root / "params.yaml").write_text("corpus: {seed: 1, words: [a, b]}\ntrain: {steps: 3}\n")
     (root / "dvc.yaml").write_text(DAG.format(python=sys.executable, frozen="false"))

@@ -75,33 +75,31 @@ else:
 """
 
 
-def stage(name: str, deps: list[str], params: list[str], outs: list[str], metrics: list[str] | None = None) -> dict:
-    known = {"cmd": f"python stage.py {name}", "deps": deps, "params": params, "outs": outs}
-    return known | ({"metrics": metrics} if metrics else {})
+def stage(name: str, deps: list[str], params: list[str], outs: list[str]) -> dict:
+    return {"cmd": f"python stage.py {name}", "deps": deps, "params": params, "outs": outs}
 
 
 DAG = {
-    "fetch": stage("fetch", ["${fetch.model.path}", "${fetch.corpora.train.path}"], ["fetch"], ["data/fetch/model"]),
-    "package": stage("package", ["data/fetch/model"], ["gptq"], ["data/package/model"]),
+    "fetch": stage("fetch", ["${fetch.model.path}", "${fetch.corpora.train.path}"], ["fetch"], ["data/fetch"]),
+    "package": stage("package", ["data/fetch/model"], ["gptq"], ["data/package"]),
     "evaluate": {"matrix": {"model": ["fetch", "package", "baseline_lora"]}}
     | stage(
         "evaluate@${item.model}",
         ["data/fetch/model", "data/package/model"],
         ["evaluate"],
-        ["data/evaluate/${item.model}/documents.csv"],
-        ["data/evaluate/${item.model}/metrics.json"],
+        ["data/evaluate/${item.model}"],
     ),
     "hardware_fit": stage(
         "hardware_fit",
         ["data/package/model", "${fetch.corpora.train.path}"],
         ["hardware_fit"],
-        ["data/hardware_fit/fit.json", "data/overlap/overlap.json"],
+        ["data/hardware_fit", "data/overlap"],
     ),
     "report": stage(
         "report",
         ["data/evaluate/package", "data/hardware_fit/fit.json"],
         ["report"],
-        ["data/report/report.html", "data/report/verdict.txt", "data/report/stages.csv", "data/report/plots"],
+        ["data/report"],
     ),
 }
 

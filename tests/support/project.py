@@ -23,6 +23,7 @@ COPIED = (
     "tasks",
     "data/devices",
     "data/harness_tasks",
+    "data/prompts.txt",
     "dvc.yaml",
     "params.yaml",
     ".dvcignore",

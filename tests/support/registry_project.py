@@ -25,7 +25,7 @@ class Night:
         self.git("init", "-q", "-b", "main")
         Repo.init(str(root)).close()
         shutil.copyfile(ROOT / "params.yaml", root / "params.yaml")
-        outs = ["data/package/model", "data/evaluate/package/metrics.json"]
+        outs = ["data/package", "data/evaluate/package"]
         stage = {"cmd": "false", "params": ["wanda"], "outs": outs}
         (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"package": stage}}))
         (root / ".gitignore").write_text("/data\n")

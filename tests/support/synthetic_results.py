@@ -404,7 +404,7 @@ def report_stage(folder, inputs, out="out"):
         input=lambda name: Path(inputs[name]),
         has_input=lambda name: name in inputs,
         output=output,
-        outs=[folder / "data/report/report.html"],
+        folder=folder / "data/report",
         dvc=SimpleNamespace(repo=SimpleNamespace(index=SimpleNamespace(graph=graph, stages=list(graph)))),
     )
 
@@ -412,7 +412,7 @@ def report_stage(folder, inputs, out="out"):
 def node(folder, address):
     """A stage that writes a model and its record."""
     name, _, item = address.partition("@")
-    paths = [f"data/{name}/{item}" if item else f"data/{name}/model", f"data/lineage/{address}.json"]
+    paths = [f"data/{name}/{item}" if item else f"data/{name}", f"data/lineage/{address}.json"]
     deps = tuple(
         Dep(f"data/{source}/model") for source, user in zip(PIPELINE, PIPELINE[1:], strict=False) if user == name
     )

@@ -1,4 +1,4 @@
-"""A DVC project of two toy stages, `source` and `toy`, for tests of how stages run."""
+"""A DVC project of two toy stages, `source` and `toy`, and what reads them, for tests of how stages run."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ DVC = {
             "cmd": f"{sys.executable} run.py source",
             "deps": ["raw.txt"],
             "params": ["source"],
-            "outs": ["data/source/text.txt"],
+            "outs": ["data/source"],
         },
         "toy": {
             "cmd": f"{sys.executable} run.py toy",
             "deps": ["data/source/text.txt", "other/text.txt"],
             "params": ["toy.enabled", "toy.how", "toy.value"],
-            "outs": ["data/toy/model", "data/toy/table.csv", "data/lineage/toy.json"],
+            "outs": ["data/toy", "data/lineage/toy.json"],
         },
-    }
+        "reader": {"cmd": "false", "deps": ["data/toy/model"]},
+    },
+    "plots": [{"data/toy/table.csv": {"x": "step"}}],
 }
 PARAMS = {"source": {"enabled": True}, "toy": {"enabled": True, "how": "good", "value": 1}, "hidden": {"x": 1}}
 

@@ -19,7 +19,7 @@ def context(evidence: Evidence) -> dict[str, Any]:
         "source": flatten(evidence.lineage.get("source", {})),
         "parameters": evidence.lineage.get("parameters", {}),
         "inputs": evidence.lineage.get("inputs", {}),
-        "package": links.get("model"),
+        "package": links.get("package"),
         "record": links.get("package.json"),
     }
 
