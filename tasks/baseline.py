@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from tasks.algorithms.model import checkpoints
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.compression import block_quantisation
-from tasks.models import dense_folder, gptq_folder
+from tasks.models import dense_folder, gptq_folder, model_files
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed import source_folder, writer
 from tasks.packed.description import DESCRIPTION, FILE
@@ -59,7 +59,7 @@ def run(stage: Stage) -> None:
     limit = shipped_bytes(stage.input("package/model"))
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
     block_quantisation.check_shapes(dense_folder.config(dense), chosen.group_size)
-    coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.journal, stage.params.device)
+    coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.params.device, stage.journal)
     if start is None:
         start = dense_folder.load_dense(dense).to(stage.params.device)
     choices = block_quantisation.choices(stage, start, windows, {}, "dense")
@@ -84,8 +84,8 @@ def shipped_bytes(folder: Path) -> int:
     Raises:
         InputError: the folder holds neither.
     """
-    names = (FILE, DESCRIPTION) if is_packed(folder) else sorted(folder.rglob("*.safetensors"))
-    return sum((folder / name).stat().st_size for name in names)
+    paths = [folder / FILE, folder / DESCRIPTION] if is_packed(folder) else model_files.tensors(folder)
+    return sum(path.stat().st_size for path in paths)
 
 
 def fit(

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.model.shape import shape_of_model
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LARGEST = {"config.json": 2**20, "tokenizer.json": 2**28, "model.safetensors.index.json": 2**26}
 """Bytes that a file of a model folder may have: the folder is untrusted, and a JSON text is read into memory whole."""
@@ -51,19 +52,24 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: one of its files is larger than any tokenizer's.
     """
+    from transformers import AutoTokenizer  # here: a switched-off stage only asks for the config
+
     check_sizes(folder)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A dense checkpoint on the CPU, in evaluation mode.
+def load_dense(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A dense checkpoint on the CPU, in evaluation mode, in float32 unless another type is asked for.
 
     Raises:
         InputError: a text of the folder is larger than any model's.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     check_sizes(folder)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        folder, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     return model.eval()
 

@@ -27,7 +27,7 @@ from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
 from tasks.parameters import preflight
-from tasks.runtime import code, failures, lineage, locks, mend, parent
+from tasks.runtime import code, failures, lazily, lineage, locks, mend, parent
 from tasks.runtime.stage import JOURNALS, SCRATCH, Stage
 
 if TYPE_CHECKING:
@@ -132,12 +132,13 @@ def _perform(stage: Stage) -> None:
     if altered := failures.altered_inputs(stage):
         raise InputError(f"{' and '.join(altered)} {failures.ALTERED}")
     preflight.check_workspace(stage.everything, stage.address)
-    module = importlib.import_module(f"tasks.{stage.name}")
+    name = f"tasks.{stage.name}"
     if stage.enabled:
-        module.run(stage)
+        importlib.import_module(name).run(stage)
     else:
         print(f"{stage.address}: switched off, its input is passed on")
-        module.skip(stage)
+        with lazily.imported():
+            importlib.import_module(name).skip(stage)
 
 
 def _bring_back(out: Output) -> None:
