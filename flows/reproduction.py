@@ -36,7 +36,7 @@ from flows.order import MOST, Order
 from flows.stage import FLOW_RUN, LOG, TASK_RUN
 from tasks.algorithms.errors import InputError
 from tasks.parameters import preflight, schema
-from tasks.runtime import lineage, locks, mend
+from tasks.runtime import lineage, locks, mend, warm
 
 LOGS = Path("logs")
 GRACE = 15.0
@@ -63,6 +63,7 @@ class Reproduction:
         self.foresight: Foresight | None = None
         self.failure: str | None = None
         self.stopped = threading.Event()
+        self.warm = warm.Server()
 
     def run(self, targets: list[str] | None, force: bool) -> str | None:
         """Reproduce `targets` (all stages if None); returns the failure's sentence, or None."""
@@ -76,6 +77,8 @@ class Reproduction:
                     self._reproduce(force)
         except (DvcException, InputError) as error:
             return _line(error)
+        finally:
+            self.warm.close()
         return self.failure
 
     def _reproduce(self, force: bool) -> None:
@@ -185,7 +188,7 @@ class Reproduction:
         log.write_bytes(b"")
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         found = {FLOW_RUN: str(flow_run.id), TASK_RUN: str(task_run.id), LOG: str(log.resolve())}
-        found |= {"PATH": path}  # a stage's `python` is this one, active or not
+        found |= {"PATH": path} | self.warm.environment()  # a stage's `python` is this one, active or not
         if threads and THREADS not in os.environ:
             found[THREADS] = str(threads)
         if self.stopped.is_set():
