@@ -154,6 +154,8 @@ def completions(
 
 def _continued(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, ends: list[int]) -> list[list[int]]:
     """The greedy new tokens of each prompt, up to and with the first end token."""
+    import torch
+
     given = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     width, padding = max(map(len, given)), tokenizer.eos_token_id or 0
     # padded on the left and masked there, so that all continue in the same column; [prompts, width]
