@@ -1,6 +1,7 @@
 """The flow: the whole DAG as one Prefect flow run, one cached task run per stage (`edgepress run`).
 
-The lineage of every stage and the report's verdict, tables and plots become artifacts of the run (`flows.artifacts`).
+What each stage did and the report's verdict, tables and plots become artifacts of the run (`flows.artifacts`). What the
+stages that ran cost is printed (`flows.costs`).
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ settings.apply()
 from dvc.exceptions import DvcException  # noqa: E402
 from dvc.repo import Repo  # noqa: E402
 from prefect import flow  # noqa: E402  the settings must be in the environment before Prefect is imported
-from prefect.artifacts import create_table_artifact  # noqa: E402
 from prefect.states import Completed, Failed, State  # noqa: E402
 
-from flows import artifacts  # noqa: E402
+from flows import artifacts, costs  # noqa: E402
 from flows.reproduction import Reproduction  # noqa: E402
 from flows.server import dead_runs  # noqa: E402
 from tasks.algorithms.errors import InputError  # noqa: E402
+from tasks.cli import console  # noqa: E402
 from tasks.parameters import schema  # noqa: E402
 from tasks.runtime import mend  # noqa: E402
 
@@ -35,13 +36,22 @@ def compress(targets: list[str] | None = None, force: bool = False) -> State:
         return Failed(message=hindrance)
     reproduction = Reproduction()
     failure = reproduction.run(targets, force)
-    create_table_artifact(key="run", table=reproduction.rows, description="what each stage did, and DVC's key of it")
-    if failure:
-        return Failed(message=failure)
-    if makes_report(targets):
-        artifacts.publish(REPORT)
-    counts = [row["why"] for row in reproduction.rows]
-    return Completed(message=f"{counts.count('ran')} of {len(counts)} stages ran")
+    rows = reproduction.rows
+    counts = [row["why"] for row in rows]
+    message = failure or f"{counts.count('ran')} of {len(counts)} stages ran"
+    made = list(artifacts.of_run(rows, failure))
+    if not failure and makes_report(targets):
+        made += artifacts.of_report(REPORT)
+        message += f"; {artifacts.verdict(REPORT)[0]}"
+    artifacts.publish(sorted(made, key=lambda artifact: artifact.key))
+    if table := costs.table(rows):
+        console.show("", table)
+    return Failed(message=message) if failure else Completed(message=message)
+
+
+def counted(state: State) -> str:
+    """Of the message of a run that completed what it says of the stages; the verdict follows there."""
+    return (state.message or "").partition("; ")[0]
 
 
 def makes_report(targets: list[str] | None) -> bool:

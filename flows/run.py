@@ -47,7 +47,7 @@ def _run(targets: list[str] | None, force: bool, configured: str | None) -> str:
     from prefect.exceptions import TerminationSignal
     from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
-    from flows.compress import compress
+    from flows.compress import compress, counted
     from flows.server import dead_runs, temporary
 
     try:
@@ -60,4 +60,4 @@ def _run(targets: list[str] | None, force: bool, configured: str | None) -> str:
         raise KeyboardInterrupt(sentence) from None
     if not state.is_completed():
         raise InputError(state.message or f"the flow run ended as {state.name}")
-    return state.message or ""
+    return counted(state)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import IO, NoReturn
 
 from tasks.algorithms.errors import InputError
-from tasks.cli import account, exit_codes, project, quiet
+from tasks.cli import account, exit_codes, lean, project, quiet
 from tasks.cli.commands import COMMANDS, GROUPS, Command
 from tasks.parameters import parameter_file
 
@@ -105,6 +105,7 @@ def _drop_stdout() -> None:
 
 def _run(command: Command, words: list[str]) -> int:
     quiet.apply(bars=command.module.startswith("flows."))
+    lean.apply()
     module = importlib.import_module(command.module)
     first, _, rest = (module.__doc__ or "").partition("\n")
     parser = Parser(

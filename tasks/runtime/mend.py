@@ -42,15 +42,18 @@ AT_WORK = "DVC is working in this folder"
 
 
 def keep_lock() -> None:
-    """Keep a copy of dvc.lock: what it says now, and the entries that it lacks and had before on the same commit."""
-    now = _entries(LOCK)
-    if now is None:
-        return
-    committed = _committed()
-    text = f"{BESIDE}{committed}\n{_dumped(_kept(committed) | now)}"
-    if not KEPT.exists() or KEPT.read_text(encoding="utf-8", errors="replace") != text:
-        KEPT.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(KEPT, text)
+    """Keep a copy of dvc.lock: what it says now, and the entries that it lacks and had before on the same commit.
+
+    Stages that start side by side do it one after another, so that none takes back what another one kept.
+    """
+    with locks.held(KEPT.with_suffix(".guard"), "the copy of dvc.lock is being written", wait=True):
+        now = _entries(LOCK)
+        if now is None:
+            return
+        committed = _committed()
+        text = f"{BESIDE}{committed}\n{_dumped(_kept(committed) | now)}"
+        if not KEPT.exists() or KEPT.read_text(encoding="utf-8", errors="replace") != text:
+            files.write_text(KEPT, text)
 
 
 def mend() -> list[str]:
