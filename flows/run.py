@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from flows.server import settings
+from flows.server import settings, temporary
 from tasks.algorithms.errors import InputError
 
 
@@ -29,6 +29,8 @@ def main(given: argparse.Namespace) -> None:
     configured = os.environ.get("PREFECT_API_URL")
     if configured and not settings.running_server():
         raise InputError(f"no Prefect server answers at {configured}: start it, or unset PREFECT_API_URL to do without")
+    if not configured:
+        temporary.new_log()
     from flows.compress import REPORT, makes_report, problem  # imports Prefect, whose settings are set by now
 
     if not configured and (sentence := problem(given.targets)):  # no server that should hear of it: none is started
@@ -48,7 +50,7 @@ def _run(targets: list[str] | None, force: bool, configured: str | None) -> str:
     from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
     from flows.compress import compress, counted
-    from flows.server import dead_runs, temporary
+    from flows.server import dead_runs
 
     try:
         url = None if configured else temporary.start_temporary()

@@ -93,6 +93,22 @@ def mend_database() -> None:
         )
 
 
+def new_log() -> Path:
+    """Empty LOG, and make Prefect's folder where it isn't there; before Prefect, which warns at length, is imported.
+
+    Raises:
+        InputError: that folder can't be written.
+    """
+    log = Path(os.environ["PREFECT_HOME"]) / LOG
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_bytes(b"")
+    except OSError as error:
+        why = failures.DISK.get(error.errno, error.strerror)
+        raise InputError(f"cannot write {log.parent}, where Prefect keeps its state: {why}") from error
+    return log
+
+
 def start_temporary() -> str:
     """Start a server that ends with this process, with the project's state; returns its URL (without /api).
 
@@ -102,16 +118,10 @@ def start_temporary() -> str:
     Raises:
         InputError: it does not start; says why, as far as that can be known.
     """
-    log = Path(os.environ["PREFECT_HOME"]) / LOG
+    log = new_log()
     command = [sys.executable, "-m", "flows.server.temporary"]
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        words = log.open("wb")
-    except OSError as error:
-        why = failures.DISK.get(error.errno, error.strerror)
-        raise InputError(f"cannot write {log.parent}, where Prefect keeps its state: {why}") from error
     mend_database()
-    with words:
+    with log.open("wb") as words:
         process = subprocess.Popen(  # in a session of its own: Ctrl-C is for the flow
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, text=True, start_new_session=True
         )

@@ -152,7 +152,7 @@ def test_a_stage_that_is_none_is_told_before_a_server_starts(tmp_path) -> None:
     project = NightlyProject(tmp_path)
     output = project.python("-m", "tasks", "run", "nosuch", expect=1)
     assert output == "error: Stage 'nosuch' not found inside 'dvc.yaml' file\n"
-    assert not (tmp_path / ".prefect/server.log").exists() and not (tmp_path / ".prefect/prefect.db").exists()
+    assert not (tmp_path / ".prefect/server.log").read_bytes() and not (tmp_path / ".prefect/prefect.db").exists()
 
 
 def stranger(project: NightlyProject) -> list[str]:
