@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,12 +51,15 @@ def main(given: argparse.Namespace) -> None:
         console.show(*shown())
 
 
-def rows() -> list[dict[str, Any]]:
+def rows(opened: Repo | None = None) -> list[dict[str, Any]]:
     """The report's rows, with the columns of its stages.csv, and those of `seconds`.
 
     A missing value is None; no row where there is no report yet.
+
+    Args:
+        opened: the project, where the caller has it open: to open it again takes a quarter of a second.
     """
-    with Repo() as repo:
+    with contextlib.nullcontext(opened) if opened else Repo() as repo:
         path = _report(repo, "stages.csv")
         if path is None:
             return []
@@ -64,16 +68,17 @@ def rows() -> list[dict[str, Any]]:
         return [record | seconds(repo, record["stage"]) for record in records]
 
 
-def verdict() -> str:
+def verdict(opened: Repo | None = None) -> str:
     """What the package scores against a plain model of its size, in a sentence; empty where there is no report."""
-    with Repo() as repo:
+    with contextlib.nullcontext(opened) if opened else Repo() as repo:
         path = _report(repo, "verdict.txt")
         return path.read_text(encoding="utf-8").partition("\n")[0] if path else ""
 
 
 def shown() -> list[Table | str]:
     """The table, plain models below a rule; then the protocol and the verdict. Without a report a sentence."""
-    known = rows()
+    with Repo() as repo:
+        known, sentence = rows(repo), verdict(repo)
     if not known:
         return [NOTHING]
     plain = [row["stage"] in comparison.PLAIN_MODELS for row in known]
@@ -85,7 +90,7 @@ def shown() -> list[Table | str]:
     protocols = sorted({row["protocol"] for row in known if row["protocol"]})
     measured = f"perplexity by protocol {', '.join(protocols)}" if protocols else "not evaluated"
     table = console.table(["stage", *(title for title, _, _ in SHOWN)], lines)
-    return [table, measured, *filter(None, [told(known), verdict()])]
+    return [table, measured, *filter(None, [told(known), sentence])]
 
 
 def _report(repo: Repo, name: str) -> Path | None:

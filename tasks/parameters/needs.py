@@ -129,8 +129,13 @@ DISK: dict[str, Callable[[Params, ModelShape], int]] = {
 """Bytes that a stage writes, at most; a stage that is switched off links its input."""
 
 
+def memory(params: Params, model: ModelShape, todo: list[str]) -> dict[str, int]:
+    """Bytes that each of the stages holds at its peak, libraries included; stages that hold little are left out."""
+    return {name: LIBRARIES + MEMORY[name](params, model) for name in todo if name in MEMORY}
+
+
 def _memory_problems(params: Params, model: ModelShape, todo: list[str]) -> Iterator[str]:
-    needs = {name: LIBRARIES + MEMORY[name](params, model) for name in todo if name in MEMORY}
+    needs = memory(params, model, todo)
     if not needs:
         return
     greedy = max(needs, key=lambda name: needs[name])

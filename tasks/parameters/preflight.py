@@ -159,13 +159,38 @@ def check_workspace(params: Params, stage: str | None = None) -> None:
     Raises:
         InputError: one line per problem.
     """
-    source = params.fetch.model
-    folder = Path(source.path) if source.hub is None else FETCHED
     fetched = stage is None or _position(stage) > _position("fetch")  # before that, FETCHED may be another model
-    if (source.hub is None or fetched) and (folder / "config.json").exists():
+    if folder := _model_folder(params, fetched):
         check(params, read_config(folder), tokenizer=special_tokens.of_files(folder), stage=stage)
     else:
         _raise([*_device_problems(params, DEVICES), *_accelerator_problems(params)])
+
+
+def at_once(params: Params, fetched: bool) -> int | None:
+    """How many stages have room in memory side by side, each as large as the largest; at least 1.
+
+    Args:
+        fetched: whether stage fetch is done.
+
+    Returns:
+        None as long as a hub model's config.json is not here.
+
+    Raises:
+        InputError: the model is none that the pipeline runs.
+    """
+    folder = _model_folder(params, fetched)
+    if folder is None:
+        return None
+    todo = [name for name in _from(None) if _enabled(params, name)]
+    needed = needs.memory(params, model_shape(read_config(folder)), todo)
+    return max(needs.available_memory() // max(needed.values(), default=needs.LIBRARIES), 1)
+
+
+def _model_folder(params: Params, fetched: bool) -> Path | None:
+    """Where the model's config.json is by now; None where it is still in the hub."""
+    source = params.fetch.model
+    folder = Path(source.path) if source.hub is None else FETCHED
+    return folder if (source.hub is None or fetched) and (folder / "config.json").exists() else None
 
 
 def _calibrate(params: Params, model: ModelShape) -> Iterator[str]:

@@ -58,12 +58,31 @@ PACKAGES = (
 )
 
 
-def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:
+FIGURES = ("seconds", "start_up_seconds", "computing_seconds", "cpu_seconds")
+"""Of a record: from the stage's first line to its record; from the process's start to `run`; of `run`; of all cores."""
+
+
+def took(stage: DvcStage) -> dict[str, float]:
+    """The known `FIGURES` of the run that made what dvc.lock names: of this machine's where it ran here, too."""
+    found = local(stage) or find(stage) or {}
+    return {name: found[name] for name in FIGURES if isinstance(found.get(name), int | float)}
+
+
+def link(stage: DvcStage) -> dict[str, str]:
+    """A stage's record for a list of many: when and with which code it was made, and where all of it is."""
+    path = record_path(stage)
+    if not (found := read(path)):
+        return {}
+    return {"made": found.get("started") or "", "code": (found.get("code") or "")[:12], "record": path.as_uri()}
+
+
+def record(stage: Stage, *, started: float, run_ids: dict[str, str], spent: dict[str, float] | None = None) -> None:
     """Write the record of a stage whose outputs are in place; the tracked one stays where it describes the same.
 
     Args:
         started: seconds since the epoch.
         run_ids: ids of the runs it belongs to, by kind.
+        spent: more of `FIGURES`.
     """
     begun = stage.start.identity  # not what is there now: that may be an edit
     entry = stage.facts | {
@@ -77,6 +96,7 @@ def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:
         "seed": getattr(getattr(stage.params, stage.name, None), "seed", None),
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - started, 3),
+        **{name: round(value, 3) for name, value in (spent or {}).items()},
         "peak_memory_bytes": _peak_memory(),
         "machine": {
             "platform": platform.platform(),
