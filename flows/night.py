@@ -24,7 +24,7 @@ from prefect.events import emit_event  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed, Failed, State  # noqa: E402
 
-from flows.compress import compress  # noqa: E402
+from flows.compress import compress, counted  # noqa: E402
 from flows.notification import EVENT  # noqa: E402
 from flows.server import dead_runs  # noqa: E402
 from tasks.algorithms.statistics.gate import ACCEPT  # noqa: E402
@@ -65,6 +65,7 @@ def _night(top: Path, started: datetime) -> State:
         record["stages"] = state.message
         if not state.is_completed():
             return _failed(folder, name, record, state.message)
+        record["stages"] = counted(state)
         found = _judged(top, folder, name, record)
     except failures.REFUSED as error:
         return _failed(folder, name, record, str(error))

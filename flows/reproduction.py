@@ -1,184 +1,276 @@
-"""One run of DVC's pipeline with each stage as a cached Prefect task.
+"""One run of DVC's pipeline with each stage as a cached Prefect task; independent stages run side by side.
 
-DVC plans, locks, restores and writes dvc.lock; it calls back once per stage, and there the stage becomes a task run
-whose cache key is DVC's own run-cache key (command, hashes of the inputs, parameters). Only DVC says whether a stage is
-up to date, since it alone looks at the workspace: such a task run ends as Cached with DVC's reason.
-
-This is the only place that uses DVC's internals (dvc 3.67.1, pinned): the `repro_fn` argument of `Repo.reproduce`,
-`_reproduce_stage`, `_get_stage_hash`, `StageCache.restore`, and `modify_yaml` where dvc.lock is written. DVC's
-experiments use `repro_fn` in the same way; the public API has no hook per stage. tests/flows/test_flow.py holds them to
-what is used of them here.
+DVC plans, locks, restores and writes dvc.lock (`flows.dvc_internals`). A stage becomes a task run whose cache key is
+DVC's own run-cache key (command, hashes of the inputs, parameters). Only DVC says whether a stage is up to date, since
+it alone looks at the workspace: such a task run ends as Cached with DVC's reason. What has to run is started by this
+thread in the order of `flows.order`, each stage in a thread of Prefect's.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import json
-import logging
 import os
-import re
-import shutil
+import queue
 import sys
 import threading
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
-import httpx
 import psutil
-from dvc import dvcfile
-from dvc.exceptions import DvcException, ReproductionError
+from dvc.exceptions import DvcException
 from dvc.lock import LockError
-from dvc.repo import Repo
-from dvc.repo.reproduce import _reproduce_stage
 from dvc.stage import Stage
-from dvc.stage.cache import StageCache, _can_hash, _get_stage_hash
-from dvc.utils.serialize import modify_yaml
-from prefect import get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect import Task, get_run_logger, task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
+from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed, Failed, State
 
+from flows import following
 from flows import stage as stage_command
+from flows.dvc_internals import Project
+from flows.foresight import Foresight
+from flows.order import MOST, Order
 from flows.stage import FLOW_RUN, LOG, TASK_RUN
 from tasks.algorithms.errors import InputError
-from tasks.cli import dispatch
-from tasks.runtime import files, locks, mend
+from tasks.parameters import preflight, schema
+from tasks.runtime import lineage, locks, mend, warm
 
 LOGS = Path("logs")
-PROGRESS = re.compile(r"\[progress\] (?P<what>.+?) (?P<done>\d+)/(?P<total>[1-9]\d*)(?= |$)")
-ERROR = re.compile(rf"^{dispatch.ERROR}(.*)$", re.MULTILINE)
 GRACE = 15.0
 """Seconds that a stage gets to put its previous outputs back when the flow is ended."""
-
-
-class RecordingCache(StageCache):
-    """DVC's run cache, which also remembers what it restored: DVC reports "ran" and "restored" alike."""
-
-    def __init__(self, repo: Repo) -> None:
-        super().__init__(repo)
-        self.restored: set[str] = set()
-
-    def restore(self, stage: Stage, **kwargs: Any) -> None:
-        """Restore as DVC does, and note the stage if it worked."""
-        super().restore(stage, **kwargs)
-        self.restored.add(stage.addressing)
+THREADS = "OMP_NUM_THREADS"
+"""Of torch and of every BLAS; the user's value wins."""
 
 
 class Reproduction:
     """`dvc repro` with Prefect around every stage.
 
     Attributes:
-        rows: one per stage that was reached: stage, state, why, key.
+        rows: one per stage that was reached: stage, state, why, key; seconds of what ran (`_figures`).
     """
 
     def __init__(self) -> None:
-        _quieten()
-        self.repo = Repo(_wait_for_lock=True)  # else a stage that took an hour fails if the lock is held for 3 s
-        self.cache = RecordingCache(self.repo)
-        self.repo.stage_cache = self.cache
-        self.copies: dict[str, Stage] = {}
+        self.project = Project()
         self.states: dict[str, State] = {}
-        self.rows: list[dict[str, str]] = []
+        self.results: dict[str, str] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.began = 0.0
+        self.begun: dict[str, float] = {}
+        self.ended: dict[str, float] = {}
+        self.foresight: Foresight | None = None
+        self.failure: str | None = None
+        self.stopped = threading.Event()
+        self.warm = warm.Server()
 
     def run(self, targets: list[str] | None, force: bool) -> str | None:
         """Reproduce `targets` (all stages if None); returns the failure's sentence, or None."""
+        self.began = time.monotonic()
         try:
-            with locks.held(locks.FLOW, "another flow already runs in this folder"), _lock_written_at_once():
+            with locks.held(locks.FLOW, "another flow already runs in this folder"):
                 _mend()
-                # to hash their inputs, which must not mark the stages themselves; each alone would parse dvc.lock again
-                self.copies = {copy.addressing: copy for copy in Repo().index.stages}
                 if found := locks.holder(locks.DVC_LOCK):
                     get_run_logger().warning("waiting for DVC's lock, which is held by %s", found)
-                self.repo.reproduce(targets, repro_fn=self._stage, force=force)
-        except ReproductionError as error:
-            return _line(error.__cause__ or error)
+                with self.project.planned(targets):
+                    self._reproduce(force)
         except (DvcException, InputError) as error:
             return _line(error)
-        return None
+        finally:
+            self.warm.close()
+        return self.failure
 
-    def _stage(self, stage: Stage, upstream: list[Stage], force: bool = False, **kwargs: Any) -> Stage | None:
-        stale = force or stage.changed(allow_missing=False, upstream=upstream)
-        key = self._key(stage)
+    def _reproduce(self, force: bool) -> None:
+        """Bring the planned stages up to date; what is already, first."""
+        stale: dict[str, Stage] = {}
+        seconds: dict[str, float] = {}
+        for stage, upstream in self.project.plan.items():
+            below = any(other.addressing in stale for other in upstream)
+            if force or below or self.project.changed(stage):
+                stale[stage.addressing] = stage
+                if known := lineage.took(stage).get("seconds"):
+                    seconds[stage.addressing] = known
+            else:
+                self._end(stage, self._task(stage, False, force)(return_state=True, wait_for=self._parents(stage)))
+        if not stale:
+            return
+        plan = self.project.plan
+        waits_for = {name: [other.addressing for other in plan[stage]] for name, stage in stale.items()}
+        alone = [name for name, stage in stale.items() if (stage.meta or {}).get("alone")]
+        cores = len(os.sched_getaffinity(0))
+        order = Order(waits_for, seconds, alone, 1, cores)
+        self.foresight = Foresight(order)
+        with self.project.unlocked():
+            self._side_by_side(order, stale, force)
 
-        def body(parents: list[State]) -> dict | State:  # Prefect draws an arrow from each parent
-            failure = self._run(stage, upstream=upstream, force=force, **kwargs) if stale else None
+    def _side_by_side(self, order: Order, stages: dict[str, Stage], force: bool) -> None:
+        """Start what may start, wait for an end, and so on; a failure lets end what runs, a signal ends it."""
+        ends: queue.SimpleQueue[tuple[str, PrefectFuture]] = queue.SimpleQueue()
+        fixed = False
+        try:
+            while True:
+                if not fixed and not order.running:
+                    fixed = self._widen(order, stages)
+                while self.failure is None and (started := order.next()):
+                    self._start(stages[started[0]], started[1], force, ends, order)
+                if not order.running:
+                    break
+                self.foresight.show()
+                with contextlib.suppress(queue.Empty):
+                    name, future = ends.get(timeout=1)
+                    future.wait()
+                    order.end(name)
+                    self._end(stages[name], future.state)
+            self.foresight.show(last=self.failure is None)
+        except BaseException:
+            self._end_all(len(order.running), ends)
+            raise
+
+    def _widen(self, order: Order, waiting: dict[str, Stage]) -> bool:
+        """Set how many stages may run at once; returns False as long as the model's size is not known."""
+        room: int | None = order.cores
+        fetched = not {"fetch"} & (order.waiting.keys() | order.running)
+        with contextlib.suppress(InputError):  # the stage says what is wrong; or it is another project's dvc.yaml
+            room = preflight.at_once(schema.load(), fetched)
+        order.workers = min(order.cores, MOST, room or 1)
+        return room is not None
+
+    def _start(self, stage: Stage, threads: int, force: bool, ends: queue.SimpleQueue, order: Order) -> None:
+        """Make the stage a task run: in a thread where it has to run, here where nothing has changed."""
+        name = stage.addressing
+        try:
+            with self.project.lock:
+                stale = force or self.project.changed(stage)
+                step = self._task(stage, stale, force, threads)
+        except DvcException as error:
+            self.failure = self.failure or _line(error)
+            order.end(name)
+            return
+        if not stale:
+            self._end(stage, step(return_state=True, wait_for=self._parents(stage)))
+            order.end(name)
+            return
+        self.foresight.begin(name)
+        self.begun[name] = time.monotonic()
+        future = step.submit(wait_for=self._parents(stage))
+        future.add_done_callback(lambda ended: ends.put((name, ended)))  # its state needs this thread's settings
+
+    def _task(self, stage: Stage, stale: bool, force: bool, threads: int | None = None) -> Task:
+        """The stage as a task, whose key is read now; needs the lock."""
+        key = self.project.key(stage, stale)
+
+        def body() -> str | State:
+            failure = self._run(stage, force, threads) if stale else None
             return Failed(message=failure) if failure else self._record(stage, stale, key)
 
-        step = task(
-            name=stage.name,
+        return task(
+            name=stage.addressing,
             task_run_name=stage.addressing,
             cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda *_: key) if key else NO_CACHE,
             refresh_cache=True,  # DVC answers, and says why: a hit of Prefect's own has no message (3.8.8)
             persist_result=True,
             result_serializer="json",
         )(body)
-        parents = [self.states[parent.addressing] for parent in upstream if parent.addressing in self.states]
-        state = self.states[stage.addressing] = step(parents, return_state=True)
-        why = "ran" if state.name == "Completed" else state.message or ""
-        self.rows.append({"stage": stage.addressing, "state": state.name, "why": why, "key": (key or "")[:12]})
-        if not state.is_completed():
-            raise DvcException(why or f"stage {stage.addressing} ended as {state.name}")
-        return stage if stale else None
 
-    def _key(self, stage: Stage) -> str | None:
-        copy = self.copies[stage.addressing]
-        try:
-            copy.save_deps()
-        except DvcException:  # a dependency is missing: DVC says which when it runs the stage
-            return None
-        return _get_stage_hash(copy) if _can_hash(copy) else None
+    def _parents(self, stage: Stage) -> list[State]:
+        """States of the stages before: Prefect draws an arrow from each."""
+        above = [parent.addressing for parent in self.project.plan[stage]]
+        return [self.states[name] for name in above if name in self.states]
 
-    def _run(self, stage: Stage, **kwargs: Any) -> str | None:
+    def _run(self, stage: Stage, force: bool, threads: int | None) -> str | None:
         """Let DVC run or restore the stage; returns the failure's sentence, or None."""
         log = LOGS / f"{stage.addressing}.log"
         if absent := [str(dep) for dep in stage.deps if not dep.exists and not stage.frozen]:
             # DVC would remove the stage's outputs before it finds out
             return f"{', '.join(absent)} is not there; name what is, or bring it back"
-        LOGS.mkdir(exist_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True)  # the address of what `dvc add` made is a path
         log.write_bytes(b"")
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         found = {FLOW_RUN: str(flow_run.id), TASK_RUN: str(task_run.id), LOG: str(log.resolve())}
-        kwargs["run_env"] = found | {"PATH": path}  # a stage's `python` is this one, active or not
+        found |= {"PATH": path} | self.warm.environment()  # a stage's `python` is this one, active or not
+        if threads and THREADS not in os.environ:
+            found[THREADS] = str(threads)
+        if self.stopped.is_set():
+            return "not started, since the flow was ended"
+        parts, name = self.foresight.parts, stage.addressing
         try:
-            with _followed(log, stage.addressing), _ended_with_flow():
-                _reproduce_stage(stage, **kwargs)
+            with following.followed(log, lambda part: parts.update({name: part})):
+                self.project.reproduce(stage, force, found)
         except DvcException as error:
-            return _sentence(log) or f"{_line(error)}; all that it printed is in {log}"
+            return following.sentence(log) or f"{_line(error)}; all that it printed is in {log}"
         return None
 
-    def _record(self, stage: Stage, stale: bool, key: str | None) -> dict | State:
-        why = "unchanged" if not stale else "restored" if stage.addressing in self.cache.restored else "ran"
+    def _record(self, stage: Stage, stale: bool, key: str | None) -> str | State:
+        """The task run's result: why it ended so, DVC's key, and the hashes of the outputs.
+
+        Prefect draws an arrow from a task run to every later one that meets an object with the `id` of its result, or
+        of a part of it (3.8.8). So it is one text, which is kept as long as the run.
+        """
+        lineage.keep(stage)  # what DVC restored came without its record, which a later stage may read
+        why = "unchanged" if not stale else "restored" if stage.addressing in self.project.cache.restored else "ran"
         why = f"frozen, {why}" if stage.frozen else why
         record = {"why": why, "key": key, "outs": {out.def_path: out.hash_info.value for out in stage.outs}}
-        _lineage_artifact(stage, record)
-        return record if why == "ran" else Completed(name="Cached", message=why, data=record)
+        text = self.results[stage.addressing] = json.dumps(record)
+        return text if why == "ran" else Completed(name="Cached", message=why, data=text)
+
+    def _end(self, stage: Stage, state: State) -> None:
+        """Note how a stage ended; the first failure is the flow's."""
+        name = stage.addressing
+        self.states[name], self.ended[name] = state, time.monotonic()
+        record = json.loads(self.results[name]) if state.is_completed() else {}
+        why = record["why"] if record else state.message or f"stage {name} ended as {state.name}"
+        ran = why == "ran"
+        self.rows.append(
+            {"stage": name, "state": state.name, "why": why, "key": (record.get("key") or "")[:12]}
+            | (self._figures(stage) if ran else {})
+            | lineage.link(stage)
+        )
+        if self.foresight:
+            self.foresight.end(name, ran)
+        if state.is_completed() or self.failure:
+            return
+        self.failure = why
+        if others := ", ".join(self.foresight.since if self.foresight else ()):
+            get_run_logger().error("%s; what runs is let end, and nothing is started: %s", why, others)
+
+    def _figures(self, stage: Stage) -> dict[str, float]:
+        """Seconds of a stage that ran: until it had its turn, starting up, computing, and all that DVC and Prefect did.
+
+        Where a stage leaves no record of its process, all of its time counts as computing.
+        """
+        name = stage.addressing
+        ready = max((self.ended.get(parent.addressing, 0.0) for parent in self.project.plan[stage]), default=0.0)
+        whole, took = self.ended[name] - self.begun[name], lineage.took(stage)
+        start_up, computing = took.get("start_up_seconds", 0.0), took.get("computing_seconds", whole)
+        return {
+            "waiting": max(self.begun[name] - max(ready, self.began), 0.0),
+            "start_up": start_up,
+            "computing": computing,
+            "bookkeeping": max(whole - start_up - computing, 0.0),
+            "cpu": took.get("cpu_seconds", 0.0),
+        }
+
+    def _end_all(self, count: int, ends: queue.SimpleQueue) -> None:
+        """End the stages' processes in peace when the flow is ended by a signal; left alone, they would be killed."""
+        self.stopped.set()
+        told: set[int] = set()
+        end = time.monotonic() + GRACE
+        while count and time.monotonic() < end:
+            for child in psutil.Process().children():
+                if child.pid not in told and _is_stage(child):
+                    told.add(child.pid)
+                    with contextlib.suppress(psutil.Error):
+                        child.terminate()
+            with contextlib.suppress(queue.Empty):
+                ends.get(timeout=0.1)
+                count -= 1
 
 
-def _lineage_artifact(stage: Stage, record: dict) -> None:
-    path = next((Path(out.fs_path) for out in stage.outs if Path(out.def_path).parent.name == "lineage"), None)
-    lineage = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
-    text = json.dumps({**lineage, **record}, indent=1, sort_keys=True)
-    key = artifact_key("lineage", stage.addressing)
-    what = f"who made the outputs of {stage.addressing}, from what and when"
-    create_markdown_artifact(f"```json\n{text}\n```", key=key, description=what)
-
-
-def artifact_key(*words: str) -> str:
-    """An artifact key of Prefect: lower-case letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower())
-
-
-def _quieten() -> None:
-    """Of DVC's own lines keep the warnings: the task runs' states say the rest, once."""
-    logger = logging.getLogger("dvc")
-    logger.propagate = False  # else its lines come twice: Prefect's root logger prints them too
-    logger.setLevel(logging.WARNING)
-    for name, known in (("dvc.repo.reproduce", "is frozen"), ("prefect.task_runs", "Task run failed with state")):
-        logging.getLogger(name).addFilter(lambda record, known=known: known not in str(record.msg))
+def _is_stage(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any(stage_command.__name__ in word for word in process.cmdline())
+    return False
 
 
 def _mend() -> None:
@@ -188,97 +280,8 @@ def _mend() -> None:
             get_run_logger().warning("%s", sentence)
 
 
-@contextlib.contextmanager
-def _lock_written_at_once() -> Iterator[None]:
-    """DVC writes dvc.lock in place (3.67.1), for half a second per stage: let it write a copy that takes its place."""
-
-    @contextlib.contextmanager
-    def modify(path: str, fs: Any = None) -> Iterator[dict]:
-        with files.replacing(Path(path), Path(".dvc/tmp")) as unfinished:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copyfile(path, unfinished)
-            with modify_yaml(unfinished) as content:
-                yield content
-
-    dvcfile.modify_yaml = modify
-    try:
-        yield
-    finally:
-        dvcfile.modify_yaml = modify_yaml
-
-
 def _line(error: BaseException) -> str:
     if isinstance(error, LockError) and (users := set(locks.writers().values())):
         held = " and ".join(str(user) for user in sorted(users))
         return f"another run is writing in this folder: {held}; wait for it or end it"
     return " ".join(str(error).split())
-
-
-def _sentence(log: Path) -> str | None:
-    """The stage's own words for its failure."""
-    found = ERROR.findall(log.read_text(encoding="utf-8", errors="replace"))
-    return "; ".join(found) or None
-
-
-@contextlib.contextmanager
-def _ended_with_flow() -> Iterator[None]:
-    """End the stage's process in peace when the flow is ended by a signal; left alone, it would be killed."""
-    try:
-        yield
-    except DvcException:
-        raise
-    except BaseException:
-        stages = [child for child in psutil.Process().children() if _is_stage(child)]
-        for child in stages:
-            child.terminate()
-        psutil.wait_procs(stages, timeout=GRACE)
-        raise
-
-
-def _is_stage(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return any(stage_command.__name__ in word for word in process.cmdline())
-    return False
-
-
-@contextlib.contextmanager
-def _followed(log: Path, address: str) -> Iterator[None]:
-    """Copy the growing log into the task run's log, and its progress lines into a progress artifact."""
-    done = threading.Event()
-    follower = threading.Thread(target=contextvars.copy_context().run, args=(_follow, log, address, done))
-    follower.start()
-    try:
-        yield
-    finally:
-        done.set()
-        follower.join()
-
-
-def _follow(log: Path, address: str, done: threading.Event) -> None:
-    logger, artifact, rest = get_run_logger(), None, b""
-    with log.open("rb") as file:
-        while True:
-            last = done.wait(0.3)
-            *lines, rest = (rest + file.read()).split(b"\n")
-            percent, what = None, ""
-            for raw in [*lines, rest] if last else lines:
-                line = raw.rstrip(b"\r").rpartition(b"\r")[2].decode("utf-8", "replace")  # a bar's last state
-                if line.strip():
-                    logger.info(line)
-                if found := PROGRESS.search(line):
-                    percent, what = 100 * int(found["done"]) / int(found["total"]), found["what"]
-            if percent is not None:
-                artifact = _show_progress(artifact, address, percent, what)
-            if last:
-                return
-
-
-def _show_progress(artifact: UUID | None, address: str, percent: float, what: str) -> UUID | None:
-    """Create or update the task run's progress artifact; without one, the log still has the line."""
-    try:
-        if artifact is None:
-            return create_progress_artifact(percent, key=artifact_key("progress", address), description=what)
-        return update_progress_artifact(artifact, percent, description=what)
-    except (httpx.HTTPError, OSError) as error:
-        get_run_logger().warning("the progress artifact could not be written: %s", error)
-        return artifact

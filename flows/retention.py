@@ -2,7 +2,8 @@
 
 Kept are the newest nights and Prefect's runs and logs of so many days (params.yaml, nightly.retention), and whatever
 DVC data the workspace, a branch, a tag, another experiment, a kept night or a kept version of the registry
-(registry.keep) names. The rest of DVC's cache goes as by `dvc gc`. While a night runs, nothing is removed.
+(registry.keep) names. The rest of DVC's cache goes as by `dvc gc`, and with it the lineage records of this machine's
+runs that made it. While a night runs, nothing is removed.
 
 It does not touch data of promoted models, git's objects, or the workspace.
 """
@@ -25,7 +26,7 @@ from tasks.nightly import records, worktree
 from tasks.parameters import schema
 from tasks.parameters.schema import Params
 from tasks.registry import overview, tags, versions
-from tasks.runtime import git
+from tasks.runtime import git, lineage
 
 PAGE = 200
 REGISTRY = tuple(f"refs/tags/{tags.ARTIFACT}{mark}" for mark in "@#")
@@ -38,7 +39,7 @@ class Item(NamedTuple):
     """What would go.
 
     Attributes:
-        kind: "night", "cache", "run", "log", "worktree", "version".
+        kind: "night", "cache", "record", "run", "log", "worktree", "version".
         what: in words.
         bytes: that it frees on disk; 0 where that is not known or not worth a word.
         remove: does it.
@@ -119,19 +120,24 @@ def _versions(top: Path, own: Params) -> list[Item]:
 
 
 def _cache(top: Path, commits: list[str]) -> list[Item]:
-    """The objects of DVC's cache that none of the commits and not the workspace name, as one item."""
+    """What none of the commits and not the workspace name: objects of DVC's cache, as one item, and records of them."""
     with Repo(str(top), _wait_for_lock=True) as repo:
         used = {found for objects in repo.used_objs(revs=commits).values() for found in objects}
         odb = repo.cache.local
     names = {found.value for found in used}
+    records = [
+        Item("record", str(path.relative_to(top)), path.stat().st_size, path.unlink)
+        for path, entry in lineage.computed_here(top)
+        if not names.issuperset(entry.get("outputs", {}).values())
+    ]
     unused = [Path(odb.oid_to_path(oid)) for oid in odb.all() if oid not in names]
     size = sum(path.stat().st_size for path in unused)
     found = Item("cache", f"{len(unused)} objects of DVC's cache", size, lambda: gc(odb, used))
-    return [found] if unused else []
+    return records + ([found] if unused else [])
 
 
 def _logs(top: Path, old: datetime) -> list[Item]:
-    files = [file for folder in (top, top / worktree.WORKTREE) for file in sorted(folder.glob("logs/*.log"))]
+    files = [file for folder in (top, worktree.project(top)) for file in sorted(folder.glob("logs/*.log"))]
     return [
         Item("log", str(file.relative_to(top)), file.stat().st_size, file.unlink)
         for file in files

@@ -31,7 +31,7 @@ def main(given: argparse.Namespace) -> None:
         raise InputError(f"no Prefect server answers at {configured}: start it, or unset PREFECT_API_URL to do without")
     from flows.compress import REPORT, makes_report, problem  # imports Prefect, whose settings are set by now
 
-    if not configured and (sentence := problem()):  # no server that should hear of it: don't start one for that
+    if not configured and (sentence := problem(given.targets)):  # no server that should hear of it: none is started
         raise InputError(sentence)
     message = _run(given.targets or None, given.force, configured)
     if not makes_report(given.targets):
@@ -47,7 +47,7 @@ def _run(targets: list[str] | None, force: bool, configured: str | None) -> str:
     from prefect.exceptions import TerminationSignal
     from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
-    from flows.compress import compress
+    from flows.compress import compress, counted
     from flows.server import dead_runs, temporary
 
     try:
@@ -60,4 +60,4 @@ def _run(targets: list[str] | None, force: bool, configured: str | None) -> str:
         raise KeyboardInterrupt(sentence) from None
     if not state.is_completed():
         raise InputError(state.message or f"the flow run ended as {state.name}")
-    return state.message or ""
+    return counted(state)

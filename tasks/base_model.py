@@ -29,7 +29,7 @@ def run(stage: Stage) -> None:
     p = stage.params.base_model
     texts = {name: json_lines.read(stage.input("corpus") / f"{name}.jsonl") for name in ("train", *SPLITS)}
     bpe = tokenizer.train_tokenizer(texts["train"], p.vocabulary, p.context)
-    tokens = perplexity.tokenise(bpe, texts["train"])
+    tokens = perplexity.tokenise(bpe, texts["train"]).long()
     held_out = {
         name: perplexity.windows(perplexity.tokenise(bpe, texts[name]), p.context, p.context, MEASURED)
         for name in SPLITS

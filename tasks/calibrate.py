@@ -35,7 +35,7 @@ def run(stage: Stage) -> None:
     params = stage.params.calibrate
     model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
     tokenizer = dense_folder.load_tokenizer(stage.model_in)
-    tokens = perplexity.tokenise(tokenizer, json_lines.read(stage.input("fetch/corpora") / "calibration.jsonl"))
+    tokens = perplexity.tokenise(tokenizer, json_lines.documents(stage.input("fetch/corpora") / "calibration.jsonl"))
     input_ids = choose(tokens, params.windows, params.length, params.seed)
     available = len(tokens) // params.length
     print(f"{len(tokens)} calibration tokens: {params.windows} of {available} windows of {params.length} tokens chosen")

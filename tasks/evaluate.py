@@ -10,14 +10,15 @@ own. It judges nothing: limits and comparisons are the report's.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
-
+from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, masks
 from tasks.algorithms.scoring import generation_failures, likelihood, protocols
-from tasks.models import dense_folder, tensor_headers
+from tasks.models import dense_folder, model_files
 from tasks.runners import any_folder
 from tasks.runtime import files
 from tasks.sources import json_lines
@@ -25,12 +26,19 @@ from tasks.sources import json_lines
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tasks.parameters.schema import Evaluate
+    import pandas as pd
+    import torch
+
     from tasks.runtime.stage import Stage
 
 SPLITS = ("test", "test_ood")
 GROUPS = (4, 8, 16, 32)
 """Lengths of the groups of consecutive inputs whose largest number of non-zeros is stated."""
+DOCUMENTS = ("split", "document", "predictions", "bytes", "nll")
+"""Columns of documents.csv."""
+
+TOGETHER = 8
+"""Prompts that are completed at once."""
 
 
 def run(stage: Stage) -> None:
@@ -50,6 +58,8 @@ def run(stage: Stage) -> None:
         "parameters": dense_folder.parameter_count(model),
         "bytes": sizes(folder),
     }
+    import pandas as pd
+
     tables = []
     for split in SPLITS:
         documents = json_lines.read(stage.input("corpora") / f"{split}.jsonl")
@@ -64,7 +74,8 @@ def run(stage: Stage) -> None:
             f" ({score.label}, {score.windows} windows)"
         )
     print(f"{metrics['bytes']['total']} bytes, {metrics['zero_fraction']:.4f} zeros in the blocks")
-    written = completions(model, tokenizer, p, stage.journal)
+    prompts = read_prompts(stage.input(os.path.relpath(p.prompts)))
+    written = completions(model, tokenizer, prompts, p.new_tokens, stage.journal)
     metrics["failures"] = generation_failures.count(written)
     _write_documents(stage, tables)
     files.write_json(stage.output("metrics.json"), metrics)
@@ -73,20 +84,20 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """Say that nothing was measured."""
-    _write_documents(stage, [])
+    files.write_header(stage.output("documents.csv"), DOCUMENTS)
     files.write_json(stage.output("metrics.json"), {"model": stage.item, "evaluated": False})
     files.write_json(stage.output("completions.json"), [])
 
 
 def _write_documents(stage: Stage, tables: list[pd.DataFrame]) -> None:
-    columns = ["split", "document", "predictions", "bytes", "nll"]
-    table = pd.concat(tables) if tables else pd.DataFrame(columns=columns)
-    files.write_csv(stage.output("documents.csv"), table, "%.9g", columns)
+    import pandas as pd
+
+    files.write_csv(stage.output("documents.csv"), pd.concat(tables), "%.9g", DOCUMENTS)
 
 
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of a model folder by `stat`: total, and by what they are for, with the names of the folder's own format."""
-    return {"total": tensor_headers.stored_bytes(folder), **any_folder.component_bytes(folder)}
+    return {"total": model_files.stored_bytes(folder), **any_folder.component_bytes(folder)}
 
 
 def sparsity(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -104,28 +115,62 @@ def sparsity(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {"block_parameters": parameters, "zeros": zeros, "zero_fraction": zeros / parameters, "max_kept": densest}
 
 
+def read_prompts(path: Path) -> list[str]:
+    """A prompt per line of a text file, blanks around it and empty lines left out.
+
+    Raises:
+        InputError: it holds none, or is no UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"evaluate.prompts = {path} is no UTF-8 ({error.reason}); save it as such") from error
+    if prompts := [line.strip() for line in lines if line.strip()]:
+        return prompts
+    raise InputError(f"evaluate.prompts = {path} holds no prompt; write one on a line")
+
+
 def completions(
-    model: Any, tokenizer: Any, p: Evaluate, saved: checkpoints.Saved = checkpoints.NOTHING
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    new_tokens: int,
+    saved: checkpoints.Saved | None = None,
 ) -> list[dict[str, Any]]:
     """The greedy continuation of every prompt, at most `new_tokens` tokens, and what goes wrong in it."""
+    saved = saved or checkpoints.NOTHING
     begun = saved.load("completions")
     rows = begun.values if begun else []
     end = model.generation_config.eos_token_id
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
-    for prompt in p.prompts[len(rows) :]:
-        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
-        with torch.no_grad():
-            full = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=p.new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-        new = full[0, ids.shape[1] :]
-        text = tokenizer.decode(new, skip_special_tokens=True)
-        described = generation_failures.describe(new.tolist(), text, ends)
-        rows.append({"prompt": prompt, "completion": text, **described})
+    while several := prompts[len(rows) : len(rows) + TOGETHER]:
+        for prompt, new in zip(several, _continued(model, tokenizer, several, new_tokens, ends), strict=True):
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            rows.append({"prompt": prompt, "completion": text, **generation_failures.describe(new, text, ends)})
         if saved.due():
             saved.save("completions", {}, rows)
     return rows
+
+
+def _continued(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, ends: list[int]) -> list[list[int]]:
+    """The greedy new tokens of each prompt, up to and with the first end token."""
+    import torch
+
+    given = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    width, padding = max(map(len, given)), tokenizer.eos_token_id or 0
+    # padded on the left and masked there, so that all continue in the same column; [prompts, width]
+    ids = torch.tensor([[padding] * (width - len(one)) + one for one in given])
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in given])
+    with torch.no_grad():
+        full = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=padding,
+        )
+    found = []
+    for row in full[:, width:].tolist():
+        stop = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
+        found.append(row[:stop])  # behind it is padding
+    return found

@@ -2,7 +2,7 @@
 
 A model folder is untrusted input. Cheap questions come first: config, tokenizer, corpora, and only then the weights, so
 that a model the pipeline can't take is refused before its weights are read or downloaded. Which files are taken says
-`tasks.sources.model_source`, what a corpus becomes `tasks.sources.corpus_source`.
+`tasks.models.model_files`, what a corpus becomes `tasks.sources.corpus_source`.
 
 The model is copied as it is (no conversion; sharded stays sharded). It is a copy, never a link: DVC makes the files of
 its cache read-only, and a later edit of the user's own file must not reach into that cache.
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
-from tasks.models import dense_folder
+from tasks.models import dense_folder, model_files
 from tasks.parameters import preflight
+from tasks.parameters.special_tokens import Known
 from tasks.runtime import files
 from tasks.sources import corpus_source, hub, model_source, weight_check
 
@@ -40,10 +41,11 @@ def run(stage: Stage) -> None:
     target.mkdir(parents=True)
     folder, inside = model_source.locate(source, _declared(stage, source))
     config = check_folder(folder, inside)
-    model_source.copy(folder, inside, model_source.present(folder, model_source.SMALL), target)
+    model_source.copy(folder, inside, model_source.present(folder, model_files.SMALL), target)
     tokenizer = _tokenizer(target)
     size = _tokenizer_size(tokenizer)
     preflight.check_tokenizer(size, config["vocab_size"])
+    preflight.check_special_tokens(stage.everything, _special_tokens(tokenizer))
     if source.hub is not None:  # of a local model everything was known before the stage started
         preflight.check(stage.everything, config, tokenizer_size=size, stage="fetch")
     corpora = _corpora(stage, tokenizer)
@@ -72,7 +74,7 @@ def check_folder(folder: Path, inside: Path | None = None) -> dict[str, Any]:
             text that is far too large.
     """
     model_source.refuse_links(folder, inside or folder)
-    dense_folder.check_sizes(folder)
+    model_files.check_sizes(folder)
     return model_source.check_config(folder)
 
 
@@ -98,11 +100,18 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return dense_folder.load_tokenizer(folder)
     except Exception as error:  # any entry of an untrusted tokenizer can be wrong in its own way
-        raise InputError(f"the tokenizer can't be loaded ({hub.line(error)}); take a model folder with one") from error
+        way_out = "name a model folder with a tokenizer.json"
+        if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+            raise InputError(f"the tokenizer is a tokenizer.model alone, which isn't read here; {way_out}") from error
+        raise InputError(f"the tokenizer can't be loaded ({hub.line(error)}); {way_out}") from error
 
 
 def _tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)  # ids may have gaps
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> Known:
+    return Known(tokenizer.bos_token_id is not None, tokenizer.eos_token_id is not None, tokenizer.is_fast)
 
 
 def _identity(file: Path) -> dict[str, Any]:

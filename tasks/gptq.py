@@ -47,7 +47,7 @@ def run(stage: Stage) -> None:
     described = dense_folder.config(dense)
     widths = None if chosen.budget_bytes else chosen.bits
     block_quantisation.check_shapes(described, chosen.group_size)
-    coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.journal, stage.params.device)
+    coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.params.device, stage.journal)
     block_quantisation.save_embedding(stage.output("embedding.safetensors"), coded, chosen)
     if widths is None:
         held = (keep, pattern) if chosen.masked else ({}, "dense")

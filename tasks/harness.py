@@ -53,7 +53,7 @@ def run(stage: Stage) -> None:
     """
     model_name, _, task_name = stage.item.partition("-")
     own, folder = stage.params.harness, stage.model_in
-    documents = _documents(stage.input(f"{task_name}.jsonl"))
+    documents = _documents(stage.input("documents.jsonl"))
     task = load_task(stage.input(f"{task_name}.yaml"), documents)
     from lm_eval import evaluate
 

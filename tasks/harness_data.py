@@ -1,9 +1,10 @@
-"""Bring the documents of the evaluation tasks into data/harness_data/: local files, or the hub's data sets at a commit.
+"""Bring the documents of an evaluation task into data/harness_data/: a local file, or the hub's data set at a commit.
 
-Only tasks that `harness.tasks` names are brought. Of each there is documents/<task>.jsonl, in one form whatever the
-source (`tasks.algorithms.text.task_documents`), so the stage `harness` needs no network, and a task reruns only where
-its own documents changed. sources.json says where each came from, and how many rows had no document. The hub's rows are
-streamed: nothing is left in a cache, and no code of a data set is run. What a split holds is not judged here.
+An item of the stage's matrix is a task that `harness.tasks` names, cached by DVC on its own. Its documents.jsonl has
+one form whatever the source (`tasks.algorithms.text.task_documents`), so the stage `harness` needs no network, and a
+task reruns only where its own documents changed. source.json says where they came from, and how many rows had no
+document. The hub's rows are streamed: nothing is left in a cache, and no code of a data set is run. What a split holds
+is not judged here.
 """
 
 from __future__ import annotations
@@ -25,34 +26,27 @@ if TYPE_CHECKING:
 
 CORPUS = "corpus"
 """The task whose documents are the fetched test split."""
+DOCUMENTS = "documents.jsonl"
 
 
 def run(stage: Stage) -> None:
-    """Write documents/<task>.jsonl of each task, and sources.json.
+    """Write documents.jsonl of the task, and source.json.
 
     Raises:
         InputError: a file is not there, the hub can't be reached, or a row can't be used.
     """
-    folder, sources = stage.output("documents"), {}
-    folder.mkdir()
-    for task in stage.params.harness.tasks:
-        source = _source(stage, task)
-        origin, rows = _hub(source) if source and source.path is None else _local(stage, task, source)
-        sources[task] = {**origin, **_write(task, rows, folder / f"{task}.jsonl")}
-        print(f"{task}: {sources[task]['documents']} documents, {sources[task]['rows_without_document']} rows without")
-    files.write_json(stage.output("sources.json"), sources)
+    task = stage.item
+    source = None if task == CORPUS else getattr(stage.params.harness_data.sources, task)
+    origin, rows = _hub(source) if source and source.path is None else _local(stage, task, source)
+    record = {**origin, **_write(task, rows, stage.output(DOCUMENTS))}
+    files.write_json(stage.output("source.json"), record)
+    print(f"{task}: {record['documents']} documents, {record['rows_without_document']} rows without")
 
 
 def skip(stage: Stage) -> None:
-    """Write empty files."""
-    stage.output("documents").mkdir()
-    for task in stage.params.harness.tasks:
-        (stage.output("documents") / f"{task}.jsonl").touch()
-    files.write_json(stage.output("sources.json"), {})
-
-
-def _source(stage: Stage, task: str) -> TaskSource | None:
-    return None if task == CORPUS else getattr(stage.params.harness_data.sources, task)
+    """Write an empty file."""
+    stage.output(DOCUMENTS).touch()
+    files.write_json(stage.output("source.json"), {})
 
 
 def _local(stage: Stage, task: str, source: TaskSource | None) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:

@@ -5,23 +5,22 @@ what the machine does meanwhile falls on neighbours alike, which separate cached
 it is one stage and not a matrix. A model whose files equal the one before (a stage that is off) is not measured again:
 their difference is 0.
 
-These figures are measurements, and no function of the inputs: the one stage whose outputs two runs don't share. DVC
-measures again only when a model, the parameters or the code change, and only the report depends on it. PyTorch computes
-in float32 whatever the file holds: a small file is read faster, but its multiplications are as many. What an engine
-makes of it is `tests.benchmarks.engines`'.
+These figures are measurements, and no function of the inputs: they go to the stage's lineage record, and its output
+says which models were measured, and how (`tasks.evaluation.measurements` reads both). DVC measures again only when a
+model, the parameters or the code change. PyTorch computes in float32 whatever the file holds: a small file is read
+faster, but its multiplications are as many. What an engine makes of it is `tests.benchmarks.engines`'.
 """
 
 from __future__ import annotations
 
-import filecmp
-import os
+import hashlib
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.evaluation import measuring_process
-from tasks.models import tensor_headers
+from tasks.evaluation import measurements, measuring_process
+from tasks.models import model_files
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -32,10 +31,11 @@ ENGINE = "PyTorch, float32"
 
 
 def run(stage: Stage) -> None:
-    """Write measure/MODEL/host.json for every model."""
+    """Write which models there are and what is asked of them, and note how fast each did it."""
     p = stage.params.measure
     folders = {folder.parent.name: folder for folder in stage.inputs_named("model")}
-    of = _originals(folders)
+    digests = {name: _digest(folder) for name, folder in folders.items()}
+    of = {name: next(other for other in digests if digests[other] == own) for name, own in digests.items()}
     distinct = list(dict.fromkeys(of.values()))
     workload = measuring_process.Workload(p.threads, p.prompt_tokens, p.new_tokens, p.generations)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in distinct}
@@ -44,18 +44,26 @@ def run(stage: Stage) -> None:
             name = distinct[step % len(distinct)]
             rounds[name].append(measuring_process.measure(folders[name], workload))
             progress.update(step + 1)
-    machine = measuring_process.machine()
-    for name, folder in folders.items():
-        found = {"model": name, "measured": True, "engine": ENGINE, "bytes": tensor_headers.stored_bytes(folder)}
-        found |= {"host": machine, "workload": p.model_dump(exclude={"enabled"})}
-        _write(stage, name, found | summary(rounds[of[name]], p))
-        print(_line(name, found | summary(rounds[of[name]], p)))
+    asked = p.model_dump(exclude={"enabled"})
+    figures = {name: summary(rounds[of[name]], p) | {"files": digests[name]} for name in folders}
+    stage.note(measured=figures, workload=asked, host=measuring_process.machine())
+    models = {
+        name: {
+            "bytes": model_files.stored_bytes(folder),
+            "files": digests[name],
+            "same_as": None if of[name] == name else of[name],
+        }
+        for name, folder in folders.items()
+    }
+    _write(stage, {"measured": True, "engine": ENGINE, "workload": asked, "models": models})
+    for name, found in figures.items():
+        print(_line(name, found))
 
 
 def skip(stage: Stage) -> None:
     """Say that nothing was measured."""
-    for folder in stage.inputs_named("model"):
-        _write(stage, folder.parent.name, {"model": folder.parent.name, "measured": False})
+    models = {folder.parent.name: {} for folder in stage.inputs_named("model")}
+    _write(stage, {"measured": False, "models": models})
 
 
 def summary(rounds: Sequence[dict[str, Any]], p: Measure) -> dict[str, Any]:
@@ -80,23 +88,11 @@ def summary(rounds: Sequence[dict[str, Any]], p: Measure) -> dict[str, Any]:
     return found
 
 
-def _originals(folders: dict[str, Path]) -> dict[str, str]:
-    """Of every model the first one with the same files."""
-    found: dict[str, str] = {}
-    for name, folder in folders.items():
-        found[name] = next((other for other in found if _same(folders[other], folder)), name)
-    return found
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same files."""
-    names, others = (
-        sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()) for folder in (one, other)
-    )
-    return names == others and all(
-        os.path.samefile(one / name, other / name) or filecmp.cmp(one / name, other / name, shallow=False)
-        for name in names
-    )
+def _digest(folder: Path) -> str:
+    """SHA-256 over names and bytes of a folder's files: equal where two folders hold the same."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    lines = [f"{files.sha256(folder / name)}  {name}\n" for name in names]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _line(name: str, found: dict[str, Any]) -> str:
@@ -109,7 +105,7 @@ def _line(name: str, found: dict[str, Any]) -> str:
     )
 
 
-def _write(stage: Stage, name: str, found: dict[str, Any]) -> None:
-    folder = stage.output("measure") / name
+def _write(stage: Stage, found: dict[str, Any]) -> None:
+    folder = stage.output("measure")
     folder.mkdir(parents=True)
-    files.write_json(folder / "host.json", found)
+    files.write_json(folder / measurements.MODELS, found)

@@ -13,26 +13,20 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from torch import Tensor
-
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.scoring import perplexity
 from tasks.algorithms.text import vocabulary
-from tasks.models import dense_folder, tensor_files, tensor_headers
+from tasks.models import dense_folder, generations, model_files, tensor_files, tensor_headers
 from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from tasks.runtime.stage import Stage
 
-INDEX = "model.safetensors.index.json"
-"""Of a sharded checkpoint."""
 WINDOW = 128
 """Tokens on which the answers of both models are compared."""
 TOLERANCE = 1e-5
@@ -61,8 +55,8 @@ def run(stage: Stage) -> None:
     tokenizer = dense_folder.load_tokenizer(source)
     content = _content(tokenizer)
     texts = json_lines.read(stage.input("fetch/corpora") / f"{p.corpus}.jsonl")
-    tokens = perplexity.tokenise(tokenizer, texts)
-    counts = torch.bincount(tokens, minlength=dense_folder.config(source)["vocab_size"])
+    tokens = perplexity.tokenise(tokenizer, texts).long()
+    counts = tokens.bincount(minlength=dense_folder.config(source)["vocab_size"])
     tokenizer.save_pretrained(target)  # and makes the folder
     described = _described(source, target)
     named = [number for each in described.values() for number in vocabulary.named_ids(each)]
@@ -72,7 +66,7 @@ def run(stage: Stage) -> None:
     _write_weights(stage, source, target, keep)
 
     trimmed = dense_folder.load_tokenizer(target)
-    ids = perplexity.tokenise(trimmed, texts)
+    ids = perplexity.tokenise(trimmed, texts).long()
     if p.min_count == 1:
         check_tokens(tokens, ids, keep)
     check_texts(tokenizer, trimmed, [*UNSEEN, *texts[:DOCUMENTS]])
@@ -103,7 +97,7 @@ def check_tokens(before: Tensor, after: Tensor, keep: Tensor) -> None:
     Raises:
         InputError: the tokens aren't the same.
     """
-    if not torch.equal(keep[after], before):
+    if not keep[after].equal(before):
         raise InputError(
             f"the trimmed tokenizer encodes the corpus to {len(after)} tokens that are not the original's"
             f" {len(before)}: {vocabulary.WAY_OUT}"
@@ -172,6 +166,8 @@ def _write_tokenizer(content: dict[str, Any], target: Path, keep: Tensor) -> int
     """Write the trimmed tokenizer.json over the whole one, in the same format; the bytes that this saves."""
     file = target / "tokenizer.json"
     before = file.stat().st_size
+    from tokenizers import Tokenizer
+
     Tokenizer.from_str(json.dumps(vocabulary.trim(content, keep))).save(str(file))
     return before - file.stat().st_size
 
@@ -181,23 +177,26 @@ def _write_configs(described: dict[str, dict[str, Any]], target: Path, keep: Ten
     renumbered["config.json"]["vocab_size"] = len(keep)
     for name, content in renumbered.items():
         files.write_json(target / name, content)
+    generations.rewrite(target)
 
 
 def _write_weights(stage: Stage, source: Path, target: Path, keep: Tensor) -> None:
     """Embedding and head with the kept rows; a shard with neither is passed on."""
     described = families.family(dense_folder.config(source))
     names = {f"{described.embedding}.weight", f"{described.head}.weight"}
-    for path in sorted(source.glob("*.safetensors")):
+    for path in model_files.tensors(source):
         metadata, entries = tensor_headers.header(path)
         if names.isdisjoint(entries):
             stage.pass_on(path, target / path.name)
             continue
-        tensors = {name: tensor[keep] if name in names else tensor for name, tensor in load_file(path).items()}
+        tensors = {
+            name: tensor[keep] if name in names else tensor for name, tensor in tensor_files.load_tensors(path).items()
+        }
         tensor_files.save_tensors(target / path.name, tensors, metadata)
-    index = _json(source / INDEX)
+    index = _json(source / model_files.INDEX)
     if index:
         index["metadata"] = {**index.get("metadata", {}), "total_size": _stored(target)}
-        files.write_json(target / INDEX, index)
+        files.write_json(target / model_files.INDEX, index)
 
 
 def _sizes(source: Path, target: Path, tokenizer: int) -> dict[str, Any]:
@@ -210,7 +209,7 @@ def _sizes(source: Path, target: Path, tokenizer: int) -> dict[str, Any]:
     tables = [tensor_headers.component_bytes(folder)["embedding"] for folder in folders.values()]
     return {
         "tokens": {when: dense_folder.config(folder)["vocab_size"] for when, folder in folders.items()},
-        "bytes": {when: tensor_headers.stored_bytes(folder) for when, folder in folders.items()},
+        "bytes": {when: model_files.stored_bytes(folder) for when, folder in folders.items()},
         "bytes_saved": {"embedding": tables[0] - tables[1], "tokenizer": tokenizer},
     }
 
@@ -221,6 +220,8 @@ def _stored(folder: Path) -> int:
 
 def _logits(folder: Path, ids: Tensor) -> Tensor:
     """float32 [tokens, vocabulary]."""
+    import torch
+
     with torch.no_grad():
         return dense_folder.load_dense(folder)(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
 

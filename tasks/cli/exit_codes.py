@@ -10,6 +10,7 @@ Where a code means something else:
   fit --device        0 FITS, 1 FITS_STREAMING, 2 DOES_NOT_FIT; fit refuses, and answers a wrong call, with 3
   gate, night --once  0 ACCEPT, 3 REGRESSION, 4 ANOMALOUS, 5 INFEASIBLE, 6 UNDECIDED; 1 there is no verdict
   lineage verify      1 something was altered or is missing; lineage refuses with 2
+  verify              1 something differs from the commit; verify refuses with 2
 """
 
 from __future__ import annotations
@@ -22,4 +23,4 @@ FIT_REFUSED = 3
 VERDICTS = {"ACCEPT": 0, "REGRESSION": 3, "ANOMALOUS": 4, "INFEASIBLE": 5, "UNDECIDED": 6}
 """A verdict of the gate -> the code, of the gate and of a night alike."""
 ALTERED = 1
-LINEAGE_REFUSED = 2
+LINEAGE_REFUSED = VERIFY_REFUSED = 2

@@ -125,6 +125,7 @@ def _model(given: argparse.Namespace) -> Model:
     """
     from tasks.device_profiles import contents
     from tasks.device_profiles.planned_contents import planned
+    from tasks.models import model_files
     from tasks.packed.plan import Plan
 
     for name in ("context", "batch"):
@@ -134,10 +135,10 @@ def _model(given: argparse.Namespace) -> Model:
     plan = {name: getattr(given, name) for name in PLAN if getattr(given, name) is not None}
     if plan or given.model.is_file():
         return planned(contents.config_of(given.model), Plan(**({"bits": None, "dtype": "BF16"} | plan)))
-    without_weights = given.model.is_dir() and not any(given.model.rglob("*.safetensors"))
+    without_weights = given.model.is_dir() and not model_files.weights(given.model)
     if without_weights and (given.model / contents.CONFIG).exists():
         raise InputError(
-            f"{given.model} holds no *.safetensors file; to plan a model from its config.json say how: --bits 4, or "
-            "--dtype BF16"
+            f"{given.model} holds no {model_files.SINGLE} and no index of shards; to plan a model from its config.json"
+            " say how: --bits 4, or --dtype BF16"
         )
     return contents.read(given.model)

@@ -1,14 +1,16 @@
 """`edgepress report`: the report's table and verdict for the terminal, with the seconds that each stage took.
 
 Figures are those of stages.csv, the sentence is the first of verdict.txt, seconds come from the stages' lineage records
-(outputs hold no time). Where these files lie is asked of DVC. It runs nothing.
+(outputs hold no time): those of this machine's own runs, where there are any. Where files lie is asked of DVC. It runs
+nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ SHOWN = (
     ("seconds", "seconds", ",.1f"),
 )
 """Heading, column of `rows`, and format of what stands beside a stage's name (ppl: perplexity, bpb: bits per byte)."""
+THIS_MACHINE = "this machine"
 NOTHING = "There is no report yet: `dvc repro` makes it."
 
 
@@ -48,30 +51,34 @@ def main(given: argparse.Namespace) -> None:
         console.show(*shown())
 
 
-def rows() -> list[dict[str, Any]]:
-    """The report's rows, with the columns of its stages.csv, and `seconds`.
+def rows(opened: Repo | None = None) -> list[dict[str, Any]]:
+    """The report's rows, with the columns of its stages.csv, and those of `seconds`.
 
     A missing value is None; no row where there is no report yet.
+
+    Args:
+        opened: the project, where the caller has it open: to open it again takes a quarter of a second.
     """
-    with Repo() as repo:
+    with contextlib.nullcontext(opened) if opened else Repo() as repo:
         path = _report(repo, "stages.csv")
         if path is None:
             return []
         table = pd.read_csv(path).astype(object)
         records = table.where(table.notna(), None).to_dict("records")
-        return [record | {"seconds": seconds(repo, record["stage"])} for record in records]
+        return [record | seconds(repo, record["stage"]) for record in records]
 
 
-def verdict() -> str:
+def verdict(opened: Repo | None = None) -> str:
     """What the package scores against a plain model of its size, in a sentence; empty where there is no report."""
-    with Repo() as repo:
+    with contextlib.nullcontext(opened) if opened else Repo() as repo:
         path = _report(repo, "verdict.txt")
         return path.read_text(encoding="utf-8").partition("\n")[0] if path else ""
 
 
 def shown() -> list[Table | str]:
     """The table, plain models below a rule; then the protocol and the verdict. Without a report a sentence."""
-    known = rows()
+    with Repo() as repo:
+        known, sentence = rows(repo), verdict(repo)
     if not known:
         return [NOTHING]
     plain = [row["stage"] in comparison.PLAIN_MODELS for row in known]
@@ -82,7 +89,8 @@ def shown() -> list[Table | str]:
         lines.insert(plain.index(True), None)
     protocols = sorted({row["protocol"] for row in known if row["protocol"]})
     measured = f"perplexity by protocol {', '.join(protocols)}" if protocols else "not evaluated"
-    return [console.table(["stage", *(title for title, _, _ in SHOWN)], lines), measured, *filter(None, [verdict()])]
+    table = console.table(["stage", *(title for title, _, _ in SHOWN)], lines)
+    return [table, measured, *filter(None, [told(known), sentence])]
 
 
 def _report(repo: Repo, name: str) -> Path | None:
@@ -97,14 +105,24 @@ def _outs(repo: Repo, name: str) -> list[Path]:
         return []
 
 
-def seconds(repo: Repo, name: str) -> float | None:
-    """How long the stage took when it last ran, from its record; None without one."""
-    folder = Path(repo.root_dir) / lineage.RECORDS
-    path = next((path for path in _outs(repo, name) if folder in path.parents), None)
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"]) if path else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def seconds(repo: Repo, name: str) -> dict[str, Any]:
+    """`seconds` that the stage took, and `seconds_by`: "this machine", or the one that its record names; else None.
+
+    This machine's own are those of the run that computed the present outputs here.
+    """
+    stage = next((stage for stage in repo.index.stages if stage.addressing == name), None)
+    entry = stage and (lineage.local(stage) or lineage.find(stage))
+    if not entry or not isinstance(entry.get("seconds"), int | float):
+        return {"seconds": None, "seconds_by": None}
+    return {"seconds": entry["seconds"], "seconds_by": THIS_MACHINE if lineage.local(stage) else lineage.machine(entry)}
+
+
+def told(rows: Iterable[dict[str, Any]]) -> str:
+    """On which machine the seconds of these rows were taken, in a sentence; empty where none are known."""
+    by = [row["seconds_by"] for row in rows if row.get("seconds_by")]
+    kinds = {machine: by.count(machine) for machine in sorted(by, key=lambda one: (one != THIS_MACHINE, one))}
+    parts = [machine if len(kinds) == 1 else f"{machine} ({count} stages)" for machine, count in kinds.items()]
+    return f"seconds: of {', '.join(parts)}" if parts else ""
 
 
 def _text(value: Any, form: str) -> str:

@@ -42,7 +42,7 @@ SNAPPED_BITS = 6
 """What a scale of `scale_steps` takes when coded: an estimate, the package's coder sees how they are distributed."""
 
 
-def settings(chosen: Gptq, widths: int | Mapping[str, int], device: str = "cpu") -> Any:
+def settings(chosen: Gptq, widths: int | Mapping[str, int], device: str) -> Any:
     """Make gptqmodel's configuration.
 
     Args:
@@ -69,8 +69,8 @@ def compress_embedding(
     dense: Path,
     windows: Tensor,
     chosen: Gptq,
+    device: str,
     saved: checkpoints.Saved = checkpoints.NOTHING,
-    device: str = "cpu",
 ) -> tuple[dict[str, rounding.Coded], nn.Module | None]:
     """Quantise the embedding, and the head where it is a matrix of its own.
 
@@ -181,7 +181,7 @@ def choices(stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, 
         pattern: of the masks.
     """
     chosen = stage.params.gptq
-    config = settings(chosen, chosen.bits)
+    config = settings(chosen, chosen.bits, stage.params.device)
     weights = matrices.weights(model)
 
     def quantise(name: str, weight: Tensor, bits: int) -> Tensor:
@@ -195,6 +195,28 @@ def choices(stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, 
         for name, weight in weights.items()
     }
     return Choices(harm, sizes)
+
+
+def distinct_scales(
+    model: nn.Module, widths: Mapping[str, int], coded: Mapping[str, rounding.Coded], chosen: Gptq
+) -> int | None:
+    """Count the scales that a model with nothing pruned has, all matrices together, each linear rounded to the nearest.
+
+    Scales on a coarse grid are packed as indices into a table of those that occur, so their number is their size. GPTQ
+    finds nearly the same ones. None where scales are any float16, and are stored as they are.
+
+    Args:
+        model: dense.
+        widths: full module name -> bits.
+        coded: the embedding (and head), as quantised.
+    """
+    if not chosen.scale_steps:
+        return None
+    config = settings(chosen, chosen.bits)
+    found = [each.scales.float().cpu() for each in coded.values()]
+    for name, weight in matrices.weights(model).items():
+        found.append(masked_grid.scales(weight, None, config, widths[name], chosen.scale_steps).cpu())
+    return len(torch.cat([scales.flatten() for scales in found]).unique())
 
 
 def linear_bytes(weight: Tensor, keep: Tensor | None, pattern: str, bits: int, chosen: Gptq) -> int:

@@ -57,7 +57,7 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
     config = dense_folder.config(source)
     _check(params, config)
     tokenizer = dense_folder.load_tokenizer(source)
-    tokens = perplexity.tokenise(tokenizer, json_lines.read(stage.input("fetch/corpora") / "train.jsonl"))
+    tokens = perplexity.tokenise(tokenizer, json_lines.documents(stage.input("fetch/corpora") / "train.jsonl"))
     device = stage.params.device
     model, teacher = dense_folder.load_dense(source).to(device), None
     if _needs_teacher(params):

@@ -18,7 +18,7 @@ from tasks.algorithms.device_fit.footprint import Matrix, Model, Part
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, masks
 from tasks.algorithms.model.shape import shape_of_config
-from tasks.models import tensor_headers
+from tasks.models import model_files, tensor_headers
 from tasks.models.tensor_headers import Entry
 from tasks.packed.description import SIZES, read_bytes
 from tasks.packed.layout import Layout, Spec, divisor
@@ -45,8 +45,8 @@ def read(folder: Path) -> Model:
     else:
         config = config_of(folder)
         parts, components = _tensor_parts(folder, config), tensor_headers.component_bytes(folder)
-    stored = tensor_headers.stored_bytes(folder)
-    weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    stored = model_files.stored_bytes(folder)
+    weights = sum(path.stat().st_size for path in model_files.tensors(folder))
     return Model(shape_of_config(config), parts, stored - weights, stored, components)
 
 
@@ -184,11 +184,10 @@ def config_of(path: Path, hint: str = "name a model folder or a config.json") ->
         InputError: there is none, or it is no JSON object.
     """
     path = path / CONFIG if path.is_dir() else path
+    content = read_bytes(path, hint)
     try:
-        found = json.loads(read_bytes(path, hint))
-    except InputError:
-        raise
-    except ValueError as error:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} holds {type(found).__name__}, expected a model's config")

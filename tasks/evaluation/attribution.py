@@ -1,11 +1,10 @@
 """What each stage did to the model: the difference to the stage before, in perplexity, bytes, zeros, latency, memory.
 
-Pure: evaluations (`tasks.evaluation.results.read`) and measurements (host.json of stage measure) in, rows out. Each row
-compares a model with the one that went into its stage, not with the fetched one, so the rows of the chain add up.
-Perplexities are compared document by document (`tasks.evaluation.comparison.difference`); inside the interval there is
-no difference. Times are compared by their spread over the repetitions: where the ranges overlap there is none. It
-explains
-nothing: a stage that recovers what another one broke gets the gain, and the other one the loss.
+Pure: evaluations (`tasks.evaluation.results.read`) and measurements (`tasks.evaluation.measurements`) in, rows out.
+Each row compares a model with the one that went into its stage, not with the fetched one, so the rows of the chain add
+up. Perplexities are compared document by document (`tasks.evaluation.comparison.difference`); inside the interval there
+is no difference. Times are compared by their spread over the repetitions: where the ranges overlap there is none. It
+explains nothing: a stage that recovers what another one broke gets the gain, and the other one the loss.
 """
 
 from __future__ import annotations

@@ -7,32 +7,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.model.shape import shape_of_model
+from tasks.models import generations, model_files
 
-LARGEST = {"config.json": 2**20, "tokenizer.json": 2**28, "model.safetensors.index.json": 2**26}
-"""Bytes that a file of a model folder may have: the folder is untrusted, and a JSON text is read into memory whole."""
-LARGEST_TEXT = 2**24
-"""The same of every other text."""
-TEXTS = (".json", ".jinja", ".txt", ".model")
-
-
-def check_sizes(folder: Path) -> None:
-    """Refuse a model folder with a text that is far larger than any model's; nothing is opened.
-
-    Raises:
-        InputError: names the file, its size and the limit.
-    """
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in TEXTS and path.is_file()):
-        size, most = path.stat().st_size, LARGEST.get(path.name, LARGEST_TEXT)
-        if size > most:
-            raise InputError(f"{path} has {size} bytes, at most {most} are read of such a file; take another model")
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def config(folder: Path) -> dict[str, Any]:
@@ -41,7 +24,7 @@ def config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: it is larger than any config.
     """
-    check_sizes(folder)
+    model_files.check_sizes(folder)
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
@@ -51,27 +34,34 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: one of its files is larger than any tokenizer's.
     """
-    check_sizes(folder)
+    from transformers import AutoTokenizer  # here: a switched-off stage only asks for the config
+
+    model_files.check_sizes(folder)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A dense checkpoint on the CPU, in evaluation mode.
+def load_dense(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A dense checkpoint on the CPU, in evaluation mode, in float32 unless another type is asked for.
 
     Raises:
-        InputError: a text of the folder is larger than any model's.
+        InputError: a text of the folder is larger than any model's, or it holds two sets of weights.
     """
-    check_sizes(folder)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model_files.check_sizes(folder)
+    model_files.check_unambiguous(folder)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        folder, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     return model.eval()
 
 
 def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write an ordinary checkpoint that stock `from_pretrained` loads."""
+    """Write an ordinary checkpoint that stock `from_pretrained` loads, of transformers 4 as of 5."""
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
+    generations.rewrite(folder)
 
 
 def parameter_count(model: PreTrainedModel) -> int:

@@ -21,14 +21,11 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.quantisation import gptqmodel_library as library
 from tasks.algorithms.quantisation import unpacking
-from tasks.models import dense_folder, tensor_files
+from tasks.models import dense_folder, generations, model_files, tensor_files
 from tasks.runtime import files
 
 QUANTISED = "quantize_config.json"
 """gptqmodel writes this file beside the weights; a folder without it is dense."""
-
-ADAPTER = "eora"
-"""Folder of the low-rank adapter inside a quantised model's folder."""
 
 _META = (
     "quantizer",
@@ -61,8 +58,9 @@ def load_quantised(folder: Path, adapter: bool = True) -> PreTrainedModel:
     Args:
         adapter: load the adapter of the folder too, where it has one.
     """
-    dense_folder.check_sizes(folder)
-    branch = folder / ADAPTER
+    model_files.check_sizes(folder)
+    model_files.check_unambiguous(folder)
+    branch = folder / model_files.ADAPTER
     with library.loading_in_float32():
         model = library.gptqmodel.GPTQModel.load(
             str(folder),
@@ -114,11 +112,12 @@ def save_quantised(model: Any, dense: Path, folder: Path) -> None:
     tensor_files.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     quantisation["meta"] = {key: quantisation["meta"][key] for key in _META}
     files.write_json(folder / QUANTISED, quantisation)
-    described = {key: value for key, value in dense_folder.config(dense).items() if key != "torch_dtype"}
-    files.write_json(folder / "config.json", described | {"dtype": "float16", "quantization_config": quantisation})
-    for path in sorted(dense.iterdir()):
-        if path.is_file() and not path.name.startswith("model.safetensors") and path.name != "config.json":
-            shutil.copyfile(path, folder / path.name)
+    described = dense_folder.config(dense) | {"dtype": "float16", "quantization_config": quantisation}
+    files.write_json(folder / model_files.CONFIG, described)
+    for name in (*model_files.TOKENIZER, model_files.GENERATION):
+        if (dense / name).is_file():
+            shutil.copyfile(dense / name, folder / name)
+    generations.rewrite(folder)
 
 
 def save_adapter(folder: Path, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -134,14 +133,14 @@ def save_adapter(folder: Path, factors: dict[str, tuple[Tensor, Tensor]]) -> Non
     ranks = {name: len(a) for name, (a, _) in factors.items() if len(a)}
     if not ranks:
         return
-    branch = folder / ADAPTER
+    branch = folder / model_files.ADAPTER
     branch.mkdir()
     tensors = {}
     for name, (a, b) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a
         tensors[f"base_model.model.{name}.lora_B.weight"] = b
-    tensor_files.save_tensors(branch / "adapter_model.safetensors", tensors, {"format": "pt"})
-    files.write_json(branch / "adapter_config.json", _adapter_config(ranks, whole=len(ranks) == len(factors)))
+    tensor_files.save_tensors(folder / model_files.ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+    files.write_json(folder / model_files.ADAPTER_CONFIG, _adapter_config(ranks, whole=len(ranks) == len(factors)))
 
 
 def block_weights(model: PreTrainedModel) -> dict[str, Tensor]:

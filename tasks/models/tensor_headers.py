@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tasks.algorithms.errors import InputError
+from tasks.models import model_files
 
 LARGEST_HEADER = 100_000_000
 """Bytes; safetensors' own limit."""
@@ -73,14 +74,16 @@ def _check(entries: dict[str, Any], size: int) -> None:
 
 
 def entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor in the folder's safetensors files (those of subfolders too), by name.
+    """Every tensor of the model in the folder, an adapter's too, by name.
 
     Raises:
-        InputError: there is no safetensors file, or one is damaged.
+        InputError: there are no weights as safetensors, or a file is damaged.
     """
-    paths = sorted(folder.rglob("*.safetensors"))
+    paths = model_files.tensors(folder)
     if not paths:
-        raise InputError(f"{folder} holds no *.safetensors file; only safetensors are read")
+        raise InputError(
+            f"{folder} holds no {model_files.SINGLE} and no {model_files.INDEX}; only safetensors are read"
+        )
     found = {}
     for path in paths:
         for name, entry in header(path)[1].items():
@@ -89,17 +92,12 @@ def entries(folder: Path) -> dict[str, Entry]:
     return found
 
 
-def stored_bytes(folder: Path) -> int:
-    """Bytes of every file in the folder, by `stat`."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 COMPONENTS = ("blocks", "scales", "embedding", "norms", "adapter", "metadata")
 _QUANTISATION = (".scales", ".qzeros", ".g_idx")
 
 
 def component_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of a model folder by component; their sum is `stored_bytes`.
+    """Bytes of a model folder by component; their sum is `model_files.stored_bytes`.
 
     blocks: the matrices of the blocks (packed codes of a quantised one) and their biases; scales: scales, zero points
     and group indices; embedding: embedding and an untied head; adapter: low-rank factors; metadata: all else.
@@ -107,7 +105,7 @@ def component_bytes(folder: Path) -> dict[str, int]:
     sizes = dict.fromkeys(COMPONENTS, 0)
     for name, entry in entries(folder).items():
         sizes[_component(name)] += entry.size
-    sizes["metadata"] = stored_bytes(folder) - sum(sizes.values())
+    sizes["metadata"] = model_files.stored_bytes(folder) - sum(sizes.values())
     return sizes
 
 

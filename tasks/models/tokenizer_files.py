@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-_TENSORS = re.compile(r"\.(safetensors|bin|pt|pth)(\.|$)")
-_MODEL_FILES = ("config.json", "quantize_config.json", "model.json", "manifest.json")
-"""What is left where it is, beside tensors."""
+from tasks.models import generations, model_files
 
 
 def copy_tokenizer(source: Path, folder: Path) -> list[str]:
-    """Copy what a model folder holds besides the model (tokenizer, generation settings); JSON in as few bytes as goes.
+    """Copy the tokenizer and generation settings of a model folder; JSON in as few bytes as goes.
 
     A file keeps its content: blanks go, and the merges of a BPE are written as strings, if that is the same tokenizer.
 
@@ -25,13 +22,16 @@ def copy_tokenizer(source: Path, folder: Path) -> list[str]:
     """
     names = []
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if not path.is_file() or path.name in _MODEL_FILES or _TENSORS.search(path.name):
+    for path in sorted(source / name for name in (*model_files.TOKENIZER, model_files.GENERATION)):
+        if not path.is_file():
             continue
         if path.suffix == ".json":
             text = path.read_text(encoding="utf-8")
             small = _small_tokenizer(text) if path.name == "tokenizer.json" else None
-            (folder / path.name).write_text(small or _small_json(json.loads(text)), encoding="utf-8")
+            content = json.loads(text)
+            if path.name == model_files.TOKENIZER_CONFIG:
+                content = generations.tokenizer_config(content)
+            (folder / path.name).write_text(small or _small_json(content), encoding="utf-8")
         else:
             shutil.copyfile(path, folder / path.name)
         names.append(path.name)

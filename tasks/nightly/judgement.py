@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import yaml
 from dvc.exceptions import DvcException
 from dvc.fs import DVCFileSystem
 from dvc.repo import Repo
@@ -27,12 +26,17 @@ from dvc.scm import SCMError
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.statistics import bootstrap, gate
 from tasks.algorithms.statistics.bootstrap import Sums
-from tasks.evaluation import comparison, results
+from tasks.evaluation import comparison, measurements, results
 from tasks.evaluation.comparison import FETCHED, PACKAGE, RECOVERED_DENSE
+from tasks.parameters import parameter_file
 from tasks.parameters.schema import Gate
+from tasks.runtime import git
 
 PACKAGE_FOLDER = "data/package/model"
 MANIFEST = "manifest.json"
+MEASURED = f"data/measure/{measurements.MODELS}"
+MEASURED_BY = "data/lineage/measure.json"
+"""In git at every revision: speeds are in no output."""
 CHUNK = 1 << 20
 
 
@@ -43,8 +47,8 @@ class Evidence(NamedTuple):
         figures: of the package.
         sums: evaluated model -> split -> scores per document.
         task_errors: task -> standard error of its accuracy.
-        hosts: of the package and of the fetched model, what stage measure found: machine, workload, bytes, seconds per
-            token (median, least); empty where it wasn't measured.
+        hosts: of the package and of the fetched model, what stage measure found (`tasks.evaluation.measurements`):
+            machine, workload, bytes, seconds per token (median, least); empty where it wasn't measured.
         dense: the evaluated model that is the best dense reference; None where it had less recovery than the package.
     """
 
@@ -61,6 +65,7 @@ def read(top: Path, rev: str) -> Evidence:
     Raises:
         InputError: no such revision, or no package and evaluation in it; DVC's cache has lost them.
     """
+    git.trust(top)
     try:
         with Repo(str(top)) as repo, repo.switch(rev):
             return _evidence(repo.dvcfs)
@@ -101,13 +106,13 @@ def _evidence(fs: DVCFileSystem) -> Evidence:
     metrics = {name: _json(fs, f"data/evaluate/{name}/metrics.json") for name in (PACKAGE, FETCHED, RECOVERED_DENSE)}
     if not metrics[PACKAGE].get("evaluated"):
         raise KeyError(f"data/evaluate/{PACKAGE} holds no evaluation")
-    sections = _yaml(fs, "params.yaml")  # not validated: an older revision has an older schema
+    sections = _parameters(fs)
     recovered, dense_too = (sections.get(name, {}).get("enabled", False) for name in ("lora", "baseline_lora"))
     scored = {name: _sums(fs, name) for name, found in metrics.items() if found.get("evaluated")}
     dense = (RECOVERED_DENSE if dense_too else None) if recovered else FETCHED
     accuracy, errors = _tasks(fs)
-    found = {name: _json(fs, f"data/measure/{name}/host.json") for name in (PACKAGE, FETCHED)}
-    hosts = {name: one if one.get("measured") else {} for name, one in found.items()}
+    found = measurements.hosts(_json(fs, MEASURED), _json(fs, MEASURED_BY))
+    hosts = {name: found[name] if found.get(name, {}).get("measured") else {} for name in (PACKAGE, FETCHED)}
     seconds = hosts[PACKAGE]["seconds_per_token"]["median"] if hosts[PACKAGE] else None
     figures = _figures(fs, metrics[PACKAGE], scored[PACKAGE])
     figures = replace(figures, tasks=accuracy, seconds_per_token=seconds)
@@ -267,6 +272,7 @@ def _json(fs: DVCFileSystem, path: str) -> dict[str, Any]:
         return json.load(file)
 
 
-def _yaml(fs: DVCFileSystem, path: str) -> Any:
-    with fs.open(path, "r", encoding="utf-8") as file:
-        return yaml.safe_load(file)
+def _parameters(fs: DVCFileSystem) -> dict[str, Any]:
+    """params.yaml, not validated: an older revision has an older schema."""
+    with fs.open("params.yaml", "rb") as file:
+        return parameter_file.parse(file.read(), "params.yaml")

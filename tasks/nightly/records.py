@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.repo.experiments.refs import EXPS_NAMESPACE, ExpRefInfo
 
 from tasks.algorithms.errors import InputError
 from tasks.nightly import worktree
+from tasks.parameters import parameter_file
 from tasks.runtime import files, git
 
 PREFIX = "night-"
@@ -87,8 +87,11 @@ def find(top: Path, name: str) -> Night:
 
 def changed_parameters(top: Path, nights: list[Night]) -> dict[str, dict[str, Any]]:
     """Of every night the parameters in which the nights differ: name -> {"section.key": value}."""
-    texts = {night.name: git.run(top, "show", f"{night.commit}:params.yaml") for night in nights}
-    flat = {name: dict(_flatten(yaml.safe_load(text))) for name, text in texts.items()}
+    texts = {night.name: git.run(top, "show", f"{night.commit}:./params.yaml") for night in nights}
+    flat = {
+        name: dict(_flatten(parameter_file.parse(text.encode(), f"params.yaml of {name}")))
+        for name, text in texts.items()
+    }
     keys = sorted({key for values in flat.values() for key in values})
     differ = [key for key in keys if len({json.dumps(values.get(key)) for values in flat.values()}) > 1]
     return {name: {key: values.get(key) for key in differ} for name, values in flat.items()}

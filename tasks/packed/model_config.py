@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
+from tasks.models import generations
 
 UNSAFE = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation", "dtype", "torch_dtype")
 """Of a config: what would change how it is loaded."""
@@ -19,8 +20,9 @@ UNUSED = ("num_labels", "id2label", "label2id")
 
 
 def clean(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without the entries that `skeleton` refuses."""
-    return {key: value for key, value in config.items() if key not in UNSAFE + UNUSED and not key.startswith("_")}
+    """A config.json without the entries that `skeleton` refuses, and without second spellings."""
+    dropped = UNSAFE + UNUSED + (generations.ROTARY if "rope_parameters" in config else ())
+    return {key: value for key, value in config.items() if key not in dropped and not key.startswith("_")}
 
 
 def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tasks.models import model_files
 from tasks.packed.layout import bits_by_component, bytes_by_component
 from tasks.packed.packed_folder import PackedFolder
 
@@ -15,7 +16,7 @@ def component_bytes(folder: Path) -> dict[str, int]:
         InputError: a file is damaged, changed or of another version.
     """
     package = PackedFolder(folder)
-    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = model_files.stored_bytes(folder)
     return bytes_by_component(package.sections(), total)
 
 

@@ -20,6 +20,7 @@ from tasks.algorithms import packing
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, masks
 from tasks.algorithms.quantisation import rounding
+from tasks.models import model_files
 from tasks.packed.description import read_bytes
 from tasks.packed.model_config import clean
 from tasks.packed.shapes import Shapes, shapes_of
@@ -67,10 +68,12 @@ class _Tensors:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        paths = sorted(folder.glob("model*.safetensors"))
-        if not paths:
-            raise InputError(f"{folder} holds no model*.safetensors: it is no model folder")
-        self.files = {path: safe_open(path, framework="pt") for path in paths}
+        names = model_files.weights(folder)
+        if not names:
+            raise InputError(
+                f"{folder} holds no {model_files.SINGLE} and no {model_files.INDEX}: it is no model folder"
+            )
+        self.files = {name: safe_open(folder / name, framework="pt") for name in names}
         self.where = {name: file for file in self.files.values() for name in sorted(file.keys())}
 
     def __contains__(self, name: str) -> bool:
@@ -122,7 +125,7 @@ class _Blocks:
         if (folder / "quantize_config.json").exists():
             self.settings = json.loads((folder / "quantize_config.json").read_text(encoding="utf-8"))
             self._check_format()
-        branch = folder / "eora" / "adapter_model.safetensors"
+        branch = folder / model_files.ADAPTER_WEIGHTS
         self.adapter = safe_open(branch, framework="pt") if branch.exists() else None
         names = {name for block in shapes.linears for name in block}
         foreign = sorted((keep.names | {name.rpartition(".")[0] for name in coded}) - names)

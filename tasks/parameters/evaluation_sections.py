@@ -21,7 +21,8 @@ class Evaluate(Section):
     """Only the first so many windows of a split; null: all."""
     batch: Count
     """Windows per forward pass; no effect on the result beyond rounding."""
-    prompts: Annotated[list[str], Field(min_length=1)]
+    prompts: str
+    """A text file with a prompt per line; blank lines don't count."""
     new_tokens: Count
 
     @model_validator(mode="after")

@@ -87,7 +87,7 @@ def _wanda_memory(params: Params, model: ModelShape) -> int:
 
 
 MEMORY: dict[str, Callable[[Params, ModelShape], int]] = {
-    "fetch": lambda params, model: model.stored * model.vocabulary * model.hidden,  # one tensor at a time
+    "fetch": lambda params, model: 2 * model.stored * model.vocabulary * model.hidden,  # the embedding and a head
     "vocabulary": lambda params, model: _dense(model) + 3 * 4 * PROBE * model.vocabulary,
     "calibrate": lambda params, model: _dense(model) + _boundary(params, model),
     "importance": lambda params, model: 2 * _dense(model) + _backward(model, params.calibrate.length),  # and gradients
@@ -129,8 +129,13 @@ DISK: dict[str, Callable[[Params, ModelShape], int]] = {
 """Bytes that a stage writes, at most; a stage that is switched off links its input."""
 
 
+def memory(params: Params, model: ModelShape, todo: list[str]) -> dict[str, int]:
+    """Bytes that each of the stages holds at its peak, libraries included; stages that hold little are left out."""
+    return {name: LIBRARIES + MEMORY[name](params, model) for name in todo if name in MEMORY}
+
+
 def _memory_problems(params: Params, model: ModelShape, todo: list[str]) -> Iterator[str]:
-    needs = {name: LIBRARIES + MEMORY[name](params, model) for name in todo if name in MEMORY}
+    needs = memory(params, model, todo)
     if not needs:
         return
     greedy = max(needs, key=lambda name: needs[name])

@@ -17,7 +17,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model.shape import ModelShape, shape_of_config
 from tasks.algorithms.quantisation import packable
 from tasks.algorithms.scoring import protocols
-from tasks.parameters import needs
+from tasks.parameters import needs, special_tokens
 from tasks.parameters.schema import Params
 
 DEVICES = Path("data/devices")
@@ -95,6 +95,15 @@ def check_tokenizer(size: int, vocabulary: int) -> None:
         )
 
 
+def check_special_tokens(params: Params, tokenizer: special_tokens.Known) -> None:
+    """Refuse a tokenizer without what an enabled stage asks of it.
+
+    Raises:
+        InputError: one line per problem.
+    """
+    _raise(special_tokens.problems(params, tokenizer))
+
+
 def tokens_needed(params: Params) -> dict[str, tuple[int, str]]:
     """Per corpus: how many tokens the enabled stages need at least, and the parameters that say so."""
     least = {}
@@ -117,6 +126,7 @@ def check(
     config: Mapping[str, Any],
     *,
     tokenizer_size: int | None = None,
+    tokenizer: special_tokens.Known | None = None,
     stage: str | None = None,
     devices: Path | None = None,
 ) -> None:
@@ -125,6 +135,7 @@ def check(
     Args:
         config: the model's config.json.
         tokenizer_size: tokens, where known.
+        tokenizer: which special tokens there are, where known.
         stage: the stage about to run; memory and disk are counted for it and the ones after it. None: for all.
         devices: folder of the device profiles.
 
@@ -135,6 +146,7 @@ def check(
     if tokenizer_size is not None:
         check_tokenizer(tokenizer_size, model.vocabulary)
     problems = [sentence for name, rule in RULES.items() if _enabled(params, name) for sentence in rule(params, model)]
+    problems += special_tokens.problems(params, tokenizer) if tokenizer else []
     problems += [*_device_problems(params, devices or DEVICES), *_accelerator_problems(params)]
     todo = [name for name in _from(stage) if _enabled(params, name)]
     problems += needs.problems(params, model, todo)
@@ -147,13 +159,38 @@ def check_workspace(params: Params, stage: str | None = None) -> None:
     Raises:
         InputError: one line per problem.
     """
-    source = params.fetch.model
-    folder = Path(source.path) if source.hub is None else FETCHED
     fetched = stage is None or _position(stage) > _position("fetch")  # before that, FETCHED may be another model
-    if (source.hub is None or fetched) and (folder / "config.json").exists():
-        check(params, read_config(folder), stage=stage)
+    if folder := _model_folder(params, fetched):
+        check(params, read_config(folder), tokenizer=special_tokens.of_files(folder), stage=stage)
     else:
         _raise([*_device_problems(params, DEVICES), *_accelerator_problems(params)])
+
+
+def at_once(params: Params, fetched: bool) -> int | None:
+    """How many stages have room in memory side by side, each as large as the largest; at least 1.
+
+    Args:
+        fetched: whether stage fetch is done.
+
+    Returns:
+        None as long as a hub model's config.json is not here.
+
+    Raises:
+        InputError: the model is none that the pipeline runs.
+    """
+    folder = _model_folder(params, fetched)
+    if folder is None:
+        return None
+    todo = [name for name in _from(None) if _enabled(params, name)]
+    needed = needs.memory(params, model_shape(read_config(folder)), todo)
+    return max(needs.available_memory() // max(needed.values(), default=needs.LIBRARIES), 1)
+
+
+def _model_folder(params: Params, fetched: bool) -> Path | None:
+    """Where the model's config.json is by now; None where it is still in the hub."""
+    source = params.fetch.model
+    folder = Path(source.path) if source.hub is None else FETCHED
+    return folder if (source.hub is None or fetched) and (folder / "config.json").exists() else None
 
 
 def _calibrate(params: Params, model: ModelShape) -> Iterator[str]:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ValidationError, model_validator
 
 from tasks.algorithms.errors import InputError
+from tasks.parameters import parameter_file
 from tasks.parameters.compression_sections import (
     Baseline,
     BaselineLora,
@@ -99,8 +99,8 @@ def parse(raw: Any, source: str) -> Params:
     Raises:
         InputError: one line per problem, each with the key, the value and what was expected.
     """
-    if not isinstance(raw, dict):
-        raise InputError(f"{source} holds {type(raw).__name__}, expected one section per stage")
+    if not raw or not isinstance(raw, dict):
+        raise InputError(f"{source} holds {type(raw).__name__ if raw else 'nothing'}, expected one section per stage")
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
@@ -111,15 +111,9 @@ def load(path: Path = Path("params.yaml")) -> Params:
     """Read and validate the parameter file.
 
     Raises:
-        InputError: the file is missing, is no YAML, or breaks the schema.
+        InputError: as `parameter_file.read`, or the file breaks the schema.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; run from the project's folder") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    return parse(raw, str(path))
+    return parse(parameter_file.read(path), str(path))
 
 
 def _sentence(source: str, error: Any) -> str:

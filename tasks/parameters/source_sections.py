@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -122,8 +122,8 @@ class TaskSource(Section):
 
 
 class TaskSources(Section):
-    """Of every task but `corpus`, which is the fetched test split."""
-
+    corpus: Literal["test"]
+    """The fetched split."""
     hellaswag: TaskSource
     arc_easy: TaskSource
     arc_challenge: TaskSource

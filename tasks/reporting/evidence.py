@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
-from tasks.evaluation import results
+from tasks.evaluation import measurements, results
 from tasks.evaluation.comparison import PLAINLY_QUANTISED, RECOVERED_DENSE
 
 if TYPE_CHECKING:
@@ -47,11 +47,13 @@ class Evidence:
         bits: of every linear of the plain model; without rows where the baseline was switched off.
         task_scores: what lm-evaluation-harness says of a model on a task, a record per item of stage harness.
         devices: the packaged model on every device; without rows where hardware_fit was switched off.
-        host: what stage measure measured of a model; `measured` is false where that was switched off.
+        host: what stage measure measured of a model (`tasks.evaluation.measurements`); `measured` is false where
+        that was switched off, or nobody's figures of this model are known.
         kv_cache: perplexity and bytes by context and bits; without rows where the stage was switched off.
         inputs: paths of what every stage depends on, in the order of dvc.yaml, without matrix items.
         edges, nodes: of DVC's graph without stage code, by address.
         outs: what every stage writes, by address.
+        records: the lineage record of every stage, by address.
     """
 
     metrics: dict[str, dict[str, Any]]
@@ -76,6 +78,7 @@ class Evidence:
     edges: list[tuple[str, str]]
     nodes: list[str]
     outs: dict[str, list[Link]]
+    records: dict[str, Link]
 
     def model(self, name: str) -> dict[str, Any]:
         """The evaluation of this model; empty where dvc.yaml names none."""
@@ -138,7 +141,11 @@ def read(stage: Stage) -> Evidence:
         },
         edges=sorted((dependency.addressing, user.addressing) for user, dependency in graph.edges),
         nodes=sorted(node.addressing for node in graph.nodes),
-        outs={node.addressing: _links(stage, node) for node in graph.nodes},
+        outs={
+            node.addressing: [_link(stage, Path(os.path.relpath(out.fs_path))) for out in node.outs]
+            for node in graph.nodes
+        },
+        records={node.addressing: _link(stage, _record(stage, node.addressing)) for node in graph.nodes},
     )
 
 
@@ -151,9 +158,10 @@ def _task_scores(stage: Stage, measured: dict[str, dict[str, Any]]) -> list[dict
 
 
 def _host(stage: Stage, measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """host.json of models that are what their name says, in the order of dvc.yaml."""
-    folder = stage.input("data/measure")
-    return {name: _json(folder / name / "host.json") for name, metrics in measured.items() if metrics["evaluated"]}
+    """Measurements of models that are what their name says, in the order of dvc.yaml."""
+    models = _json(stage.input("data/measure") / measurements.MODELS)
+    found = measurements.hosts(models, _json(stage.input("lineage/measure.json")))
+    return {name: found[name] for name, metrics in measured.items() if metrics["evaluated"]}
 
 
 def _items(stage: Stage, name: str) -> list[Path]:
@@ -163,10 +171,13 @@ def _items(stage: Stage, name: str) -> list[Path]:
     return [folder / item for stem, _, item in addresses if stem == name]
 
 
-def _links(stage: Stage, node: Any) -> list[Link]:
-    report = stage.folder.resolve()
-    paths = (Path(os.path.relpath(out.fs_path)) for out in node.outs)
-    return [Link(path.as_posix(), Path(os.path.relpath(path.resolve(), report)).as_posix()) for path in paths]
+def _record(stage: Stage, address: str) -> Path:
+    """The lineage record of a stage, which lies beside the one that the report reads."""
+    return Path(os.path.relpath(stage.input("lineage/measure.json").with_name(f"{address}.json")))
+
+
+def _link(stage: Stage, path: Path) -> Link:
+    return Link(path.as_posix(), Path(os.path.relpath(path.resolve(), stage.folder.resolve())).as_posix())
 
 
 def _json(path: Path) -> Any:

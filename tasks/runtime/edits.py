@@ -94,7 +94,7 @@ class Misnoted(NamedTuple):
 
 def claim(start: Start) -> None:
     """Leave word of what a stage's outputs, which are in place, were made from."""
-    outputs = {lineage.name(out): lineage.md5(out) for out in lineage.results(start.stage)}
+    outputs = {lineage.name(out): lineage.md5(out) for out in start.stage.outs}
     CLAIMS.mkdir(parents=True, exist_ok=True)
     said = {key: start.identity[key] for key in ("inputs", "parameters")} | {"outputs": outputs}
     files.write_json(_claim(start.stage), said)
@@ -111,7 +111,7 @@ def misnoted(repo: Repo) -> Iterator[Misnoted]:
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
             stage = repo.stage.load_one(name=path.stem)
-            outputs = {lineage.name(out): out.hash_info.value for out in lineage.results(stage)}
+            outputs = {lineage.name(out): out.hash_info.value for out in stage.outs}
             if outputs != said["outputs"]:  # DVC didn't note these outputs, or not yet
                 continue
             differences = list(_against_lock(stage, said))

@@ -14,8 +14,10 @@ sentence. Any other error keeps its traceback.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import os
+import resource
 import shutil
 import sqlite3
 import sys
@@ -29,8 +31,8 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
-from tasks.parameters import preflight
-from tasks.runtime import code, edits, failures, lineage, locks, mend, parent
+from tasks.parameters import parameter_file, preflight
+from tasks.runtime import code, edits, failures, lazily, lineage, locks, mend, parent
 from tasks.runtime.stage import JOURNALS, SCRATCH, Stage
 
 if TYPE_CHECKING:
@@ -79,10 +81,11 @@ class _Attempt:
         """Make the outputs and their record; after an exception everything is as it was."""
         try:
             stage = self.stage = _load(self.address)
-            _perform(stage)
+            spent = _perform(stage)
             _refuse_edits(stage)
             self._publish(stage)
-            lineage.record(stage, started=self.started, run_ids=run_ids)
+            spent["cpu_seconds"] = _cpu_seconds()
+            lineage.record(stage, started=self.started, run_ids=run_ids, spent=spent)
             edits.claim(stage.start)
             _remove(SCRATCH / self.address)
             _remove(JOURNALS / self.address)
@@ -129,9 +132,11 @@ class _Attempt:
 
 def _load(address: str) -> Stage:
     try:
-        return Stage(address, Repo())
+        repo = Repo()
+        lineage.keep_inputs(repo.stage.load_one(name=address))  # before the stage looks at what it begins with
+        return Stage(address, repo)
     except DvcException as error:  # no such stage, no DVC project, dvc.yaml broken
-        raise InputError(" ".join(str(error).split())) from error
+        raise InputError(parameter_file.told(error) or " ".join(str(error).split())) from error
 
 
 def _opened_anyhow() -> Repo:
@@ -145,7 +150,8 @@ def _opened_anyhow() -> Repo:
         return Repo()
 
 
-def _perform(stage: Stage) -> None:
+def _perform(stage: Stage) -> dict[str, float]:
+    """Check, then compute; returns the seconds before and in `run`, by their names in the record."""
     _remove(stage.scratch)  # of a run that was killed
     mend.keep_lock()
     failures.refuse_misnoted(stage)
@@ -154,12 +160,25 @@ def _perform(stage: Stage) -> None:
     if altered := failures.altered_inputs(stage):
         raise InputError(f"{' and '.join(altered)} {failures.ALTERED}")
     preflight.check_workspace(stage.everything, stage.address)
-    module = importlib.import_module(f"tasks.{stage.name}")
-    if stage.enabled:
-        module.run(stage)
-    else:
+    if not stage.enabled:
         print(f"{stage.address}: switched off, its input is passed on")
-        module.skip(stage)
+    with contextlib.nullcontext() if stage.enabled else lazily.imported():
+        module = importlib.import_module(f"tasks.{stage.name}")
+        start_up, began = _age(), time.monotonic()
+        (module.run if stage.enabled else module.skip)(stage)
+    return {"start_up_seconds": start_up, "computing_seconds": time.monotonic() - began}
+
+
+def _age() -> float:
+    """Seconds since this process was started, to a hundredth; psutil's figure is a whole second's."""
+    after_name = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _cpu_seconds() -> float:
+    """Of all cores, spent by this process and by children that it has waited for."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def _refuse_edits(stage: Stage) -> None:

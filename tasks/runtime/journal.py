@@ -230,7 +230,6 @@ def fingerprint(start: Start, parameters: bool = True) -> str:
     machine = {
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
     described = {"format": FORMAT, "stage": start.stage.addressing, "machine": machine, **start.identity}

@@ -1,18 +1,21 @@
 """Who made an artifact, from what, with which code, when: one record per stage.
 
-A record is an output of its stage that no stage depends on, so that times and machines never change what is downstream.
-Hashes are DVC's own (dvc.yaml, dvc.lock): this module computes none of another kind and knows no path of a stage. The
-way back from an artifact along the records is `tasks.runtime.provenance`'s.
+A record is no output: it holds times and machines, which repeat nowhere. git tracks it beside dvc.lock, and it stays
+byte for byte where a run reproduces what it describes, so that such a run leaves git clean. What this machine's own run
+was like always goes to `HERE`. Hashes are DVC's own (dvc.yaml, dvc.lock): this module computes none of another kind and
+knows no path of a stage. The way back from an artifact along the records is `tasks.runtime.provenance`'s.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +35,13 @@ if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
 
 RECORDS = Path("data/lineage")
-"""An output below it is its stage's record."""
+"""Of every stage STAGE.json: who made the result that dvc.lock names."""
+HERE = RECORDS / "here"
+"""Of every stage a folder with a record of each result that was computed on this machine; git and DVC ignore it."""
+RESULT = ("inputs", "outputs", "parameters")
+"""What a record describes, in dvc.lock's hashes; the rest says who made that, when, how fast."""
+KEY = 16
+"""Hexadecimal digits of a file's name below `HERE`."""
 PACKAGES = (
     "datasets",
     "dvc",
@@ -49,21 +58,37 @@ PACKAGES = (
 )
 
 
-def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:
-    """Write the record of a stage whose outputs are in place. A stage that declares no record gets none.
+FIGURES = ("seconds", "start_up_seconds", "computing_seconds", "cpu_seconds")
+"""Of a record: from the stage's first line to its record; from the process's start to `run`; of `run`; of all cores."""
+
+
+def took(stage: DvcStage) -> dict[str, float]:
+    """The known `FIGURES` of the run that made what dvc.lock names: of this machine's where it ran here, too."""
+    found = local(stage) or find(stage) or {}
+    return {name: found[name] for name in FIGURES if isinstance(found.get(name), int | float)}
+
+
+def link(stage: DvcStage) -> dict[str, str]:
+    """A stage's record for a list of many: when and with which code it was made, and where all of it is."""
+    path = record_path(stage)
+    if not (found := read(path)):
+        return {}
+    return {"made": found.get("started") or "", "code": (found.get("code") or "")[:12], "record": path.as_uri()}
+
+
+def record(stage: Stage, *, started: float, run_ids: dict[str, str], spent: dict[str, float] | None = None) -> None:
+    """Write the record of a stage whose outputs are in place; the tracked one stays where it describes the same.
 
     Args:
         started: seconds since the epoch.
         run_ids: ids of the runs it belongs to, by kind.
+        spent: more of `FIGURES`.
     """
-    path = record_path(stage.dvc)
-    if path is None:
-        return
     begun = stage.start.identity  # not what is there now: that may be an edit
-    entry = {
+    entry = stage.facts | {
         "stage": stage.address,
         "inputs": begun["inputs"],
-        "outputs": {name(out): md5(out) for out in results(stage.dvc)},
+        "outputs": {name(out): md5(out) for out in stage.dvc.outs},
         "parameters": begun["parameters"],
         "code": next((value for path, value in begun["inputs"].items() if is_code(path)), None),
         "git": _git_state(),
@@ -71,6 +96,7 @@ def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:
         "seed": getattr(getattr(stage.params, stage.name, None), "seed", None),
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - started, 3),
+        **{name: round(value, 3) for name, value in (spent or {}).items()},
         "peak_memory_bytes": _peak_memory(),
         "machine": {
             "platform": platform.platform(),
@@ -80,8 +106,145 @@ def record(stage: Stage, *, started: float, run_ids: dict[str, str]) -> None:
         },
         "run_ids": dict(run_ids),
     }
+    first = _first(_known(stage.dvc), lambda known: all(known.get(key) == entry[key] for key in RESULT))
+    key = hashlib.sha256(files.json_text({key: entry[key] for key in RESULT}).encode()).hexdigest()[:KEY]
+    _write(_here(stage.dvc) / f"{key}.json", entry)
+    _put(stage.dvc, first or entry)
+
+
+def keep(stage: DvcStage) -> dict[str, Any] | None:
+    """Put the record of what dvc.lock names in its tracked place, where `find` knows it; returns it.
+
+    DVC restores an older result without its record, as that is no output.
+    """
+    if found := find(stage):
+        _put(stage, found)
+    return found
+
+
+def keep_inputs(stage: DvcStage) -> None:
+    """`keep` for every record that the stage reads: plain `dvc repro` asks for none."""
+    for dep in inputs(stage):
+        path = Path(dep.fs_path)
+        if path.parent == Path(stage.repo.root_dir) / RECORDS:
+            keep(stage.repo.stage.load_one(name=path.stem))
+
+
+def find(stage: DvcStage) -> dict[str, Any] | None:
+    """The record that describes what dvc.lock names: the tracked one, HEAD's, or that of a run on this machine.
+
+    None: it was made elsewhere, and DVC's cache brought it without its record.
+    """
+    return _first(_known(stage), lambda entry: describes(entry, stage))
+
+
+def local(stage: DvcStage) -> dict[str, Any] | None:
+    """The record of the run on this machine that computed what dvc.lock names; None where none did."""
+    return _first(_computed_here(stage), lambda entry: describes(entry, stage))
+
+
+def adopt(stage: DvcStage) -> dict[str, Any]:
+    """Make the record of this machine's run the tracked one; returns it.
+
+    Raises:
+        InputError: this machine has not computed what dvc.lock names.
+    """
+    if (found := local(stage)) is None:
+        raise InputError(
+            f"this machine has not computed the outputs of {stage.addressing} that dvc.lock names;"
+            f" `dvc repro -s -f {stage.addressing}` does"
+        )
+    _put(stage, found)
+    return found
+
+
+def describes(entry: Mapping[str, Any], stage: DvcStage) -> bool:
+    """Whether a record is of what dvc.lock names; a frozen stage's inputs may have gone on since."""
+    now = locked(stage)
+    return all(now["outputs"].values()) and all(
+        entry.get(key) == now[key] for key in (("outputs",) if stage.frozen else RESULT)
+    )
+
+
+def locked(stage: DvcStage) -> dict[str, dict[str, Any]]:
+    """`RESULT` as dvc.lock has it; hashes are None where it has no entry."""
+    return {
+        "inputs": {name(dep): dep.hash_info.value for dep in inputs(stage)},
+        "outputs": {name(out): out.hash_info.value for out in stage.outs},
+        "parameters": locked_parameters(stage),
+    }
+
+
+def tracked(root: Path) -> list[str]:
+    """The records that belong beside dvc.lock in a commit, as paths below the root."""
+    return [path.relative_to(root).as_posix() for path in sorted((root / RECORDS).glob("*.json"))]
+
+
+def computed_here(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every record of a run on this machine, of whatever stage."""
+    for path in sorted((root / HERE).glob("*/*.json")):
+        if entry := read(path):
+            yield path, entry
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """A record; None where there is none or it can't be read."""
+    try:
+        return _parsed(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def machine(entry: Mapping[str, Any]) -> str:
+    """In words: "Linux-6.1-x86_64, 2 cores"."""
+    found = entry.get("machine") or {}
+    return f"{found.get('platform', 'an unnamed machine')}, {found.get('cpus', '?')} cores"
+
+
+def record_path(stage: DvcStage) -> Path:
+    """Where a stage's tracked record is."""
+    return Path(stage.repo.root_dir) / RECORDS / f"{stage.addressing}.json"
+
+
+def _here(stage: DvcStage) -> Path:
+    return Path(stage.repo.root_dir) / HERE / stage.addressing
+
+
+def _known(stage: DvcStage) -> Iterator[dict[str, Any]]:
+    """The records of a stage, of this or other results: who made it first before who made it again."""
+    path = record_path(stage)
+    if entry := read(path):
+        yield entry
+    committed = _git(Path(stage.repo.root_dir), "show", f"HEAD:./{RECORDS.as_posix()}/{path.name}")
+    if committed and (entry := _parsed(committed)):
+        yield entry
+    yield from _computed_here(stage)
+
+
+def _computed_here(stage: DvcStage) -> Iterator[dict[str, Any]]:
+    yield from filter(None, map(read, sorted(_here(stage).glob("*.json"))))
+
+
+def _first(entries: Iterator[dict[str, Any]], fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+    return next(filter(fits, entries), None)
+
+
+def _put(stage: DvcStage, entry: dict[str, Any]) -> None:
+    if read(path := record_path(stage)) != entry:
+        _write(path, entry)
+
+
+def _write(path: Path, entry: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, entry)
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(text)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def identity(stage: DvcStage) -> dict[str, Any]:
@@ -129,20 +292,6 @@ def inputs(stage: DvcStage) -> list[Output]:
     return [dep for dep in stage.deps if not getattr(dep, "params", ())]
 
 
-def results(stage: DvcStage) -> list[Output]:
-    """The outputs without the record."""
-    return [out for out in stage.outs if not _is_record(out)]
-
-
-def _is_record(out: Output) -> bool:
-    return (Path(out.repo.root_dir) / RECORDS) in Path(out.fs_path).parents
-
-
-def record_path(stage: DvcStage) -> Path | None:
-    """Where a stage's record is; None where it declares none."""
-    return next((Path(out.fs_path) for out in stage.outs if _is_record(out)), None)
-
-
 def parameters(stage: DvcStage) -> dict[str, Any]:
     """The declared parameters and their values as they are in the parameter file."""
     values: dict[str, Any] = {}
@@ -167,15 +316,16 @@ def is_code(path: str) -> bool:
 
 
 def _git_state() -> dict[str, Any]:
-    """HEAD, and whether a tracked file other than dvc.lock differs from it; nulls where there is no git."""
-    revision = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock")
+    """HEAD, and whether a tracked file other than dvc.lock and records differs from it; nulls where there is no git."""
+    revision = _git(Path(), "rev-parse", "HEAD")
+    results = (":(exclude)dvc.lock", f":(exclude){RECORDS.as_posix()}")
+    changes = _git(Path(), "status", "--porcelain", "--untracked-files=no", "--", ".", *results)
     return {"revision": revision, "dirty": None if changes is None else bool(changes)}
 
 
-def _git(*arguments: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        return git.run(Path(), *arguments)
+        return git.run(folder, *arguments)
     except (OSError, InputError):
         return None
 

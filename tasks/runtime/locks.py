@@ -12,14 +12,16 @@ import contextlib
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 
 from tasks.algorithms.errors import InputError
+from tasks.runtime import warm
 
 DVC_LOCK = Path(".dvc/tmp/lock")
 DVC_USERS = Path(".dvc/tmp/rwlock")
@@ -38,6 +40,53 @@ class Holder(NamedTuple):
 
     def __str__(self) -> str:
         return f"process {self.pid} ({self.command}), since {self.since:%Y-%m-%d %H:%M:%S}"
+
+
+class _Lock(Protocol):
+    """A lock between processes, as DVC's own is."""
+
+    is_locked: bool
+
+    def lock(self) -> None: ...
+    def unlock(self) -> None: ...
+
+
+class Shared:
+    """A lock between processes that the threads of this one take in turn, too; it stands in for DVC's.
+
+    DVC's objects are not made for threads (3.67.1). It releases its lock exactly while a stage's command runs: with
+    this one, all that DVC does itself is done by one thread at a time, and only the commands run side by side.
+    """
+
+    def __init__(self, inner: _Lock) -> None:
+        self.inner, self.turn = inner, threading.Lock()
+
+    def lock(self) -> None:
+        """Wait for this process's other threads, then for other processes as the inner lock does."""
+        self.turn.acquire()
+        try:
+            self.inner.lock()
+        except BaseException:
+            self.turn.release()
+            raise
+
+    def unlock(self) -> None:
+        """Let other processes and threads have it."""
+        try:
+            self.inner.unlock()
+        finally:
+            self.turn.release()
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether a thread of this process has it."""
+        return self.inner.is_locked
+
+    def __enter__(self) -> None:
+        self.lock()
+
+    def __exit__(self, *_: object) -> None:
+        self.unlock()
 
 
 @contextlib.contextmanager
@@ -59,7 +108,7 @@ def held(path: Path, what: str, way_out: str = "wait for it or end it", *, wait:
             found = holder(path)
             raise InputError(f"{what}{f': {found}' if found else ''}; {way_out}") from error
         file.truncate(0)
-        file.write(f" {os.getpid()}\n")
+        file.write(f" {warm.stage_process()}\n")
         file.flush()
         yield
 

@@ -109,8 +109,9 @@ def described(repo: Repo, path: str) -> list[dict[str, Any]]:
             "stage": name,
             "frozen": node.stage.frozen,
             "parents": [parent.stage.addressing for parent in node.parents],
-            "outputs": {lineage.name(out): out.hash_info.value for out in lineage.results(node.stage)},
-            "record": _read_record(node.stage),
+            "outputs": {lineage.name(out): out.hash_info.value for out in node.stage.outs},
+            "record": lineage.find(node.stage),
+            "here": lineage.local(node.stage),
         }
         for name, node in nodes.items()
     ]
@@ -188,13 +189,17 @@ def _against_code(stage: DvcStage) -> Iterator[Finding]:
 
 def _against_record(stage: DvcStage) -> Iterator[Finding]:
     name, path = stage.addressing, lineage.record_path(stage)
-    entry = _read_record(stage)
-    if path is None or not all(out.hash_info for out in stage.outs):
+    if not all(out.hash_info for out in stage.outs):
         return
+    entry = lineage.find(stage) or lineage.read(path)  # that of another result says what differs
     if entry is None:
-        yield Finding(name, f"lineage record {_relative(path)} is missing or unreadable")
+        yield Finding(name, f"lineage record {_relative(path)} is missing or unreadable, and no run here made this")
         return
-    sides = (("outputs", "output", lineage.results(stage)), ("inputs", "input", lineage.inputs(stage)))
+    if entry != lineage.read(path):
+        yield Finding(
+            name, f"{_relative(path)} is of another result; a run of the flow puts the right one there", False
+        )
+    sides = (("outputs", "output", stage.outs), ("inputs", "input", lineage.inputs(stage)))
     for side, word, items in sides:
         written = entry.get(side) if isinstance(entry.get(side), dict) else {}
         for item in items:
@@ -216,9 +221,9 @@ def _compare(stage: str, what: str, locked: str | None, found: str | None) -> It
 
 
 def _headline(stage: DvcStage) -> str:
-    entry = _read_record(stage)
+    entry = lineage.find(stage)
     if entry is None:
-        return "  (no lineage record)"
+        return "  (made elsewhere: no lineage record is of these outputs)"
     git = entry["git"] if isinstance(entry.get("git"), dict) else {}
     revision = f"git {_short(git.get('revision'))}{' + changes' if git.get('dirty') else ''}"
     when = f"{entry.get('started')}  {entry.get('seconds')} s"
@@ -226,13 +231,17 @@ def _headline(stage: DvcStage) -> str:
 
 
 def _details(stage: DvcStage) -> Iterator[str]:
-    """Parameters that are set, outputs, and the inputs that no stage makes."""
+    """Who made it here, too; parameters that are set, outputs, and the inputs that no stage makes."""
+    first, own = lineage.find(stage), lineage.local(stage)
+    if first and own and first != own:
+        yield f"made on {lineage.machine(first)}"
+        yield f"and again here {own.get('started')}  {own.get('seconds')} s  on {lineage.machine(own)}"
     flat = _flat(lineage.locked_parameters(stage))
-    own = f"{stage.addressing.partition('@')[0]}."
-    parameters = [f"{key.removeprefix(own)}={json.dumps(value)}" for key, value in flat if value is not None]
+    section = f"{stage.addressing.partition('@')[0]}."
+    parameters = [f"{key.removeprefix(section)}={json.dumps(value)}" for key, value in flat if value is not None]
     if parameters:
         yield f"parameters {' '.join(parameters)}"
-    for out in lineage.results(stage):
+    for out in stage.outs:
         yield f"output {lineage.name(out)} {_short(out.hash_info.value)}"
     made = [out for made_by in stage.repo.index.stages for out in made_by.outs]
     for dep in lineage.inputs(stage):
@@ -253,15 +262,6 @@ def _stages(nodes: list[Node]) -> Iterator[DvcStage]:
 
     for node in nodes:
         yield from visit(node)
-
-
-def _read_record(stage: DvcStage) -> dict[str, Any] | None:
-    path = lineage.record_path(stage)
-    try:
-        entry = json.loads(path.read_text(encoding="utf-8")) if path else None
-    except (OSError, ValueError):
-        return None
-    return entry if isinstance(entry, dict) else None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

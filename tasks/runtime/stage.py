@@ -87,6 +87,7 @@ class Stage(Inputs):
         params: the declared sections of params.yaml, as attributes; an undeclared one is an AttributeError.
         folder: the stage's one output, data/NAME or data/NAME/ITEM, which holds all that it writes.
         scratch: what it writes lies here until all of it is complete.
+        facts: of `note`.
     """
 
     def __init__(self, address: str, repo: Repo) -> None:
@@ -101,6 +102,7 @@ class Stage(Inputs):
         self.params = SimpleNamespace(**{key: getattr(self.everything, key) for key in sorted(declared)})
         self.folder = _folder(self.dvc)
         self.scratch = SCRATCH / address
+        self.facts: dict[str, Any] = {}
 
     @property
     def enabled(self) -> bool:
@@ -147,13 +149,17 @@ class Stage(Inputs):
         else:
             _link(source, target)
 
+    def note(self, **facts: Any) -> None:
+        """Facts of this run alone for the stage's lineage record: what it measured, which would repeat nowhere."""
+        self.facts |= facts
+
     def progress(self, description: str, total: int) -> Progress:
         """A progress bar; a context manager with `update(done, **figures)`."""
         return Progress(description, total)
 
 
 def _folder(stage: DvcStage) -> Path:
-    outs = [path for out in stage.outs if Path("data/lineage") not in (path := _relative(out)).parents]
+    outs = [_relative(out) for out in stage.outs]
     if len(outs) != 1:
         raise LookupError(f"stage {stage.addressing} has one output, its folder; dvc.yaml declares {outs}")
     return outs[0]
@@ -164,8 +170,10 @@ def _relative(item: Any) -> Path:
 
 
 def _matches(paths: Iterable[Path], name: str) -> list[Path]:
+    """The path that is the name, else those that end with it: `test.jsonl` ends `wiki/test.jsonl`, too."""
     wanted = Path(name).parts
-    return [path for path in paths if path.parts[-len(wanted) :] == wanted]
+    found = [path for path in paths if path.parts[-len(wanted) :] == wanted]
+    return [path for path in found if path.parts == wanted] or found
 
 
 def _find(paths: Iterable[Path], name: str, what: str) -> Path:

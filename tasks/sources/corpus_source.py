@@ -107,20 +107,26 @@ def _plain_text(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
+    row = 0
     try:
         file = parquet.ParquetFile(path)
         columns = file.schema_arrow.names
         if field not in columns:
             raise InputError(f"{path}: no column `{field}`, only {', '.join(columns) or 'none'}; set `field`")
-        row = 0
         for batch in file.iter_batches(columns=[field]):
             for value in batch.column(0).to_pylist():
                 row += 1
                 yield f"row {row}", value
-    except ArrowInvalid as error:
-        raise InputError(f"{path} is no valid parquet file ({hub.line(error)})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}, after row {row}: `{field}` is no UTF-8 text ({error.reason}); write it again"
+        ) from error
+    except (ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # the disk's; a damaged page is an OSError without a number
+            raise
+        raise InputError(f"{path} is no valid parquet file ({hub.line(error)}); write it again") from error
 
 
 READERS = {".jsonl": _json_lines, ".parquet": _parquet, ".txt": _plain_text}
@@ -136,5 +142,6 @@ def _hub_rows(source: CorpusSource) -> Iterator[tuple[str, Any]]:
     if source.field not in data.column_names:
         columns = ", ".join(data.column_names)
         raise InputError(f"data set {source.hub}: no column `{source.field}`, only {columns}; set `field`")
-    for row, value in enumerate(data.select_columns([source.field]), 1):
-        yield f"row {row}", value[source.field]
+    with hub.failures("data set", source):
+        for row, value in enumerate(data.select_columns([source.field]), 1):
+            yield f"row {row}", value[source.field]

@@ -1,14 +1,15 @@
 """The folder of a model that is copied: a local one, or a snapshot of the hub's at a pinned commit.
 
-Taken are the names of `SMALL` and safetensors, never a pickle and never a link that leads out of the folder. A hub
-model's small files come first, so that it can be refused before its weights are downloaded. What the config says is
-checked here, what the weights hold in `tasks.sources.weight_check`.
+Taken are the files of the model alone (`tasks.models.model_files`), never a pickle and never a link that leads out of
+the folder. A hub model's small files come first, so that it can be refused before its weights are downloaded. What the
+config says is checked here, what the weights hold in `tasks.sources.weight_check`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,29 +18,14 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 
 from tasks.algorithms.errors import InputError
+from tasks.models import model_files
+from tasks.models.model_files import INDEX, QUANTISED, SINGLE, SMALL
 from tasks.parameters import preflight
 from tasks.parameters.source_sections import CorpusSource, ModelSource
 from tasks.sources import hub
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-"""Of a sharded checkpoint: tensor name -> file."""
-SMALL = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-"""What is taken of a model folder beside the weights."""
-QUANTISED = ("quantize_config.json", "quant_config.json")
-"""Files beside the weights of a quantised checkpoint."""
+DVC_OBJECT = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
+"""A file of DVC's cache, which DVC links to where `cache.type` is symlink."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -95,8 +81,8 @@ def weights(source: ModelSource, folder: Path, inside: Path) -> list[str]:
         InputError: there are none, an index names what isn't there, a link leads out, or the hub can't be reached.
     """
     if source.hub is not None:
-        _download(source, [SINGLE] if not (folder / INDEX).exists() else _shards(folder))
-    names = weight_files(folder)
+        _download(source, [SINGLE] if not (folder / INDEX).exists() else model_files.weights(folder))
+    names = model_files.weights(folder)
     if not names:
         raise InputError(_no_weights(source, folder))
     missing = [name for name in names if not (folder / name).exists()]
@@ -105,13 +91,6 @@ def weights(source: ModelSource, folder: Path, inside: Path) -> list[str]:
     for name in names:
         _refuse_link(folder / name, inside)
     return [*names, INDEX] if names != [SINGLE] else names
-
-
-def weight_files(folder: Path) -> list[str]:
-    """The files of the weights: those of the index where there is one (the hub's may hold the same weights twice)."""
-    if (folder / INDEX).exists():
-        return _shards(folder)
-    return [SINGLE] if (folder / SINGLE).exists() else []
 
 
 def present(folder: Path, names: Iterable[str]) -> list[str]:
@@ -160,17 +139,6 @@ def _no_weights(source: ModelSource, folder: Path) -> str:
     return f"{where} holds no {SINGLE} and no {INDEX}; take a model with safetensors weights"
 
 
-def _shards(folder: Path) -> list[str]:
-    weight_map = _json(folder / INDEX).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-    if not names or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{INDEX} has no `weight_map` of tensor names to file names; fetch the model again")
-    for name in sorted(names):
-        if Path(name).name != name or not name.endswith(".safetensors") or any(sign in name for sign in "*?["):
-            raise InputError(f"{INDEX} names {name!r}, expected safetensors files of the model folder itself")
-    return sorted(names)
-
-
 def _download(source: ModelSource, names: list[str]) -> Path:
     """The folder of the hub's cache with these files of the repository, as far as it has them."""
     with hub.failures("model", source):
@@ -181,7 +149,9 @@ def _refuse_link(path: Path, inside: Path) -> None:
     """Only ordinary files of the folder: a link could bring in any file that this user may read."""
     real = path.resolve()
     if inside.resolve() not in real.parents:
-        raise InputError(f"{path} is a link out of the model folder; copy the file itself there (`cp -L`)")
+        ours = DVC_OBJECT.search(real.as_posix())
+        way_out = f"`dvc unprotect {path.parent}` makes it one" if ours else "copy the file itself there (`cp -L`)"
+        raise InputError(f"{path} is a link out of the model folder, not a file; {way_out}")
     if path.exists() and not real.is_file():
         raise InputError(f"{path} is no ordinary file; fetch the model again")
 

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
+from tasks.models import model_files
 from tasks.sources import hub
-from tasks.sources.model_source import some, weight_files
+from tasks.sources.model_source import some
 
 if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
@@ -39,14 +40,17 @@ def check_weights(folder: Path, stage: Stage) -> int:
         The number of tensors.
 
     Raises:
-        InputError: a tensor is missing, unexpected, of another shape or type, or holds NaN or infinity.
+        InputError: a tensor is missing, unexpected, of another shape or type, or holds NaN or infinity; a head that
+            the config ties differs from the embedding.
     """
     expected, tied = _expected(folder)
     broken: list[str] = []
     shapes: dict[str, tuple[int, ...]] = {}
+    tables: list[torch.Tensor] = []
     with stage.progress("weights", len(expected) - len(tied) // 2) as progress:
         for name, tensor in _tensors(folder):
             shapes[name] = tuple(tensor.shape)
+            tables += [tensor] if name in tied else []
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 broken.append(f"{name} ({bad} of {tensor.numel()} values)")
@@ -54,6 +58,11 @@ def check_weights(folder: Path, stage: Stage) -> int:
     _compare(shapes, expected, tied)
     if broken:
         raise InputError(f"the weights hold NaN or infinity in {some(broken)}; fetch or train the model again")
+    if len(tables) > 1 and not _same(*tables):
+        raise InputError(
+            f"the weights hold {tied[0]} and another {tied[1]}, which config.json ties to it (tie_word_embeddings); set"
+            f" that to false, or leave {tied[1]} out"
+        )
     return len(shapes)
 
 
@@ -73,7 +82,7 @@ def _expected(folder: Path) -> tuple[Shapes, tuple[str, ...]]:
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """One tensor at a time, of all weight files."""
-    for name in weight_files(folder):
+    for name in model_files.weights(folder):
         try:
             yield from _tensors_of(folder / name)
         except SafetensorError as error:
@@ -106,6 +115,11 @@ def _compare(shapes: Shapes, expected: Shapes, tied: tuple[str, ...]) -> None:
                 f"the weights' {name} is {list(shapes[name])}, config.json makes it {list(sizes)};"
                 " weights and config don't belong together"
             )
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    wider = torch.promote_types(one.dtype, other.dtype)
+    return torch.equal(one.to(wider), other.to(wider))
 
 
 def _refuse_names(verb: str, names: list[str]) -> None:

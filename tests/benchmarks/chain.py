@@ -35,7 +35,7 @@ import torch
 import yaml
 
 from tasks.algorithms.model import checkpoints
-from tasks.models import tensor_headers
+from tasks.models import model_files
 from tasks.parameters import schema
 from tasks.runtime import files
 from tasks.runtime.stage import Inputs, Stage
@@ -46,7 +46,6 @@ LIBRARIES = ("torch", "transformers", "peft", "gptqmodel")
 """Their versions are part of every key."""
 RECORD = "record.json"
 """Written last into a finished folder."""
-LINEAGE = "data/lineage/"
 SHIPPED = ("model.safetensors", "model.json")
 """The files that hold a packed model."""
 
@@ -154,7 +153,7 @@ class Chain:
 
     def folder_bytes(self, model: str) -> int:
         """Bytes of every file of a stage's model folder, tokenizer and manifest included."""
-        return tensor_headers.stored_bytes(self.output(model) / "model")
+        return model_files.stored_bytes(self.output(model) / "model")
 
     def seconds(self, address: str) -> float:
         """How long a stage took when it was computed, without its inputs."""
@@ -255,7 +254,7 @@ def declared(path: Path, values: Mapping[str, Any]) -> dict[str, Declared]:
         for items in itertools.product(*matrix.values()):
             address = f"{name}@{'-'.join(items)}" if items else name
             context = {**values, "item": dict(zip(matrix, items, strict=True))}
-            (out,) = (path for path in map(_path, stage["outs"]) if not path.startswith(LINEAGE))
+            (out,) = map(_path, stage["outs"])
             found[address] = Declared(
                 address,
                 tuple(dict.fromkeys(os.path.normpath(_fill(dep, context)) for dep in stage["deps"])),

@@ -66,7 +66,7 @@ SUBJECTS = {
     ),
     "story-656k": Subject(SHARED / "models/story-656k", _STORIES, _STORIES_PARAMS),
 }
-COMMON = {"depth_prune.remove": 0, "evaluate.new_tokens": 1, "evaluate.prompts": ["The"]}
+COMMON = {"depth_prune.remove": 0, "evaluate.new_tokens": 1}
 """No depth pruning where it isn't the subject; completions are of no interest here."""
 
 

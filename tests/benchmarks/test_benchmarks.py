@@ -114,7 +114,7 @@ def test_dvc_yaml_is_read_with_its_values_and_its_matrix(tmp_path):
         "  each:\n"
         "    matrix: {model: [first, last]}\n"
         "    deps: ['data/${item.model}/model']\n"
-        "    outs: ['data/each/${item.model}', 'data/lineage/each@${item.model}.json']\n",
+        "    outs: ['data/each/${item.model}']\n",
         encoding="utf-8",
     )
     stages = declared(tmp_path / "dvc.yaml", {"a": {"path": "data//source/model"}})

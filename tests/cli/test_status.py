@@ -15,9 +15,22 @@ from tasks.cli import status
 from tasks.nightly import worktree
 from tasks.runtime import locks
 from tests.support.command import edgepress
+from tests.support.paths import ROOT
 
+LIST = """
+from pathlib import Path
+from tasks.runtime import code, files
+Path("data/code").mkdir(parents=True)
+files.write_json(Path("data/code/first.json"), code.listing("first", Path()))
+"""
 STAGES = {
-    "first": {"cmd": "cat source.txt > first.txt", "deps": ["source.txt"], "params": ["words"], "outs": ["first.txt"]},
+    "code": {"cmd": f"PYTHONPATH={ROOT} {sys.executable} list.py", "deps": ["tasks"], "outs": ["data/code"]},
+    "first": {
+        "cmd": "cat source.txt > first.txt",
+        "deps": ["source.txt", "data/code/first.json"],
+        "params": ["words"],
+        "outs": ["first.txt"],
+    },
     "last": {"cmd": "cat first.txt > last.txt", "deps": ["first.txt"], "outs": ["last.txt"]},
     "later": {"cmd": "cat last.txt > later.txt", "deps": ["last.txt"], "outs": ["later.txt"]},
 }
@@ -29,6 +42,9 @@ def template(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": STAGES}, sort_keys=False))
     (folder / "params.yaml").write_text("words: 1\n")
+    (folder / "list.py").write_text(LIST)
+    (folder / "tasks").mkdir()
+    (folder / "tasks/first.py").write_text("")
     (folder / "source.txt").write_text("once\n")
     Repo.init(str(folder), no_scm=True).close()
     subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", "last"], cwd=folder, check=True)
@@ -50,10 +66,10 @@ def states(capsys) -> dict[str, tuple[str, list[str]]]:
 
 
 def test_what_is_up_to_date_and_what_never_ran(project: Path, capsys) -> None:
-    expected = {"first": (status.UP_TO_DATE, []), "last": (status.UP_TO_DATE, []), "later": (status.NEVER_RUN, [])}
-    assert states(capsys) == expected
+    made = dict.fromkeys(("code", "first", "last"), (status.UP_TO_DATE, []))
+    assert states(capsys) == made | {"later": (status.NEVER_RUN, [])}
     code, out, errors = edgepress(capsys, "status")
-    assert (code, errors) == (0, "") and out.splitlines()[-2:] == ["2 up to date, 1 never run", "nothing runs"]
+    assert (code, errors) == (0, "") and out.splitlines()[-2:] == ["3 up to date, 1 never run", "nothing runs"]
     assert edgepress(capsys, "status", "last")[1].splitlines()[2].split() == ["last", "up", "to", "date"]
 
 
@@ -72,6 +88,10 @@ ALTERATIONS = {
     "parameter": (
         lambda: Path("params.yaml").write_text("words: 2\n"),
         {"first": (status.CHANGED, ["params.yaml: words"])},
+    ),
+    "code": (
+        lambda: Path("tasks/first.py").write_text("more = 1\n"),
+        {"code": (status.CHANGED, ["tasks"]), "first": (status.CHANGED, ["tasks/first.py"])},
     ),
     "command": (
         lambda: Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("cat source", "cat  source")),
@@ -92,6 +112,13 @@ def test_what_changed_is_named(project: Path, capsys, what: str) -> None:
     assert {name: row for name, row in found.items() if row[0] in (status.CHANGED, status.MISSING)} == expected
     out = edgepress(capsys, "status")[1]
     assert all(reason in out for _, reasons in expected.values() for reason in reasons)
+
+
+def test_code_that_was_listed_and_not_run_yet_is_named(project: Path, capsys) -> None:
+    Path("tasks/first.py").write_text("more = 1\n")
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", "code"], check=True)
+    found = states(capsys)
+    assert found["code"] == (status.UP_TO_DATE, []) and found["first"] == (status.CHANGED, ["tasks/first.py"])
 
 
 def test_what_runs_is_told_with_its_stage(project: Path, capsys) -> None:

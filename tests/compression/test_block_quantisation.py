@@ -37,8 +37,8 @@ def test_bytes_of_a_linear(pattern, symmetric, act_order):
 
 def test_calibration_sees_the_quantised_embedding(pruned):
     chosen = sections(embedding={"bits": 4, "group_size": 16, "method": "nearest"})["gptq"]
-    coded, start = block_quantisation.compress_embedding(pruned.files["lora/model"], pruned.windows, chosen)
-    model = gptq_folder.load_for_quantisation(pruned.files["lora/model"], block_quantisation.settings(chosen, 4))
+    coded, start = block_quantisation.compress_embedding(pruned.files["lora/model"], pruned.windows, chosen, "cpu")
+    model = gptq_folder.load_for_quantisation(pruned.files["lora/model"], block_quantisation.settings(chosen, 4, "cpu"))
     block_quantisation.place(model.model, coded)
     seen = []
     model.model.model.layers[0].register_forward_pre_hook(lambda *given: seen.append(given), with_kwargs=True)

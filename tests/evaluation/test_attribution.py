@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,22 +100,42 @@ def test_a_row_in_words(rows) -> None:
 
 
 def test_files_are_found_beside_each_other_and_below_a_stage_s_one_output(tmp_path: Path) -> None:
-    written = [*(f"evaluate/{name}/metrics.json" for name in ("wanda", "fetch")), "measure/fetch/host.json"]
-    for name in (*written, "lineage/measure.json"):
+    written = [*(f"evaluate/{name}/metrics.json" for name in ("wanda", "fetch")), "evaluate_more/fetch/metrics.json"]
+    for name in written:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     outs = {
         "evaluate@fetch": ["evaluate/fetch/documents.csv", "evaluate/fetch/metrics.json"],
         "evaluate@wanda": ["evaluate/wanda/metrics.json"],
         "evaluate@lora": ["evaluate/lora/metrics.json"],  # not written yet
-        "measure": ["measure", "lineage/measure.json"],
-        "measure_more": ["evaluate"],
+        "evaluate_more": ["evaluate_more"],
     }
     stages = [
         SimpleNamespace(name=name, outs=[SimpleNamespace(fs_path=str(tmp_path / path)) for path in paths])
         for name, paths in outs.items()
     ]
     repo = SimpleNamespace(index=SimpleNamespace(stages=stages))
-    for name, file, models in (("evaluate", "metrics.json", ["fetch", "wanda"]), ("measure", "host.json", ["fetch"])):
-        paths = command._written(repo, name, file)
-        assert paths == [tmp_path / name / model / file for model in models]
+    for name, models in (("evaluate", ["fetch", "wanda"]), ("evaluate_more", ["fetch"])):
+        paths = command._written(repo, name, "metrics.json")
+        assert paths == [tmp_path / name / model / "metrics.json" for model in models]
+
+
+@pytest.mark.parametrize("computed_here", [True, False])
+def test_speed_is_this_machine_s_where_it_measured_and_says_whose(tmp_path: Path, monkeypatch, computed_here) -> None:
+    models = {"measured": True, "workload": "w", "models": {"fetch": {"bytes": 1, "files": "f"}}}
+    (tmp_path / "models.json").write_text(json.dumps(models))
+    first, own = (
+        {"started": f"2026-11-{day}T10:00", "host": {"processor": name, "cores": 2}, "workload": "w"}
+        | {"measured": {"fetch": {"files": "f", "speed": day}}}
+        for day, name in ((10, "Theirs"), (20, "Ours"))
+    )
+    monkeypatch.setattr(command.lineage, "find", lambda _: first)
+    monkeypatch.setattr(command.lineage, "local", lambda _: own if computed_here else None)
+    stage = SimpleNamespace(addressing="measure", outs=[SimpleNamespace(fs_path=str(tmp_path))])
+    found, told = command._hosts(SimpleNamespace(index=SimpleNamespace(stages=[stage])))
+    assert found["fetch"]["speed"] == (20 if computed_here else 10)
+    whose = "this machine (Ours, 2 cores, 2026-11-20)" if computed_here else "Theirs, 2 cores, 2026-11-10"
+    assert told == f"speed and memory: of {whose}"
+    monkeypatch.setattr(command.lineage, "find", lambda _: None)
+    monkeypatch.setattr(command.lineage, "local", lambda _: None)
+    assert command._hosts(SimpleNamespace(index=SimpleNamespace(stages=[stage])))[1].startswith("no speed and memory: ")

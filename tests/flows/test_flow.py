@@ -1,4 +1,4 @@
-"""The flow on a toy project of two trivial stages: states and reasons, DVC's internals, the server, the settings.
+"""The flow on a toy project of two trivial stages: states and reasons, the server, the settings.
 
 The toy's commands need no model, so that what is tested is how DVC and Prefect share the work.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import http.server
-import inspect
 import json
 import os
 import re
@@ -19,14 +18,9 @@ import threading
 import time
 import urllib.request
 
-import dvc.stage.run
 import pytest
 import yaml
-from dvc import dvcfile
 from dvc.repo import Repo
-from dvc.repo import reproduce as dvc_reproduce
-from dvc.stage import Stage as DvcStage
-from dvc.stage.cache import StageCache
 
 from flows.server import settings
 from tests.support.paths import ROOT
@@ -34,7 +28,7 @@ from tests.support.project import clean_environment
 
 os.environ.setdefault("PREFECT_HOME", str(ROOT / settings.HOME))  # else importing Prefect makes a folder in ~
 
-from flows import reproduction  # noqa: E402
+from flows import following  # noqa: E402
 from flows.server import temporary
 
 STAGES = {
@@ -129,6 +123,21 @@ def test_every_stage_is_a_task_run_that_says_why_it_ran_or_not(toy) -> None:
 
 
 @pytest.mark.slow  # a server of its own
+def test_what_dvc_add_made_is_a_stage_of_the_flow(toy) -> None:
+    (toy / "source").mkdir()
+    (toy / "source/model").write_text("1\n", encoding="utf-8")
+    run(toy, "-m", "dvc", "add", "-q", "source/model")
+    stages = yaml.safe_load((toy / "dvc.yaml").read_text())
+    stages["stages"]["first"]["deps"] = ["source/model"]
+    (toy / "dvc.yaml").write_text(yaml.safe_dump(stages), encoding="utf-8")
+    run(toy, "-c", FLOW, json.dumps(["value: 1\n"]))
+    (only,) = json.loads((toy / "runs.json").read_text())
+    assert only["failure"] is None
+    added = ("source/model.dvc", "Cached", "unchanged")
+    assert sorted(summary(only)) == [("first", "Completed", "ran"), ("last", "Completed", "ran"), added]
+
+
+@pytest.mark.slow  # a server of its own
 def test_a_stage_that_fails_gives_its_own_sentence_to_the_task_run_and_the_flow_run(toy) -> None:
     stages = yaml.safe_load((toy / "dvc.yaml").read_text())
     stages["stages"]["first"]["cmd"] = "echo 'error: first: no such thing' >> $EDGEPRESS_LOG; exit 1"
@@ -164,11 +173,19 @@ def test_the_ui_serves_what_ran_on_any_port_and_leaves_nothing_behind(toy) -> No
         assert [(entry["flow_id"] is not None, entry["state"]["name"]) for entry in ended] == [(True, "Completed")]
         logged = [line["message"] for line in ask(url, "logs/filter")]
         assert "first talks" in logged
-        assert {entry["key"] for entry in ask(url, "artifacts/filter")} == {"lineage-first", "lineage-last"}
+        (progress,) = ask(url, "artifacts/filter")
+        assert (progress["key"], progress["type"], progress["data"]) == ("3-progress", "progress", 100.0)
+        assert progress["description"] == "all 2 stages are done"
+        steps = {step["name"]: step for step in ask(url, "task_runs/filter")}
+        assert parents(steps["first"]) == [] and parents(steps["last"]) == [steps["first"]["id"]]
     finally:
         ui.send_signal(signal.SIGTERM)
         assert ui.wait(30) == 0
     assert not address.exists()
+
+
+def parents(step):
+    return [each["id"] for inputs in step["task_inputs"].values() for each in inputs]
 
 
 def ask(url, what, patience=10.0):
@@ -215,27 +232,12 @@ def test_a_damaged_database_is_moved_aside_and_a_good_one_stays(tmp_path, monkey
 def test_a_taken_port_is_a_sentence(tmp_path) -> None:
     (tmp_path / "flows").symlink_to(ROOT / "flows")
     (tmp_path / "tasks").symlink_to(ROOT / "tasks")
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
         output = run(tmp_path, "-m", "tasks", "ui", str(other.server_port), check=False)
     assert output.count("\n") == 1 and "error: cannot serve on port" in output
     output = run(tmp_path, "-m", "tasks", "ui", "99999", check=False)
     assert "error: cannot serve on port 99999: it must be 0 to 65535" in output
-
-
-def test_dvc_still_has_what_the_flow_uses_of_its_internals() -> None:
-    assert "repro_fn" in inspect.signature(dvc_reproduce._reproduce).parameters
-    assert "repro_fn(stage, upstream=upstream, force=force_stage, **kwargs)" in inspect.getsource(
-        dvc_reproduce._reproduce
-    )
-    assert list(inspect.signature(dvc_reproduce._reproduce_stage).parameters) == ["stage", "kwargs"]
-    assert {"allow_missing", "upstream"} <= set(inspect.signature(DvcStage.changed).parameters)
-    assert "run_env" in inspect.signature(dvc.stage.run.cmd_run).parameters
-    assert list(inspect.signature(StageCache.restore).parameters)[:2] == ["self", "stage"]
-    assert list(inspect.signature(reproduction._get_stage_hash).parameters) == ["stage"]
-    assert list(inspect.signature(reproduction._can_hash).parameters) == ["stage"]
-    assert "self.stage_cache" in inspect.getsource(Repo.__init__)
-    assert "with modify_yaml(self.path, fs=self.repo.fs) as data" in inspect.getsource(dvcfile.Lockfile.dump_stages)
-    assert dvcfile.modify_yaml is reproduction.modify_yaml
 
 
 def test_state_stays_in_the_project_and_the_environment_wins(tmp_path, monkeypatch) -> None:
@@ -304,36 +306,23 @@ def test_a_running_server_is_found_and_a_stale_or_foreign_one_is_not(stand_in, m
     assert settings.running_server() is None
 
 
-@pytest.mark.parametrize(
-    ("words", "key"),
-    [
-        (("lineage", "wanda"), "lineage-wanda"),
-        (("lineage", "depth_prune"), "lineage-depth-prune"),
-        (("progress", "evaluate@depth_prune"), "progress-evaluate-depth-prune"),
-    ],
-)
-def test_artifact_keys_have_only_what_prefect_allows(words, key) -> None:
-    assert reproduction.artifact_key(*words) == key
-    assert re.fullmatch(r"[a-z0-9-]+", key)
-
-
 def test_a_line_of_progress_is_read_as_tasks_write_it(capsys) -> None:
     from tasks.runtime.progress import Progress
 
     with Progress("base model", 8) as progress:
         progress.update(2, loss=0.5)
-    found = reproduction.PROGRESS.search(capsys.readouterr().err.strip())
+    found = following.PROGRESS.search(capsys.readouterr().err.strip())
     assert (found["what"], found["done"], found["total"]) == ("base model", "2", "8")
-    assert not reproduction.PROGRESS.search("[progress] nothing 0/0 eta=0s")
-    assert not reproduction.PROGRESS.search("progress 1/2")
+    assert not following.PROGRESS.search("[progress] nothing 0/0 eta=0s")
+    assert not following.PROGRESS.search("progress 1/2")
 
 
 def test_the_sentence_of_a_failure_is_the_stages_own(tmp_path) -> None:
     log = tmp_path / "stage.log"
     log.write_text("RuntimeError: 3\nan error: of a library\nerror: wanda: a\nerror: wanda: b\n", encoding="utf-8")
-    assert reproduction._sentence(log) == "wanda: a; wanda: b"
+    assert following.sentence(log) == "wanda: a; wanda: b"
     log.write_text("ValueError: oops\n", encoding="utf-8")
-    assert reproduction._sentence(log) is None
+    assert following.sentence(log) is None
 
 
 def test_a_growing_log_becomes_lines_without_redrawn_bars(tmp_path, monkeypatch) -> None:
@@ -342,11 +331,10 @@ def test_a_growing_log_becomes_lines_without_redrawn_bars(tmp_path, monkeypatch)
     class Logger:
         info = staticmethod(lines.append)
 
-    monkeypatch.setattr(reproduction, "get_run_logger", lambda: Logger)
-    monkeypatch.setattr(reproduction, "_show_progress", lambda *found: shown.append(found[1:]) or "artifact")
+    monkeypatch.setattr(following, "get_run_logger", lambda: Logger)
     log = tmp_path / "log"
     log.write_bytes(b"")
-    with reproduction._followed(log, "lora"), log.open("ab", buffering=0) as file:
+    with following.followed(log, shown.append), log.open("ab", buffering=0) as file:
         file.write("half of é".encode()[:-1])
         time.sleep(0.5)
         assert lines == []
@@ -355,4 +343,4 @@ def test_a_growing_log_becomes_lines_without_redrawn_bars(tmp_path, monkeypatch)
         assert lines == ["half of é", "bar 100%", "[progress] lora 1/4 loss=2 eta=3s"]
         file.write(b"[progress] lora 4/4 eta=0s\nno end of line")
     assert lines[-1] == "no end of line"
-    assert shown == [("lora", 25.0, "lora"), ("lora", 100.0, "lora")]
+    assert shown == [0.25, 1.0]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from tasks.algorithms.quantisation import gptqmodel_library as library
 from tasks.algorithms.quantisation import masked_gptq
-from tasks.models import gptq_folder
+from tasks.models import dense_folder, gptq_folder
 from tests.support.gptq_oracle import SETTINGS
 from tests.support.pruned_model import inputs_of_the_stage
 
@@ -38,6 +39,23 @@ def test_the_saved_weights_are_those_that_gptq_computed_with(pruned, tmp_path):
     stored = gptq_folder.block_weights(gptq_folder.load_quantised(tmp_path / "out/model"))
     for name, weight in stored.items():
         assert torch.equal(weight, solved[name]), name
+
+
+def test_no_dense_shard_stays_beside_the_quantised_file(pruned, tmp_path):
+    given = pruned.files["lora/model"]
+    dense = shutil.copytree(given, tmp_path / "dense")
+    (dense / "model.safetensors").unlink()
+    dense_folder.load_dense(given).save_pretrained(dense, max_shard_size="20KB")
+    assert len(list(dense.glob("*.safetensors"))) > 1
+    (dense / "optimizer.pt").write_bytes(bytes(10_000))
+    written = {}
+    for source in (given, dense):
+        model = gptq_folder.load_for_quantisation(source, masked_gptq.config(**SETTINGS))
+        masked_gptq.quantise(model, pruned.windows, pruned.keep)
+        gptq_folder.save_quantised(model, source, tmp_path / f"out/{source.name}")
+        written[source.name] = {path.name: path.read_bytes() for path in (tmp_path / f"out/{source.name}").iterdir()}
+    assert written["dense"] == written[given.name]
+    assert {name for name in written["dense"] if name.endswith(".safetensors")} == {"model.safetensors"}
 
 
 def test_peft_is_told_the_ranks(tmp_path):

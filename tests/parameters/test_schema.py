@@ -128,7 +128,6 @@ BAD = [
     out_of_range("gptq.damp", 0.0, ABOVE_ZERO),
     out_of_range("eora.rank", -1, ONE),
     out_of_range("eora.teacher", "base", "input should be 'lora' or 'fetch'"),
-    out_of_range("evaluate.prompts", [], "list should have at least 1 item"),
     out_of_range("hardware_fit.device", "../x", "string should match pattern"),
     out_of_range("hardware_fit.kv_bits", 5, "input should be 4, 8, 16 or 32"),
     out_of_range("fetch.model.revision", "main", "string should match pattern '^[0-9a-f]{40}$'"),
@@ -230,7 +229,7 @@ def test_every_problem_at_once() -> None:
     [
         (None, "cannot read {path}: No such file or directory; run from the project's folder"),
         ("a: [", "{path} is not valid YAML: "),
-        ("", "{path} holds NoneType, expected one section per stage"),
+        ("", "{path} holds nothing, expected one section per stage"),
         ("- a", "{path} holds list, expected one section per stage"),
     ],
 )

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 MODELS = ("fetch", "vocabulary", "depth_prune", "wanda", "lora", "gptq", "eora", "package", "baseline_lora", "baseline")
 EVALUATIONS = {f"evaluate@{name}" for name in MODELS}
 STAGES = {*MODELS, "overlap", "calibrate", "importance", "measure", "kv_cache", "hardware_fit", "report"} | EVALUATIONS
-STAGES |= {"harness_data", "harness@fetch-corpus"}
+STAGES |= {"code", "harness_data@corpus", "harness@fetch-corpus"}
 BELOW_PACKAGE = {"baseline", "measure", "kv_cache", "hardware_fit", "report", "evaluate@package", "evaluate@baseline"}
 BELOW_PACKAGE |= {"harness@package-corpus", "harness@baseline-corpus"}
 STAGES |= BELOW_PACKAGE
@@ -68,10 +68,17 @@ def test_the_flow_has_nothing_to_do_after_dvc_and_dvc_nothing_after_the_flow(pro
     assert f"0 of {len(STAGES)} stages ran" in project.flow().stdout
 
 
-def test_the_dag_elsewhere_gives_the_same_bytes(project, tiny_model, tmp_path) -> None:
-    other = Project(tmp_path / "elsewhere", tiny_model)
-    other.repro()
+def test_a_clone_without_a_cache_gives_the_same_bytes_and_stays_clean(project, tmp_path) -> None:
+    project("git", "add", "-A")
+    project("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "dvc.lock and records")
+    other = Project.found(tmp_path / "elsewhere")
+    project("git", "clone", "-q", ".", str(other.path))
+    assert ran(other.repro().stdout) == STAGES
     assert other.lock() == project.lock()
+    assert other("git", "status", "--porcelain").stdout == ""
+    verified = other(sys.executable, "-m", "tasks", "verify").stdout
+    assert verified.splitlines()[-1].startswith("the same as HEAD (")
+    assert f"{len(STAGES)} of " in verified and "from a cache" not in verified
 
 
 def test_stages_that_are_off_pass_the_same_files_on_without_taking_space(project) -> None:
@@ -277,14 +284,14 @@ def test_each_task_of_each_model_is_cached_alone(project) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     try:
         project.change({"harness_data.enabled": True, "harness.enabled": True})
-        assert ran(project.repro(*tasks).stdout) >= {"harness_data", *tasks}
+        assert ran(project.repro(*tasks).stdout) >= {"harness_data@corpus", *tasks}
         own = {"harness_data.folder": "own", "harness_data.sources.piqa.path": "piqa.jsonl"}
         project.change(own | {"harness.tasks": ["corpus", "piqa"]})
-        assert ran(project.repro(*tasks, "harness@fetch-piqa").stdout) == {"harness_data", "harness@fetch-piqa"}
+        assert ran(project.repro(*tasks, "harness@fetch-piqa").stdout) == {"harness_data@piqa", "harness@fetch-piqa"}
         project.change({"harness_data.sources.piqa.path": "gone.jsonl"})
-        refused = project.repro("harness_data", check=False)
+        refused = project.repro("harness_data@piqa", check=False)
         assert refused.returncode and "Traceback" not in refused.stdout
-        assert "error: harness_data: harness_data.sources.piqa.path = gone.jsonl is no file" in refused.stdout
+        assert "error: harness_data@piqa: harness_data.sources.piqa.path = gone.jsonl is no file" in refused.stdout
         scores = json.loads((project.path / "data/harness/package-corpus/scores.json").read_text(encoding="utf-8"))
         assert scores["agreement"]["relative_difference"] < 1e-4
     finally:

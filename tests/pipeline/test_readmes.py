@@ -182,10 +182,11 @@ def paths(readme: Path) -> Iterator[str]:
 
 @functools.cache
 def made() -> frozenset[str]:
-    """The outputs of dvc.yaml, up to their first placeholder."""
-    listed = (out for stage in DAG["stages"].values() for key in ("outs", "metrics") for out in stage.get(key, []))
-    names = (out if isinstance(out, str) else next(iter(out)) for out in listed)
-    return frozenset(name.partition("${")[0].rstrip("/") for name in names)
+    """The outputs of dvc.yaml and what others read of them, up to their first placeholder."""
+    stages = DAG["stages"].values()
+    outs = [out if isinstance(out, str) else next(iter(out)) for stage in stages for out in stage["outs"]]
+    read = [dep for stage in stages for dep in stage["deps"] if any(dep.startswith(f"{out}/") for out in outs)]
+    return frozenset(name.partition("${")[0].rstrip("/") for name in [*outs, *read, *DAG["metrics"]])
 
 
 def written_by_commands(path: str) -> bool:

@@ -138,6 +138,19 @@ def test_speed_and_memory_are_those_of_the_measurement(make):
     ]
 
 
+def test_the_page_says_who_measured_and_what_it_doesn_t_know(make, results):
+    def told(text):
+        return text.partition('id="host"')[2].partition("</section>")[0]
+
+    assert "1 threads, measured on A processor, 2 cores, 2026-11-20; 32 tokens" in told(page(make()))
+    path = results["lineage/measure.json"]
+    path.write_text(path.read_text().replace("digest of package", "digest of another"))
+    shown = {row[0] for row in table_after(page(make("one")), 'id="host"')[1:]}
+    assert "lora" in shown and "package" not in shown
+    path.write_text("{}")
+    assert "No speeds: nobody&#39;s speeds of these models are known here" in told(page(make("two")))
+
+
 def test_failures_of_generation_are_counted_per_stage(make):
     shown = {row[0]: row[1:] for row in table_after(page(make()), 'id="completions"')[1:]}
     assert shown["wanda"] == ["2", "1", "0", "2", "0.250", "0.00 %"] and shown["lora"][1] == "0"

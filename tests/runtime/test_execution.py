@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import subprocess
@@ -27,7 +28,18 @@ def test_outputs_appear_only_when_all_are_written(made: Toy, run_here) -> None:
 
     run_here(run)
     assert made.outputs() == {"data/toy/model/a": "2", "data/toy/table.csv": "2"}
-    assert Path("data/lineage/toy.json").exists() and made.left() == []
+    assert json.loads(Path("data/lineage/toy.json").read_text())["outputs"].keys() == {"data/toy"}
+    assert made.left() == []
+
+
+def test_what_a_stage_notes_is_in_its_record_and_can_t_pose_as_anything_else(made: Toy, run_here) -> None:
+    def run(stage: Stage) -> None:
+        write(stage)
+        stage.note(measured={"a": 1.5}, seconds="never")
+
+    run_here(run)
+    record = json.loads(Path("data/lineage/toy.json").read_text())
+    assert record["measured"] == {"a": 1.5} and record["seconds"] >= 0
 
 
 def test_what_a_killed_run_left_is_not_taken_for_an_output(made: Toy, run_here) -> None:

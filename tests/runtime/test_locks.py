@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from datetime import datetime, timedelta
 
@@ -105,3 +106,46 @@ def test_a_list_that_is_cut_off_is_none(tmp_path, monkeypatch, content):
     locks.DVC_USERS.parent.mkdir(parents=True)
     locks.DVC_USERS.write_text(content)
     assert locks.users_of_dvc() is None and locks.writers() == {}
+
+
+class Inner:
+    """A lock between processes, as DVC's: it can't be taken twice."""
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.is_locked, self.refuses = False, refuses
+
+    def lock(self) -> None:
+        assert not self.is_locked
+        if self.refuses:
+            raise RuntimeError("held by another process")
+        self.is_locked = True
+
+    def unlock(self) -> None:
+        assert self.is_locked
+        self.is_locked = False
+
+
+def test_threads_take_turns_with_a_lock_between_processes() -> None:
+    shared, inside, most = locks.Shared(Inner()), [], []
+
+    def work() -> None:
+        for _ in range(50):
+            with shared:
+                inside.append(1)
+                most.append(len(inside))
+                assert shared.is_locked
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 200 and max(most) == 1 and not shared.is_locked
+
+
+def test_a_thread_that_is_refused_lets_the_next_one_try() -> None:
+    shared = locks.Shared(Inner(refuses=True))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="another process"):
+            shared.lock()

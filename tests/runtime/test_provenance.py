@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from tests.support.command import edgepress
 from tests.support.lineage_project import DAG, call, record
 
 
-@pytest.mark.parametrize("path", ["data/score/train.txt", "data/score", "data/lineage/score@train.json"])
+@pytest.mark.parametrize("path", ["data/score/train.txt", "data/score"])
 def test_show_reaches_the_first_inputs(repository: Path, capsys: pytest.CaptureFixture[str], path: str) -> None:
     code, out, _ = edgepress(capsys, "lineage", "show", path)
     assert code == 0
@@ -44,6 +46,12 @@ def rewrite_keeping_size_and_time(path: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def forget(name: str) -> None:
+    """Remove every record of a stage."""
+    Path(f"data/lineage/{name}.json").unlink()
+    shutil.rmtree(f"data/lineage/here/{name}")
+
+
 ALTERATIONS = {
     "output": (
         lambda: rewrite_keeping_size_and_time(Path("data/train/model.txt")),
@@ -68,7 +76,7 @@ ALTERATIONS = {
         "train: parameter train.steps is 4 now, it was made with 3",
     ),
     "record": (
-        lambda: Path("data/lineage/train.json").unlink(),
+        lambda: forget("train"),
         "train: lineage record data/lineage/train.json is missing",
     ),
 }
@@ -82,6 +90,31 @@ def test_verify_names_what_was_altered(repository: Path, capsys: pytest.CaptureF
     assert code == 1
     assert sentence in out
     assert "ok" not in out.splitlines()[-1].split()
+
+
+def test_the_record_of_a_run_here_does_where_the_tracked_one_is_of_another_result(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = record(repository, "train") | {"outputs": {"data/train": "0" * 32 + ".dir"}}
+    Path("data/lineage/train.json").write_text(json.dumps(other))
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/score/train.txt")
+    assert code == 0 and "train: note: data/lineage/train.json is of another result" in out
+    forget("train")
+    Path("data/lineage/train.json").write_text(json.dumps(other))
+    code, out, _ = edgepress(capsys, "lineage", "verify", "data/score/train.txt")
+    assert code == 1 and "train: output data/train is 0000000000.dir in the lineage record" in out
+    assert "train  (made elsewhere" in edgepress(capsys, "lineage", "show", "data/score/train.txt")[1]
+
+
+def test_show_tells_the_first_run_and_this_machine_s(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("data/lineage/train.json")
+    first = record(repository, "train")
+    first |= {"started": "2026-01-02T03:04:05+00:00", "machine": {"platform": "Elsewhere-1", "cpus": 64}}
+    path.write_text(json.dumps(first))
+    _, out, _ = edgepress(capsys, "lineage", "show", "data/train/model.txt")
+    (here,) = Path("data/lineage/here/train").iterdir()
+    assert "train  2026-01-02T03:04:05+00:00" in out and "made on Elsewhere-1, 64 cores" in out
+    assert f"and again here {json.loads(here.read_text())['started']}" in out
 
 
 def test_verify_finds_a_lock_that_no_stage_made(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,16 @@ def test_the_model_in_is_the_first_one(toy: Toy, run_here) -> None:
         _ = Stage("toy", Repo()).model_in
 
 
+def test_a_path_that_ends_another_one_is_itself() -> None:
+    declared = ["test.jsonl", "wiki/test.jsonl", "a/model", "b/a/model"]
+    inputs = Inputs("toy", {Path(path): Path("elsewhere") / path for path in declared})
+    for path in declared:
+        assert inputs.input(path) == Path("elsewhere") / path and inputs.has_input(path)
+    with pytest.raises(LookupError, match="`model` is an ambiguous dependency"):
+        inputs.input("model")
+    assert not inputs.has_input("model")
+
+
 def test_the_models_that_the_stages_work_on_are_one_chain_and_its_baselines() -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     models = {name: [Path(dep) for dep in stage["deps"] if Path(dep).name == "model"] for name, stage in stages.items()}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import datasets
 import pandas
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from tasks import fetch
 from tasks.algorithms.errors import InputError
@@ -69,6 +72,45 @@ def test_bad_corpora(make_fetch, tmp_path: Path, no_weights_read, kind: str) -> 
 def test_wrong_column_of_a_parquet_file(make_fetch, tmp_path: Path) -> None:
     pandas.DataFrame({"body": ["x"]}).to_parquet(tmp_path / "a.parquet")
     assert "no column `text`, only body; set `field`" in refusal(make_fetch(test={"path": str(tmp_path / "a.parquet")}))
+
+
+def damage(path: Path, kind: str) -> None:
+    """A parquet file of 2000 rows: a page with other bytes, a page header without sense, a text that is no UTF-8."""
+    if kind == "text":
+        column = pyarrow.array([b"one", b"\xff\xfe"], pyarrow.binary())
+        column = pyarrow.Array.from_buffers(pyarrow.string(), 2, column.buffers())
+        parquet.write_table(pyarrow.table({"text": column}), path)
+        return
+    texts = [f"The pump {row} shall stop, and report it {'x' * (row % 50)}." for row in range(2000)]
+    parquet.write_table(pyarrow.table({"text": texts}), path, compression="snappy", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    if kind == "page":
+        content[4000:4200] = bytes(200)
+    else:
+        content[4:24] = b"\xff" * 20
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("page", "a.parquet is no valid parquet file (Corrupt snappy compressed data.); write it again"),
+        ("header", "a.parquet is no valid parquet file (Couldn't deserialize thrift"),
+        ("text", "a.parquet, after row 0: `text` is no UTF-8 text (invalid start byte); write it again"),
+    ],
+)
+def test_a_damaged_parquet_file(make_fetch, tmp_path: Path, no_weights_read, kind: str, sentence: str) -> None:
+    damage(tmp_path / "a.parquet", kind)
+    assert sentence in refusal(make_fetch(test={"path": str(tmp_path / "a.parquet")}))
+
+
+def test_a_disk_that_fails_is_not_the_file_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(parquet, "ParquetFile", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        list(corpus_source.READERS[".parquet"](tmp_path / "a.parquet", "text"))
 
 
 def test_a_long_corpus_is_tokenised_only_as_far_as_needed(tmp_path: Path) -> None:

@@ -53,6 +53,19 @@ def test_weights_that_are_no_safetensors(make_fetch, model_folder: Path) -> None
     assert refusal(make_fetch()).startswith("model.safetensors is no whole safetensors file")
 
 
+def test_a_head_that_the_config_ties_but_the_weights_do_not(make_fetch, model_folder: Path) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+
+    rewrite(model_folder, add)
+    assert refusal(make_fetch()) == (
+        "the weights hold model.embed_tokens.weight and another lm_head.weight, which config.json ties to it"
+        " (tie_word_embeddings); set that to false, or leave lm_head.weight out"
+    )
+    edit(model_folder / "config.json", tie_word_embeddings=False)
+    fetch.run(make_fetch())
+
+
 def test_tied_head_and_old_buffers_are_welcome(make_fetch, model_folder: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

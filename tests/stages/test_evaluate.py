@@ -6,7 +6,6 @@ import json
 import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from tasks import evaluate
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.scoring import generation_failures
-from tasks.models import dense_folder, tensor_headers
+from tasks.models import dense_folder, model_files, tensor_headers
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed import reader
 from tasks.packed.stored_model import Linear, Model
@@ -28,9 +27,10 @@ PARAMS = {
     "stride": 16,
     "max_windows": 3,
     "batch": 2,
-    "prompts": ["The pump", "User"],
+    "prompts": "own/prompts.txt",
     "new_tokens": 7,
 }
+PROMPTS = ["The pump", "User"]
 
 
 def on_disk(folder: Path) -> int:
@@ -41,7 +41,7 @@ def test_components_of_a_dense_folder_add_up(model_folder: Path) -> None:
     found = tensor_headers.component_bytes(model_folder)
     weights = load_file(model_folder / "model.safetensors")
     blocks = sum(4 * w.numel() for name, w in weights.items() if ".layers." in name and w.dim() == 2)
-    assert sum(found.values()) == on_disk(model_folder) == tensor_headers.stored_bytes(model_folder)
+    assert sum(found.values()) == on_disk(model_folder) == model_files.stored_bytes(model_folder)
     assert (found["blocks"], found["embedding"]) == (blocks, 96 * 32 * 4)
     assert found["norms"] == (4 * 2 + 1) * 32 * 4
     assert found["scales"] == found["adapter"] == 0 and found["metadata"] > 0
@@ -151,15 +151,15 @@ def test_sparsity_of_a_2_of_4_pattern_and_of_a_dense_matrix() -> None:
 
 def test_completions_are_the_greedy_ones(model_folder: Path) -> None:
     model, tokenizer = dense_folder.load_dense(model_folder), dense_folder.load_tokenizer(model_folder)
-    rows = evaluate.completions(model, tokenizer, SimpleNamespace(**PARAMS))
-    assert [row["prompt"] for row in rows] == PARAMS["prompts"]
+    rows = evaluate.completions(model, tokenizer, PROMPTS, PARAMS["new_tokens"])
+    assert [row["prompt"] for row in rows] == PROMPTS
     for row in rows:
         ids = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
         for _ in range(PARAMS["new_tokens"]):
             with torch.no_grad():
                 ids = [*ids, int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
         assert row["completion"] == tokenizer.decode(ids[-PARAMS["new_tokens"] :], skip_special_tokens=True)
-    assert evaluate.completions(model, tokenizer, SimpleNamespace(**PARAMS)) == rows
+    assert evaluate.completions(model, tokenizer, PROMPTS, PARAMS["new_tokens"]) == rows
 
 
 @pytest.fixture
@@ -170,7 +170,16 @@ def stage(tmp_path: Path, make_stage, model_folder: Path):
     ):
         row = json.dumps({"text": text}) + "\n"
         (tmp_path / f"{split}.jsonl").write_text(row * 2, encoding="utf-8")
-    return make_stage({"evaluate": dict(PARAMS)}, {"model": model_folder, "corpora": tmp_path}, item="wanda")
+    (tmp_path / "prompts.txt").write_text("The pump\n\n User \n", encoding="utf-8")
+    inputs = {"model": model_folder, "corpora": tmp_path, PARAMS["prompts"]: tmp_path / "prompts.txt"}
+    return make_stage({"evaluate": dict(PARAMS)}, inputs, item="wanda")
+
+
+@pytest.mark.parametrize(("content", "words"), [(b" \n\n", "holds no prompt"), (b"\xff\n", "is no UTF-8")])
+def test_a_file_without_prompts_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(InputError, match=f"evaluate.prompts = .*prompts.txt {words}"):
+        evaluate.read_prompts(tmp_path / "prompts.txt")
 
 
 def test_metrics_agree_with_the_definitions(stage, model_folder: Path) -> None:
@@ -234,7 +243,8 @@ def test_off_says_that_nothing_was_measured(stage) -> None:
 def test_a_packed_model_is_measured_as_its_original(stage, model_folder: Path, tmp_path: Path, make_stage) -> None:
     folder = pack(dense_folder.load_dense(model_folder), tmp_path / "packed")
     copy_tokenizer(model_folder, folder)
-    other = make_stage({"evaluate": dict(PARAMS)}, {"model": folder, "corpora": tmp_path}, out="other", item="package")
+    inputs = {"model": folder, "corpora": tmp_path, PARAMS["prompts"]: tmp_path / "prompts.txt"}
+    other = make_stage({"evaluate": dict(PARAMS)}, inputs, out="other", item="package")
     evaluate.run(stage)
     evaluate.run(other)
     found, expected = (json.loads(each.output("metrics.json").read_text()) for each in (other, stage))

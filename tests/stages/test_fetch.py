@@ -113,6 +113,10 @@ CONFIGS = {
         lambda folder: edit(folder / "config.json", num_attention_heads=0),
         "has num_attention_heads = 0, expected",
     ),
+    "sentencepiece alone": (
+        lambda folder: (folder / "tokenizer.json").rename(folder / "tokenizer.model"),
+        "the tokenizer is a tokenizer.model alone, which isn't read here; name a model folder with a tokenizer.json",
+    ),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "the tokenizer can't be loaded"),
     "large tokenizer": (
         lambda folder: edit(folder / "config.json", vocab_size=95),

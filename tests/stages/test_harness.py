@@ -46,7 +46,7 @@ def make(make_stage, tmp_path: Path, folder: Path):
     """make(task, documents, model=…, limit=None, batch=2, answers=None, out="out") -> the stage."""
 
     def made(task, documents, model=folder, limit=None, batch=2, answers=None, out="out"):
-        path = tmp_path / f"{task}.jsonl"
+        path = tmp_path / "documents.jsonl"
         path.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
         inputs = {"model": model, path.name: path, f"{task}.yaml": TASKS / f"{task}.yaml"}
         params = {"harness": {"limit": limit, "batch": batch}}

@@ -78,7 +78,7 @@ def make(make_stage, tmp_path: Path):
     def made(task: str, source: dict[str, Any] | None = None, out: str = "out"):
         sources = {} if source is None else {task: source_sections.TaskSource(**AT_HUB | source)}
         given = {"folder": str(tmp_path), "sources": SimpleNamespace(**sources)}
-        stage = make_stage({"harness_data": given, "harness": {"tasks": [task]}}, {"corpora": tmp_path}, out)
+        stage = make_stage({"harness_data": given}, {"corpora": tmp_path}, out, item=task)
         corpora = stage.input
         stage.input = lambda name: tmp_path if name not in ("corpora",) else corpora(name)
         return stage
@@ -86,9 +86,9 @@ def make(make_stage, tmp_path: Path):
     return made
 
 
-def documents(stage: Any, task: str) -> list[dict[str, Any]]:
+def documents(stage: Any) -> list[dict[str, Any]]:
     harness_data.run(stage)
-    return read(stage.output("documents") / f"{task}.jsonl")
+    return read(stage.output("documents.jsonl"))
 
 
 @pytest.mark.parametrize("task", HUB_ROWS)
@@ -99,17 +99,17 @@ def test_rows_of_the_hub_and_documents_in_a_file_give_the_same(task, make, tmp_p
     (tmp_path / "own.jsonl").write_text(lines(DOCUMENTS[task]), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     hub, local = make(task, {}), make(task, {"path": "own.jsonl"}, out="local")
-    assert documents(hub, task) == DOCUMENTS[task] == documents(local, task)
-    said = json.loads(hub.output("sources.json").read_text())[task]
+    assert documents(hub) == DOCUMENTS[task] == documents(local)
+    said = json.loads(hub.output("source.json").read_text())
     assert said["kind"] == "hub" and said["hub"] == "stand/in" and said["revision"] == REVISION
     assert (said["documents"], said["rows_without_document"]) == (1, len(HUB_ROWS[task]) - 1)
-    files = [stage.output("documents") / f"{task}.jsonl" for stage in (hub, local)]
+    files = [stage.output("documents.jsonl") for stage in (hub, local)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_corpus_is_the_fetched_test_split(make, tmp_path) -> None:
     (tmp_path / "test.jsonl").write_text(lines([{"text": "naïve"}, {"text": "b"}]), encoding="utf-8")
-    assert documents(make("corpus"), "corpus") == [{"text": "naïve"}, {"text": "b"}]
+    assert documents(make("corpus")) == [{"text": "naïve"}, {"text": "b"}]
 
 
 def test_the_hub_is_asked_for_the_pinned_commit_and_only_streamed(make, monkeypatch) -> None:
@@ -197,11 +197,11 @@ def test_every_task_has_its_file_and_its_source() -> None:
     files = {path.stem for path in (ROOT / "data/harness_tasks").glob("*.yaml")}
     sources = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["harness_data"]["sources"]
     known = {*evaluation_sections.TaskName.__args__}
-    assert files == known == {*sources, "corpus"} == {*task_documents.CONVERTERS, "wikitext"}
+    assert files == known == {*sources} == {*task_documents.CONVERTERS, "wikitext"}
 
 
 def test_off_leaves_empty_files(make) -> None:
     stage = make("corpus")
     harness_data.skip(stage)
-    assert read(stage.output("documents") / "corpus.jsonl") == []
-    assert json.loads(stage.output("sources.json").read_text()) == {}
+    assert read(stage.output("documents.jsonl")) == []
+    assert json.loads(stage.output("source.json").read_text()) == {}

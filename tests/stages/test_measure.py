@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -45,27 +46,50 @@ def stage(tmp_path: Path, make_stage):
     return make_stage({"measure": PARAMS}, inputs)
 
 
-def result(stage, name: str) -> dict:
-    return json.loads((stage.output("measure") / name / "host.json").read_text(encoding="utf-8"))
+def written(stage) -> dict:
+    return json.loads((stage.output("measure") / "models.json").read_text(encoding="utf-8"))
 
 
-def test_models_take_turns_and_equal_ones_share_their_figures(stage, monkeypatch) -> None:
-    order = []
+@pytest.fixture
+def turns(monkeypatch) -> list[str]:
+    """The models in the order in which a stand-in for the process measured them, each slower than the one before."""
+    order: list[str] = []
 
     def process(folder, workload):
         order.append(folder.parent.name)
         return figures(len(order), energy=None if len(order) == 1 else 2.0, peak=len(order))
 
     monkeypatch.setattr(measuring_process, "measure", process)
+    return order
+
+
+def test_models_take_turns_and_equal_ones_share_their_figures(stage, turns) -> None:
     measure.run(stage)
-    assert order == ["fetch", "package"] * 3
-    fetch, same, package = (result(stage, name) for name in ("fetch", "vocabulary", "package"))
-    assert {**same, "model": "fetch"} == fetch  # measured in rounds 1, 3 and 5
+    assert turns == ["fetch", "package"] * 3
+    fetch, same, package = (stage.facts["measured"][name] for name in ("fetch", "vocabulary", "package"))
+    assert same == fetch  # measured in rounds 1, 3 and 5
     assert fetch["seconds_per_token"] == {"median": pytest.approx(0.4), "least": 0.1, "largest": 1.0}
     assert fetch["tokens_per_second"] == {"1": pytest.approx(2.5), "4": pytest.approx(4 * 10 / 12)}
     assert (fetch["load_seconds"], fetch["above_libraries_bytes"], fetch["joules_per_token"]) == (3, 3, 2.0)
-    assert (package["load_seconds"], package["bytes"], package["measured"]) == (4, 100, True)
-    assert package["workload"] == {key: getattr(PARAMS, key) for key in type(PARAMS).model_fields if key != "enabled"}
+    assert package["load_seconds"] == 4
+    asked = {key: getattr(PARAMS, key) for key in type(PARAMS).model_fields if key != "enabled"}
+    assert stage.facts["workload"] == written(stage)["workload"] == asked
+    assert stage.facts["host"] == measuring_process.machine()
+
+
+def test_the_output_is_a_function_of_the_inputs(stage, turns) -> None:
+    measure.run(stage)
+    first, noted = written(stage), dict(stage.facts)
+    shutil.rmtree(stage.output("measure"))
+    measure.run(stage)  # slower
+    assert written(stage) == first and stage.facts["measured"] != noted["measured"]
+    digest = hashlib.sha256(f"{hashlib.sha256(b'2' * 100).hexdigest()}  model.safetensors\n".encode()).hexdigest()
+    assert first["measured"] is True and first["models"]["package"] == {
+        **{"bytes": 100, "files": digest, "same_as": None},
+    }
+    assert {name: one["same_as"] for name, one in first["models"].items()} == {
+        **{"fetch": None, "vocabulary": "fetch", "package": None},
+    }
 
 
 def test_energy_that_the_host_does_not_tell_is_null(stage) -> None:
@@ -74,20 +98,21 @@ def test_energy_that_the_host_does_not_tell_is_null(stage) -> None:
 
 def test_off_says_that_nothing_was_measured(stage) -> None:
     measure.skip(stage)
-    assert result(stage, "package") == {"model": "package", "measured": False}
+    assert written(stage) == {"measured": False, "models": {"fetch": {}, "vocabulary": {}, "package": {}}}
+    assert stage.facts == {}
 
 
-def test_folders_are_the_same_by_their_bytes(tmp_path: Path) -> None:
+def test_folders_are_the_same_by_their_names_and_bytes(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     (one / "deep").mkdir(parents=True)
     (one / "deep/a").write_bytes(b"x")
     shutil.copytree(one, other)
-    assert measure._same(one, other)
+    assert measure._digest(one) == measure._digest(other)
     (other / "deep/a").write_bytes(b"y")
-    assert not measure._same(one, other)
+    assert measure._digest(one) != measure._digest(other)
     (other / "deep/a").write_bytes(b"x")
     (other / "b").write_bytes(b"")
-    assert not measure._same(one, other)
+    assert measure._digest(one) != measure._digest(other)
 
 
 def test_a_process_of_its_own_measures_a_model(model_folder: Path) -> None:

@@ -213,15 +213,17 @@ def repo_with(outs, root):
 def test_summary_joins_seconds_from_the_records(make, tmp_path, monkeypatch):
     stage = make()
     report.run(stage)
-    records = tmp_path / "data/lineage"
-    records.mkdir(parents=True)
-    (records / "wanda.json").write_text(json.dumps({"seconds": 12.345}))
-    outs = {"wanda": [records / "wanda.json"], "lora": [records / "lora.json"]}
-    outs["report"] = [stage.output("stages.csv").parent]
+    outs = {"wanda": [], "lora": [], "gptq": [], "report": [stage.output("stages.csv").parent]}
     monkeypatch.setattr(summary, "Repo", repo_with(outs, tmp_path))
+    first = {"seconds": 99.0, "machine": {"platform": "Elsewhere-1", "cpus": 64}}
+    here = {"wanda": first | {"seconds": 12.345}}
+    monkeypatch.setattr(summary.lineage, "local", lambda stage: here.get(stage.addressing))
+    monkeypatch.setattr(summary.lineage, "find", lambda stage: None if stage.addressing == "lora" else first)
     rows = {row["stage"]: row for row in summary.rows()}
     assert list(rows) == list(MODELS)
-    assert rows["wanda"]["seconds"] == 12.345 and rows["lora"]["seconds"] is None and rows["gptq"]["seconds"] is None
+    assert rows["wanda"]["seconds"] == 12.345 and rows["wanda"]["seconds_by"] == "this machine"
+    assert rows["gptq"]["seconds"] == 99.0 and rows["gptq"]["seconds_by"] == "Elsewhere-1, 64 cores"
+    assert rows["lora"]["seconds"] is None and rows["eora"]["seconds"] is None
     assert rows["package"]["perplexity_test"] == 3.81
     lines = "\n".join(map(console.text, summary.shown())).splitlines()
     assert lines[0].split() == [
@@ -231,11 +233,12 @@ def test_summary_joins_seconds_from_the_records(make, tmp_path, monkeypatch):
     assert lines[5].split() == ["wanda", *figures]
     assert [line.split("  ")[0].strip() for line in lines[9:13]] == [
         "package",
-        "-" * max(map(len, lines[:-2])),
+        "-" * max(map(len, lines[:-3])),
         "plain: baseline_lora",
         "plain: baseline",
     ]
-    assert lines[-2].endswith("joined-512-512-nobos-fp32")
+    assert lines[-3].endswith("joined-512-512-nobos-fp32")
+    assert lines[-2] == "seconds: of this machine (1 stages), Elsewhere-1, 64 cores (1 stages)"
     assert lines[-1] == stage.output("verdict.txt").read_text().splitlines()[0]
 
 
@@ -262,7 +265,7 @@ def test_links_lead_to_what_dvc_yaml_names(make, tmp_path):
     folder = tmp_path / "data/report"
     names = {name for edge in EDGES for name in edge}
     written = [Path(out.fs_path) for name in names for out in synthetic_results.node(tmp_path, name).outs]
-    known = {os.path.relpath(path, folder) for path in written}
+    known = {os.path.relpath(path, folder) for path in written} | {f"../lineage/{name}.json" for name in names}
     assert "../lineage/evaluate@gptq.json" in links and "../package/model/model.safetensors" in links
     assert known - {"."} == set(links) - {"../package/model/model.safetensors"}  # model: beside the report
 

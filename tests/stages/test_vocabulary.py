@@ -14,7 +14,7 @@ from tasks import vocabulary as stage_module
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.scoring import likelihood, perplexity, protocols
 from tasks.algorithms.text import vocabulary
-from tasks.models import dense_folder, tensor_headers
+from tasks.models import dense_folder, model_files
 from tasks.runtime import files
 from tests.support.paths import SHARED, STORIES, STORIES_TEXT
 
@@ -231,7 +231,7 @@ def test_off_passes_the_bytes_on(model_folder, make, tmp_path):
     for path in model_folder.iterdir():
         assert (tmp_path / "out/model" / path.name).read_bytes() == path.read_bytes()
     record = json.loads((tmp_path / "out/tokens.json").read_text())
-    size = tensor_headers.stored_bytes(model_folder)
+    size = model_files.stored_bytes(model_folder)
     assert record == {
         "enabled": False,
         "tokens": {"before": 96, "after": 96},

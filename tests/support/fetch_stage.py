@@ -16,7 +16,7 @@ from tasks.parameters.source_sections import Fetch
 from tasks.sources import weight_check
 from tests.support.paths import ROOT
 
-OFF = {name: SimpleNamespace(enabled=False) for name in ("calibrate", "lora", "evaluate", "kv_cache")}
+OFF = {name: SimpleNamespace(enabled=False) for name in ("calibrate", "lora", "evaluate", "kv_cache", "harness")}
 
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"

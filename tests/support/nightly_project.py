@@ -1,7 +1,8 @@
 """A git and DVC project whose stages write what the gate reads, in a second: how the nights work, without a model.
 
-Its source's weights.json says what comes out: `nats` are added to every document's score, `bits` (a parameter) of 2 add
-more, and a context above 1,000 does not fit.
+Stage measure notes its speeds in its lineage record, which the report reads, as the project's do. Its source's
+weights.json says what comes out: `nats` are added to every document's score, `bits` (a parameter) of 2 add more, and a
+context above 1,000 does not fit.
 """
 
 from __future__ import annotations
@@ -64,12 +65,22 @@ elif name == "hardware_fit":
     leaked = {"verbatim_share": 1.0 if "leak" in text else 0.0, "run_share": 0.0}
     Path("data/overlap").mkdir(exist_ok=True)
     Path("data/overlap/overlap.json").write_text(json.dumps({"splits": {"test": leaked}}))
+elif name == "measure":
+    from types import SimpleNamespace
+    from dvc.repo import Repo
+    from tasks.runtime import lineage
+    digest = hashlib.md5(Path("data/package/model/model.safetensors").read_bytes()).hexdigest()
+    models, seconds = {"package": {"bytes": 9, "files": digest}}, {"median": 0.01, "least": 0.009, "largest": 0.02}
+    (out / "models.json").write_text(json.dumps({"measured": True, "workload": "w", "models": models}))
+    facts = {"measured": {"package": {"files": digest, "seconds_per_token": seconds}}, "workload": "w", "host": "h"}
+    stage = SimpleNamespace(address=name, name=name, params=None, dvc=Repo().stage.load_one(name=name), facts=facts)
+    lineage.record(stage, started=__import__("time").time(), run_ids={})
 elif name == "report":
-    (out / "report.html").write_text("<p>toy")
+    (out / "report.html").write_text(Path("data/lineage/measure.json").read_text())
     (out / "plots").mkdir()
     (out / "plots/captions.json").write_text("{}")
     (out / "verdict.txt").write_text("A toy.\\n")
-    (out / "stages.csv").write_text("stage,bytes\\npackage,1\\n")
+    (out / "stages.csv").write_text("stage,bytes,protocol\\npackage,1,toy\\n")
 else:
     {"package": package, "evaluate": evaluate}[name]()
 """
@@ -95,9 +106,10 @@ DAG = {
         ["hardware_fit"],
         ["data/hardware_fit", "data/overlap"],
     ),
+    "measure": stage("measure", ["data/package/model"], ["measure"], ["data/measure"]),
     "report": stage(
         "report",
-        ["data/evaluate/package", "data/hardware_fit/fit.json"],
+        ["data/evaluate/package", "data/hardware_fit/fit.json", "data/measure", "data/lineage/measure.json"],
         ["report"],
         ["data/report"],
     ),
@@ -107,17 +119,22 @@ DAG = {
 class NightlyProject:
     """The project's folder, with one commit.
 
+    Args:
+        repository: the folder of its git repository, where that is a larger one.
+
     Attributes:
         path: its root.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, repository: Path | None = None) -> None:
         self.path = path
         for name in ("flows", "tasks"):
             (path / name).symlink_to(ROOT / name)
         (path / "stage.py").write_text(STAGE, encoding="utf-8")
         (path / "dvc.yaml").write_text(yaml.safe_dump({"stages": DAG}, sort_keys=False), encoding="utf-8")
-        (path / ".gitignore").write_text("/data/\n/.prefect/\n/logs/\n/home/\n", encoding="utf-8")
+        (path / ".gitignore").write_text(
+            "/data/*\n!/data/lineage/\n/data/lineage/here\n/.prefect/\n/logs/\n/home/\n", encoding="utf-8"
+        )
         self.weights(0.0)
         for name in ("train", "calibration", "test", "test_ood"):
             (path / f"source/{name}.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
@@ -126,10 +143,10 @@ class NightlyProject:
         for name, source in raw["fetch"]["corpora"].items():
             source["path"] = f"source/{name}.jsonl"
         (path / "params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
-        self.run("git", "init", "-q")
+        self.run("git", "init", "-q", str(repository or path))
         self.run("git", "config", "user.name", "t")
         self.run("git", "config", "user.email", "t@example.org")
-        Repo.init(str(path)).close()
+        Repo.init(str(path), subdir=repository is not None).close()
         self.commit("start")
 
     def weights(self, nats: float) -> None:
@@ -190,5 +207,6 @@ def workspace(project: NightlyProject) -> tuple[tuple[str, str], dict[str, str]]
     files = [
         path for path in project.path.rglob("*") if path.is_file() and path.parts[len(project.path.parts)] not in own
     ]
-    kept = [path for path in files if "registry" not in path.parts and "__pycache__" not in path.parts]
+    shared = {"registry", "__pycache__", "here"}  # as DVC's cache is
+    kept = [path for path in files if not shared & set(path.parts)]
     return state, {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}

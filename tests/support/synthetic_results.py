@@ -325,15 +325,10 @@ def evaluation(folder, name, perplexity):
 
 
 def host(name):
-    """host.json of stage measure; the machine has no meter of energy."""
+    """What stage measure notes of a model; the machine has no meter of energy."""
     speed = 20.0 + MODELS.index(name)
     return {
-        "model": name,
-        "measured": True,
-        "engine": "PyTorch, float32",
-        "bytes": sum(sizes(name).values()),
-        "host": {"processor": "A processor", "cores": 2},
-        "workload": {"threads": 1, "prompt_tokens": 32, "new_tokens": 64, "generations": 3, "rounds": 1},
+        "files": f"digest of {name}",
         "import_seconds": 3.0,
         "load_seconds": 0.25,
         "first_token_seconds": 0.0625,
@@ -378,16 +373,26 @@ def write(folder):
         evaluated = folder / "data/evaluate" / name
         evaluated.mkdir(parents=True)
         (evaluated / "metrics.json").write_text(json.dumps(metrics(name)))
-        measured = folder / "data/measure" / name
-        measured.mkdir(parents=True)
-        (measured / "host.json").write_text(json.dumps(host(name)))
         documents(name).to_csv(evaluated / "documents.csv", index=False)
         rows = [
             {"prompt": "The software must", "completion": EVIL},
             {"prompt": "Users", "completion": f" log in {name}"},
         ]
         (evaluated / "completions.json").write_text(json.dumps(rows))
+    inputs |= {"lineage/measure.json": folder / "data/lineage/measure.json"}
+    for path, content in zip(("measure/models.json", "lineage/measure.json"), measured(), strict=True):
+        (folder / "data" / path).parent.mkdir(parents=True)
+        (folder / "data" / path).write_text(json.dumps(content))
     return inputs
+
+
+def measured():
+    """(models.json, the record) of stage measure."""
+    workload = {"threads": 1, "prompt_tokens": 32, "new_tokens": 64, "generations": 3, "rounds": 1}
+    models = {name: {"bytes": sum(sizes(name).values()), "files": host(name)["files"]} for name in MODELS}
+    record = {"measured": {name: host(name) for name in MODELS}, "workload": workload}
+    record |= {"host": {"processor": "A processor", "cores": 2}, "started": "2026-11-20T10:00:00+00:00"}
+    return {"measured": True, "engine": "PyTorch, float32", "workload": workload, "models": models}, record
 
 
 def report_stage(folder, inputs, out="out"):
@@ -410,9 +415,9 @@ def report_stage(folder, inputs, out="out"):
 
 
 def node(folder, address):
-    """A stage that writes a model and its record."""
+    """A stage that writes a model."""
     name, _, item = address.partition("@")
-    paths = [f"data/{name}/{item}" if item else f"data/{name}", f"data/lineage/{address}.json"]
+    paths = [f"data/{name}/{item}" if item else f"data/{name}"]
     deps = tuple(
         Dep(f"data/{source}/model") for source, user in zip(PIPELINE, PIPELINE[1:], strict=False) if user == name
     )

@@ -28,7 +28,7 @@ DVC = {
             "cmd": f"{sys.executable} run.py toy",
             "deps": ["data/source/text.txt", "other/text.txt"],
             "params": ["toy.enabled", "toy.how", "toy.value"],
-            "outs": ["data/toy", "data/lineage/toy.json"],
+            "outs": ["data/toy"],
         },
         "reader": {"cmd": "false", "deps": ["data/toy/model"]},
     },

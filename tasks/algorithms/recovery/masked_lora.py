@@ -274,7 +274,7 @@ def sample(tokens: Tensor, windows: int, length: int, generator: torch.Generator
             "give a longer corpus or lower `length`"
         )
     every = tokens.unfold(0, length, 1)  # a view [tokens - length + 1, length]
-    return every[torch.randint(len(every), (windows,), generator=generator)]
+    return every[torch.randint(len(every), (windows,), generator=generator)].long()
 
 
 def train(
@@ -291,7 +291,7 @@ def train(
 
     Args:
         model: from `attach`; trained in place, in evaluation mode afterwards.
-        tokens: int64 [corpus], the corpus as one row of token ids, on the CPU.
+        tokens: int [corpus], the corpus as one row of token ids, on the CPU.
         recipe: see `Recipe`.
         teacher: a model of the same vocabulary on the same device; given if and only if the recipe distils.
         kept: for `recipe.hidden`: the teacher's block whose output each of the model's blocks has to reproduce.

@@ -92,7 +92,11 @@ def prepare(protocol: Protocol, tokenizer: Any, documents: Sequence[str], limit:
     Raises:
         InputError: too little text for a window, a tokenizer without offsets, or without the prefix token.
     """
-    encoded = [token_bytes.encode(tokenizer, text) for text in protocols.texts(protocol, documents)]
+    if protocol.join is None:
+        encoded = [token_bytes.encode(tokenizer, document) for document in documents]
+    else:
+        least = None if limit is None else protocol.length + limit * protocol.stride
+        encoded = [token_bytes.joined(tokenizer, documents, protocol.join, least)]
     ids, spans = [encoding.ids for encoding in encoded], [encoding.spans for encoding in encoded]
     if protocol.prefix:  # a token that stands for no byte of the text
         first = torch.tensor([_prefix(protocol, tokenizer)])

@@ -15,11 +15,13 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model.device import beside
+from tasks.algorithms.scoring import token_stream
 
 JOIN = "\n"
 
@@ -30,9 +32,20 @@ def protocol(length: int, stride: int) -> str:
 
 
 def tokenise(tokenizer: Any, documents: Iterable[str]) -> Tensor:
-    """Tokenise the joined documents, without special tokens, to int64 [tokens]."""
-    ids = tokenizer(JOIN.join(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    """Tokenise the joined documents, without special tokens, to int32 [tokens]: 4 bytes of memory for each.
+
+    The documents are held a window at a time; a tokenizer that gives no offsets needs the text as a whole.
+    """
+    if not tokenizer.is_fast:
+        ids = tokenizer(JOIN.join(documents), add_special_tokens=False, verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int32)
+
+    def encode(text: str) -> token_stream.Piece:
+        encoded = tokenizer(text, add_special_tokens=False, verbose=False).encodings[0]
+        offsets = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
+        return token_stream.Piece(np.array(encoded.ids, dtype=np.int32), offsets)
+
+    return torch.from_numpy(np.concatenate([part.ids for part in token_stream.pieces(encode, documents, JOIN)]))
 
 
 def windows(tokens: Tensor, length: int, stride: int, max_windows: int | None = None) -> Tensor:
@@ -45,7 +58,7 @@ def windows(tokens: Tensor, length: int, stride: int, max_windows: int | None = 
         raise InputError(
             f"the text has {len(tokens)} tokens, one window needs {length}: give a longer text or a smaller length"
         )
-    return tokens.unfold(0, length, stride)[:max_windows].contiguous()
+    return tokens.unfold(0, length, stride)[:max_windows].long().contiguous()
 
 
 def token_nll(model: nn.Module, input_ids: Tensor, batch: int = 1) -> Tensor:

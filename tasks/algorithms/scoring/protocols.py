@@ -108,11 +108,6 @@ def check_context(protocol: Protocol, context: int | None) -> None:
         raise InputError(sentence)
 
 
-def texts(protocol: Protocol, documents: Sequence[str]) -> list[str]:
-    """Return the texts that are tokenised, each on its own."""
-    return list(documents) if protocol.join is None else [protocol.join.join(documents)]
-
-
 def windows(protocol: Protocol, tokens: Sequence[int], limit: int | None = None) -> list[Window]:
     """Cut all texts into windows, in order.
 

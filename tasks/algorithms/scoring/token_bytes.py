@@ -7,6 +7,7 @@ tokens that were predicted. It does not re-encode tokens one by one: a byte-leve
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.scoring import token_stream
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 """This is how sentencepiece names the token of a single byte."""
@@ -29,7 +31,36 @@ class Encoded(NamedTuple):
     spans: Tensor
 
 
+def joined(tokenizer: Any, documents: Iterable[str], join: str, least: int | None = None) -> Encoded:
+    """Encode the documents joined by `join`, a window at a time.
+
+    Args:
+        least: stop at so many tokens or somewhat more; None: at the end.
+
+    Raises:
+        InputError: the tokenizer gives no offsets.
+    """
+    found, held = [], 0
+    for part in token_stream.pieces(lambda text: piece(tokenizer, text), documents, join):
+        found.append((part.ids, part.spans))  # not the offsets
+        held += len(part.ids)
+        if least is not None and held >= least:
+            break
+    ids, spans = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    return Encoded(torch.from_numpy(ids).long(), torch.from_numpy(spans))
+
+
 def encode(tokenizer: Any, text: str) -> Encoded:
+    """Encode a text as a whole.
+
+    Raises:
+        InputError: the tokenizer gives no offsets.
+    """
+    found = piece(tokenizer, text)
+    return Encoded(torch.from_numpy(found.ids).long(), torch.from_numpy(found.spans))
+
+
+def piece(tokenizer: Any, text: str) -> token_stream.Piece:
     """Tokenise a text without special tokens, and count the bytes that each token stands for.
 
     A token stands for the text from the end of the token before it to its own end (so for a space that its offsets
@@ -47,6 +78,7 @@ def encode(tokenizer: Any, text: str) -> Encoded:
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)  # characters: [tokens, (start, end)]
+    ids = encoded["input_ids"]
     # UTF-8 takes 1, 2, 3 or 4 bytes for a code point below 2^7, 2^11, 2^16 or above
     points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
@@ -57,10 +89,10 @@ def encode(tokenizer: Any, text: str) -> Encoded:
     started = np.maximum.accumulate(np.where(spans > 0, np.arange(len(spans)), 0))
     byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
     for at in (offsets[:, 0] < ends[:-1]).nonzero()[0]:  # it starts within what the tokens before it cover
-        continued = _continued(tokenizer.convert_ids_to_tokens(encoded["input_ids"][at]), byte_level)
+        continued = _continued(tokenizer.convert_ids_to_tokens(ids[at]), byte_level)
         spans[at] += continued
         spans[started[at - 1]] -= continued
-    return Encoded(torch.tensor(encoded["input_ids"], dtype=torch.int64), torch.from_numpy(spans))
+    return token_stream.Piece(np.array(ids, dtype=np.int32), offsets, spans)
 
 
 def _continued(token: str, byte_level: bool) -> int:

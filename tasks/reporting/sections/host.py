@@ -1,4 +1,4 @@
-"""What the models need on this machine: speed, memory, energy (stage measure)."""
+"""What the models need on the machine that measured them: speed, memory, energy (stage measure)."""
 
 from __future__ import annotations
 
@@ -6,29 +6,31 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from tasks.evaluation import measurements
 from tasks.reporting import result_charts
 from tasks.reporting.section import Plot, Section
 
 if TYPE_CHECKING:
     from tasks.reporting.evidence import Evidence
 
-DRAWN = "Tokens per second on this machine, one sequence and several at once."
+DRAWN = "Tokens per second on the machine named above, one sequence and several at once."
 
 
 def measured(evidence: Evidence) -> dict[str, dict[str, Any]]:
-    """host.json of the models that were measured."""
+    """Of the models that were measured."""
     return {name: found for name, found in evidence.host.items() if found["measured"]}
 
 
 def context(evidence: Evidence) -> dict[str, Any]:
-    """rows, the batch sizes, and what was asked of which machine."""
+    """rows, the batch sizes, what was asked of which machine, when; and why there are no rows."""
     rows = measured(evidence)
     first = next(iter(rows.values()), {})
     return {
         "rows": rows,
         "batches": list(first.get("tokens_per_second", ())),
         "engine": first.get("engine"),
-        "machine": first.get("host"),
+        "source": measurements.source(rows),
+        "why": next((found["why"] for found in evidence.host.values() if not found["measured"]), measurements.OFF),
         "workload": first.get("workload"),
     }
 
@@ -46,10 +48,10 @@ def plots(evidence: Evidence) -> dict[str, Plot]:
 def tables(evidence: Evidence) -> dict[str, pd.DataFrame]:
     """The figures, flat."""
     found = [
-        {key: value for key, value in row.items() if key not in ("measured", "host", "workload")}
+        {key: value for key, value in row.items() if key not in ("measured", "host", "workload", "when")}
         for row in measured(evidence).values()
     ]
     return {"host": pd.json_normalize(found, sep="_")}
 
 
-SECTION = Section("host", "Measured on this machine", context, plots, tables)
+SECTION = Section("host", "Measured speed, memory and energy", context, plots, tables)

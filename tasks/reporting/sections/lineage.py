@@ -20,7 +20,7 @@ def context(evidence: Evidence) -> dict[str, Any]:
         "parameters": evidence.lineage.get("parameters", {}),
         "inputs": evidence.lineage.get("inputs", {}),
         "package": links.get("package"),
-        "record": links.get("package.json"),
+        "record": evidence.records.get("package"),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from tasks.evaluation.comparison import PLAINLY_QUANTISED, RECOVERED_DENSE
@@ -11,9 +10,6 @@ from tasks.reporting.section import Section
 
 if TYPE_CHECKING:
     from tasks.reporting.evidence import Evidence
-
-RECORDS = PurePosixPath("data/lineage")
-"""Where the stages' records lie."""
 
 
 def switched_off(evidence: Evidence) -> list[str]:
@@ -31,12 +27,8 @@ def switched_off(evidence: Evidence) -> list[str]:
 
 def rows(evidence: Evidence) -> list[dict[str, Any]]:
     """Per stage in the order of the DAG: what it wrote and its record, as links."""
-    found = []
-    for name in dag.ordered(evidence.nodes, evidence.edges):
-        links = evidence.outs.get(name, [])
-        record = next((link for link in links if PurePosixPath(link.path).parent == RECORDS), None)
-        found.append({"stage": name, "outs": [link for link in links if link != record], "record": record})
-    return found
+    order = dag.ordered(evidence.nodes, evidence.edges)
+    return [{"stage": name, "outs": evidence.outs[name], "record": evidence.records[name]} for name in order]
 
 
 def context(evidence: Evidence) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def test_a_score_equals_a_loop_over_single_predictions(name: str, loaded: tuple[
     expected, sizes = [], []
     for text, start, stop, first in prepared.windows:
         ids = prepared.ids[text].tolist()
-        piece = protocols.texts(protocol, DOCUMENTS)[text]  # a token is a character
+        texts = DOCUMENTS if protocol.join is None else [protocol.join.join(DOCUMENTS)]
+        piece = texts[text]  # a token is a character
         for at in range(first, stop):
             expected.append(naive(model, ids, at, start))
             sizes.append(len(piece[at - protocol.prefix].encode()))

@@ -88,6 +88,12 @@ def test_documents_are_joined_by_one_newline_without_special_tokens(model_folder
     assert tokens.tolist() == [ord("a") - 30, ord("b") - 30, 1, ord("c") - 30]
 
 
+def test_tokens_take_four_bytes_and_windows_are_indices(model_folder):
+    tokens = perplexity.tokenise(dense_folder.load_tokenizer(model_folder), iter(["ab", "c"]))
+    assert tokens.dtype == torch.int32
+    assert perplexity.windows(tokens, 2, 2).dtype == torch.int64
+
+
 def test_the_protocol_s_name_says_length_and_stride():
     assert perplexity.protocol(512, 256) == "joined-512-256-nobos-fp32"
 

@@ -46,7 +46,7 @@ def test_gptq_is_the_published_loop() -> None:
     samples = tokens // seqlen  # testenc.numel() // model.seqlen; loss over shifted labels, 2047 each
     expected = [[0, i * seqlen, (i + 1) * seqlen, i * seqlen + 1] for i in range(samples)]
     assert cut("gptq-2048", [tokens]) == expected
-    assert protocols.texts(protocols.protocol("gptq-2048", 8, 8), ["a", "", "b"]) == ["a\n\n\n\nb"]
+    assert protocols.protocol("gptq-2048", 8, 8).join == "\n\n"  # "\n\n".join(testdata["text"])
 
 
 def test_thesis_trims_each_row() -> None:
