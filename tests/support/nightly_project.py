@@ -144,7 +144,7 @@ class NightlyProject:
         for name, source in raw["fetch"]["corpora"].items():
             source["path"] = f"source/{name}.jsonl"
         (path / "params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
-        self.run("git", "init", "-q", str(repository or path))
+        self.run("git", "init", "-q", str((repository or path).resolve()))
         self.run("git", "config", "user.name", "t")
         self.run("git", "config", "user.email", "t@example.org")
         Repo.init(str(path), subdir=repository is not None).close()
