@@ -23,6 +23,7 @@ from flows.server import dead_runs  # noqa: E402
 from tasks.algorithms.errors import InputError  # noqa: E402
 from tasks.cli import console  # noqa: E402
 from tasks.parameters import schema  # noqa: E402
+from tasks.runtime import mend  # noqa: E402
 
 REPORT = Path("data/report/report.html")
 
@@ -31,7 +32,7 @@ REPORT = Path("data/report/report.html")
 def compress(targets: list[str] | None = None, force: bool = False) -> State:
     """Bring every stage up to date; a failing stage fails the run with the stage's own sentence."""
     dead_runs.sign()
-    if hindrance := problem():
+    if hindrance := problem(targets):
         return Failed(message=hindrance)
     reproduction = Reproduction()
     failure = reproduction.run(targets, force)
@@ -58,11 +59,14 @@ def makes_report(targets: list[str] | None) -> bool:
     return not targets or REPORT.parent.name in targets
 
 
-def problem() -> str | None:
-    """What hinders every stage, in a sentence a line; None if nothing does."""
+def problem(targets: list[str] | None = None) -> str | None:
+    """What hinders every stage, or which of the targets is none, in a sentence a line; None if nothing does."""
     try:
+        mend.refuse_conflicts()
         schema.load()
-        Repo().close()
+        with Repo() as repo:
+            for target in targets or ():
+                repo.stage.collect(target)
     except (InputError, DvcException) as error:
         return str(error)
     return None

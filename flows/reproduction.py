@@ -36,7 +36,7 @@ from flows.order import MOST, Order
 from flows.stage import FLOW_RUN, LOG, TASK_RUN
 from tasks.algorithms.errors import InputError
 from tasks.parameters import preflight, schema
-from tasks.runtime import lineage, locks, mend
+from tasks.runtime import lineage, locks, mend, warm
 
 LOGS = Path("logs")
 GRACE = 15.0
@@ -63,6 +63,7 @@ class Reproduction:
         self.foresight: Foresight | None = None
         self.failure: str | None = None
         self.stopped = threading.Event()
+        self.warm = warm.Server()
 
     def run(self, targets: list[str] | None, force: bool) -> str | None:
         """Reproduce `targets` (all stages if None); returns the failure's sentence, or None."""
@@ -76,6 +77,8 @@ class Reproduction:
                     self._reproduce(force)
         except (DvcException, InputError) as error:
             return _line(error)
+        finally:
+            self.warm.close()
         return self.failure
 
     def _reproduce(self, force: bool) -> None:
@@ -108,7 +111,7 @@ class Reproduction:
         try:
             while True:
                 if not fixed and not order.running:
-                    fixed = self._widen(order, stages)
+                    fixed = self._widen(order)
                 while self.failure is None and (started := order.next()):
                     self._start(stages[started[0]], started[1], force, ends, order)
                 if not order.running:
@@ -124,7 +127,7 @@ class Reproduction:
             self._end_all(len(order.running), ends)
             raise
 
-    def _widen(self, order: Order, waiting: dict[str, Stage]) -> bool:
+    def _widen(self, order: Order) -> bool:
         """Set how many stages may run at once; returns False as long as the model's size is not known."""
         room: int | None = order.cores
         fetched = not {"fetch"} & (order.waiting.keys() | order.running)
@@ -162,7 +165,7 @@ class Reproduction:
             return Failed(message=failure) if failure else self._record(stage, stale, key)
 
         return task(
-            name=stage.name,
+            name=stage.addressing,
             task_run_name=stage.addressing,
             cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda *_: key) if key else NO_CACHE,
             refresh_cache=True,  # DVC answers, and says why: a hit of Prefect's own has no message (3.8.8)
@@ -181,11 +184,11 @@ class Reproduction:
         if absent := [str(dep) for dep in stage.deps if not dep.exists and not stage.frozen]:
             # DVC would remove the stage's outputs before it finds out
             return f"{', '.join(absent)} is not there; name what is, or bring it back"
-        LOGS.mkdir(exist_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True)  # the address of what `dvc add` made is a path
         log.write_bytes(b"")
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         found = {FLOW_RUN: str(flow_run.id), TASK_RUN: str(task_run.id), LOG: str(log.resolve())}
-        found |= {"PATH": path}  # a stage's `python` is this one, active or not
+        found |= {"PATH": path} | self.warm.environment()  # a stage's `python` is this one, active or not
         if threads and THREADS not in os.environ:
             found[THREADS] = str(threads)
         if self.stopped.is_set():

@@ -137,7 +137,7 @@ def _cache(top: Path, commits: list[str]) -> list[Item]:
 
 
 def _logs(top: Path, old: datetime) -> list[Item]:
-    files = [file for folder in (top, top / worktree.WORKTREE) for file in sorted(folder.glob("logs/*.log"))]
+    files = [file for folder in (top, worktree.project(top)) for file in sorted(folder.glob("logs/*.log"))]
     return [
         Item("log", str(file.relative_to(top)), file.stat().st_size, file.unlink)
         for file in files

@@ -31,7 +31,7 @@ def main(given: argparse.Namespace) -> None:
         raise InputError(f"no Prefect server answers at {configured}: start it, or unset PREFECT_API_URL to do without")
     from flows.compress import REPORT, makes_report, problem  # imports Prefect, whose settings are set by now
 
-    if not configured and (sentence := problem()):  # no server that should hear of it: don't start one for that
+    if not configured and (sentence := problem(given.targets)):  # no server that should hear of it: none is started
         raise InputError(sentence)
     message = _run(given.targets or None, given.force, configured)
     if not makes_report(given.targets):

@@ -12,13 +12,14 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from flows.server import settings
 from tasks.algorithms.errors import InputError
 from tasks.cli import dispatch
-from tasks.runtime.execution import execute
+from tasks.runtime import warm
 
 if TYPE_CHECKING:
     from prefect import State
@@ -38,6 +39,8 @@ def main(given: argparse.Namespace) -> None:
     Raises:
         InputError: what a user can mend, each line with the stage's name.
     """
+    from tasks.runtime.execution import execute  # imports DVC, which a client of the warm process does without
+
     settings.apply()
     _redirect()
     signal.signal(signal.SIGTERM, _terminated)
@@ -46,7 +49,7 @@ def main(given: argparse.Namespace) -> None:
         if ids["flow_run"] or not settings.running_server():
             execute(given.name, run_ids={key: value for key, value in ids.items() if value})
         else:
-            _as_flow_run(given.name)
+            _as_flow_run(given.name, execute)
     except InputError as error:
         raise InputError(_sentences(given.name, error)) from error
     except KeyboardInterrupt:
@@ -73,7 +76,7 @@ def _redirect() -> None:
         sys.stdout.reconfigure(line_buffering=True)
 
 
-def _as_flow_run(address: str) -> None:
+def _as_flow_run(address: str, execute: Callable[..., None]) -> None:
     from prefect import flow
     from prefect.runtime import flow_run
     from prefect.states import Failed
@@ -100,4 +103,5 @@ def _as_flow_run(address: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(dispatch.main(["stage", *sys.argv[1:]]))
+    code = warm.run("flows.stage")
+    sys.exit(dispatch.main(["stage", *sys.argv[1:]]) if code is None else code)

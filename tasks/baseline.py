@@ -5,9 +5,10 @@ bits per linear chosen by measured sensitivity, so that its packed file is as la
 than the package's. Embedding, scales and file format are treated alike; there is no low-rank branch. A package that
 scores worse than this model is not worth its pruning, and the report says so.
 
-Sizes are planned and then measured: where the file came out larger or smaller than the limit (the plan doesn't know
-which scales will occur), the budget is moved by the difference and the model quantised again. Where even the narrowest
-widths are larger than the package, they are taken, and the report names both sizes.
+Sizes are planned and then measured. The plan counts the scales that rounding to the nearest has, and is right to a few
+bytes; where the file came out larger than the limit all the same, or much smaller, the budget is moved by the
+difference and the model quantised again. Where even the narrowest widths are larger than the package, they are taken,
+and the report names both sizes.
 """
 
 from __future__ import annotations
@@ -28,18 +29,22 @@ from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed import source_folder, writer
 from tasks.packed.description import DESCRIPTION, FILE
 from tasks.packed.packed_folder import is_packed
-from tasks.packed.plan import Plan, planned
+from tasks.packed.plan import Plan, planned_bytes
 from tasks.runtime import files
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tasks.algorithms.quantisation import rounding
     from tasks.runtime.stage import Stage
 
 COLUMNS = ["linear", "weights", "bits", "bytes", "sensitivity"]
 """bytes: of the packed linear; sensitivity: divergence of the model's predictions in nats per token with this linear
 alone rounded to the nearest."""
-PLANS = 3
-"""How often the size of everything else is planned before the model is quantised."""
+PLANS = 4
+"""How often widths are planned before the model is quantised."""
+SPARE = 2
+"""So many more scales than rounding to the nearest has are planned for: GPTQ's weights reach a little further."""
 ROUNDS = 6
 """How often the model is quantised, at most, until its size is near the limit."""
 NEAR = 0.005
@@ -63,8 +68,9 @@ def run(stage: Stage) -> None:
     if start is None:
         start = dense_folder.load_dense(dense).to(stage.params.device)
     choices = block_quantisation.choices(stage, start, windows, {}, "dense")
+    widths = plan(stage, choices, start, coded, limit)
     del start
-    widths = fit(stage, choices, coded, limit)
+    widths = fit(stage, choices, coded, limit, widths)
     copy_tokenizer(dense, target)
     files.write_csv(stage.output("bits.csv"), table(dense_folder.config(dense), choices, widths), "%.9g")
     found = shipped_bytes(target)
@@ -88,19 +94,47 @@ def shipped_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in paths)
 
 
+def plan(
+    stage: Stage,
+    choices: block_quantisation.Choices,
+    model: nn.Module,
+    coded: Mapping[str, rounding.Coded],
+    limit: int,
+) -> dict[str, int]:
+    """Choose bits per linear whose model is planned to take at most `limit` bytes.
+
+    Args:
+        model: dense, whose linears will be quantised.
+        coded: embedding (and head), as quantised.
+        limit: bytes of model.safetensors and model.json.
+    """
+    widths, distinct = _narrowest(choices), 2**block_quantisation.SNAPPED_BITS
+    around = planned_around(stage, choices, widths, distinct)
+    for number in range(PLANS):
+        widths = choices.within(max(_total(choices, _narrowest(choices)), limit - around))
+        if number == 0:  # a width more or less hardly changes which scales there are: counted once
+            counted = block_quantisation.distinct_scales(model, widths, coded, stage.params.gptq, stage.params.device)
+            distinct, around = None if counted is None else counted + SPARE, 0
+        # model.json is longer where widths differ: the longest so far is planned for
+        around = max(around, planned_around(stage, choices, widths, distinct))
+    return widths
+
+
 def fit(
-    stage: Stage, choices: block_quantisation.Choices, coded: Mapping[str, rounding.Coded], limit: int
+    stage: Stage,
+    choices: block_quantisation.Choices,
+    coded: Mapping[str, rounding.Coded],
+    limit: int,
+    widths: dict[str, int],
 ) -> dict[str, int]:
     """Quantise and pack into baseline/model so that it takes at most `limit` bytes, and hardly less; bits per linear.
 
     Args:
         coded: embedding (and head), as quantised.
         limit: bytes of model.safetensors and model.json.
+        widths: the bits to begin with.
     """
-    widths = {name: min(sizes, key=sizes.__getitem__) for name, sizes in choices.sizes.items()}
-    least = _total(choices, widths)
-    for _ in range(PLANS):  # model.json is longer where widths differ
-        widths = choices.within(max(least, limit - planned_around(stage, widths)))
+    least = _total(choices, _narrowest(choices))
     found: dict[int, dict[str, int]] = {}  # bytes -> widths
     written = None
     while len(found) < ROUNDS:
@@ -132,19 +166,25 @@ def _round(
     return size, True
 
 
-def planned_around(stage: Stage, widths: Mapping[str, int]) -> int:
-    """Bytes of a packed model with these widths that aren't its linears': embedding, norms, header and description."""
+def planned_around(
+    stage: Stage, choices: block_quantisation.Choices, widths: Mapping[str, int], distinct: int | None
+) -> int:
+    """Bytes of a packed model with these widths beyond what `choices` counts: embedding, norms, description, scales.
+
+    Args:
+        distinct: how many scales differ; None where all are stored as they are.
+    """
     chosen = stage.params.gptq
-    plan = Plan(
+    stored = Plan(
         bits=widths,
         group_size=chosen.group_size,
         embedding_bits=chosen.embedding.bits,
         embedding_group=chosen.embedding.group_size,
         zeros=not chosen.symmetric,
         order=chosen.act_order == "descending",
+        distinct_scales=distinct if chosen.scale_steps else None,
     )
-    components = planned(dense_folder.config(stage.input("baseline_lora/model")), plan).sizes
-    return sum(components[name] for name in ("embedding", "norms", "metadata"))
+    return planned_bytes(dense_folder.config(stage.input("baseline_lora/model")), stored) - _total(choices, widths)
 
 
 def quantise(
@@ -176,6 +216,10 @@ def table(described: Mapping, choices: block_quantisation.Choices, widths: Mappi
         rows_, columns = next(shape for short, shape in shapes.items() if name.endswith(f".{short}"))
         rows.append((name, rows_ * columns, bits, choices.sizes[name][bits], choices.harm[name][bits]))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _narrowest(choices: block_quantisation.Choices) -> dict[str, int]:
+    return {name: min(sizes, key=sizes.__getitem__) for name, sizes in choices.sizes.items()}
 
 
 def _total(choices: block_quantisation.Choices, widths: Mapping[str, int]) -> int:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pandas as pd
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
 from tasks.algorithms.model import families
 from tasks.algorithms.pruning import depth_prune, importance
-from tasks.models import dense_folder
+from tasks.models import dense_folder, tensor_files
 from tasks.runtime import files
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from tasks.runtime.stage import Stage
 
 
@@ -31,6 +28,9 @@ def run(stage: Stage) -> None:
         print("remove = 0: the model is passed on")
         return skip(stage)
     model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
+    import pandas as pd
+    import torch
+
     scores = torch.tensor(pd.read_csv(stage.input("scores.csv"))[stage.params.importance.method].to_numpy(dtype=float))
     removed = SCHEDULES[params.schedule](stage, model, scores)
     smaller = depth_prune.without(model, removed)
@@ -55,7 +55,7 @@ def _one_shot(stage: Stage, model: nn.Module, scores: Tensor) -> list[int]:
 
 def _greedy(stage: Stage, model: nn.Module, scores: Tensor) -> list[int]:
     params, scoring = stage.params.depth_prune, stage.params.importance
-    input_ids = load_file(stage.input("windows.safetensors"))["input_ids"][: scoring.windows].long()
+    input_ids = tensor_files.load_tensors(stage.input("windows.safetensors"))["input_ids"][: scoring.windows].long()
     with stage.progress("depth_prune", params.remove) as progress:
 
         def rescore(smaller: nn.Module) -> Tensor:

@@ -82,8 +82,8 @@ def skip(stage: Stage) -> None:
     """Pass the quantised model on; the tables have no rows, adapter.safetensors no tensors."""
     stage.pass_on(stage.model_in, stage.output("model"))
     save_codes(stage.output("adapter.safetensors"), {}, eora_branches.HALF)
-    files.write_csv(stage.output("layers.csv"), pd.DataFrame(columns=COLUMNS))
-    sparsity_ledger.write(pd.DataFrame(columns=sparsity_ledger.COLUMNS), stage.output("sparsity.csv"))
+    files.write_header(stage.output("layers.csv"), COLUMNS)
+    sparsity_ledger.write_empty(stage.output("sparsity.csv"))
 
 
 def check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:

@@ -15,9 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
-
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, masks
 from tasks.algorithms.scoring import generation_failures, likelihood, protocols
@@ -29,11 +26,19 @@ from tasks.sources import json_lines
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import pandas as pd
+    import torch
+
     from tasks.runtime.stage import Stage
 
 SPLITS = ("test", "test_ood")
 GROUPS = (4, 8, 16, 32)
 """Lengths of the groups of consecutive inputs whose largest number of non-zeros is stated."""
+DOCUMENTS = ("split", "document", "predictions", "bytes", "nll")
+"""Columns of documents.csv."""
+
+TOGETHER = 8
+"""Prompts that are completed at once."""
 
 
 def run(stage: Stage) -> None:
@@ -53,6 +58,8 @@ def run(stage: Stage) -> None:
         "parameters": dense_folder.parameter_count(model),
         "bytes": sizes(folder),
     }
+    import pandas as pd
+
     tables = []
     for split in SPLITS:
         documents = json_lines.read(stage.input("corpora") / f"{split}.jsonl")
@@ -77,15 +84,15 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """Say that nothing was measured."""
-    _write_documents(stage, [])
+    files.write_header(stage.output("documents.csv"), DOCUMENTS)
     files.write_json(stage.output("metrics.json"), {"model": stage.item, "evaluated": False})
     files.write_json(stage.output("completions.json"), [])
 
 
 def _write_documents(stage: Stage, tables: list[pd.DataFrame]) -> None:
-    columns = ["split", "document", "predictions", "bytes", "nll"]
-    table = pd.concat(tables) if tables else pd.DataFrame(columns=columns)
-    files.write_csv(stage.output("documents.csv"), table, "%.9g", columns)
+    import pandas as pd
+
+    files.write_csv(stage.output("documents.csv"), pd.concat(tables), "%.9g", DOCUMENTS)
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -128,27 +135,42 @@ def completions(
     tokenizer: Any,
     prompts: Sequence[str],
     new_tokens: int,
-    saved: checkpoints.Saved = checkpoints.NOTHING,
+    saved: checkpoints.Saved | None = None,
 ) -> list[dict[str, Any]]:
     """The greedy continuation of every prompt, at most `new_tokens` tokens, and what goes wrong in it."""
+    saved = saved or checkpoints.NOTHING
     begun = saved.load("completions")
     rows = begun.values if begun else []
     end = model.generation_config.eos_token_id
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
-    for prompt in prompts[len(rows) :]:
-        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
-        with torch.no_grad():
-            full = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-        new = full[0, ids.shape[1] :]
-        text = tokenizer.decode(new, skip_special_tokens=True)
-        described = generation_failures.describe(new.tolist(), text, ends)
-        rows.append({"prompt": prompt, "completion": text, **described})
+    while several := prompts[len(rows) : len(rows) + TOGETHER]:
+        for prompt, new in zip(several, _continued(model, tokenizer, several, new_tokens, ends), strict=True):
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            rows.append({"prompt": prompt, "completion": text, **generation_failures.describe(new, text, ends)})
         if saved.due():
             saved.save("completions", {}, rows)
     return rows
+
+
+def _continued(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, ends: list[int]) -> list[list[int]]:
+    """The greedy new tokens of each prompt, up to and with the first end token."""
+    import torch
+
+    given = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    width, padding = max(map(len, given)), tokenizer.eos_token_id or 0
+    # padded on the left and masked there, so that all continue in the same column; [prompts, width]
+    ids = torch.tensor([[padding] * (width - len(one)) + one for one in given])
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in given])
+    with torch.no_grad():
+        full = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=padding,
+        )
+    found = []
+    for row in full[:, width:].tolist():
+        stop = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
+        found.append(row[:stop])  # behind it is padding
+    return found

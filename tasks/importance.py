@@ -4,42 +4,45 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pandas as pd
-from safetensors.torch import load_file
-
 from tasks.algorithms.pruning import importance
-from tasks.models import dense_folder
+from tasks.models import dense_folder, tensor_files
 from tasks.runtime import files
 
 if TYPE_CHECKING:
-    from tasks.runtime.stage import Stage
+    import pandas as pd
 
-COLUMNS = [*importance.SCORES, importance.COMPOUND]
+    from tasks.runtime.stage import Stage
 
 
 def run(stage: Stage) -> None:
     """Write scores.csv: layer and one column per score, higher = more important."""
     params = stage.params.importance
     model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
-    input_ids = load_file(stage.input("windows.safetensors"))["input_ids"][: params.windows].long()
+    input_ids = tensor_files.load_tensors(stage.input("windows.safetensors"))["input_ids"][: params.windows].long()
     scores = {}
     with stage.progress("importance", len(importance.SCORES)) as progress:
         for done, name in enumerate(importance.SCORES, 1):
             scores[name] = importance.score(model, input_ids, name, saved=stage.journal)
             progress.update(done)
     scores[importance.COMPOUND] = importance.combine(scores)
-    table = pd.DataFrame({name: scores[name].numpy() for name in COLUMNS})
+    import pandas as pd
+
+    table = pd.DataFrame({name: scores[name].numpy() for name in _columns()})
     table.insert(0, "layer", range(len(table)))
     _write(stage, table)
     print(f"{len(table)} layers scored on {len(input_ids)} windows of {input_ids.shape[1]} tokens")
-    for name in COLUMNS:
+    for name in _columns():
         ranked = table.sort_values(name, kind="stable")["layer"].tolist()
         print(f"{name}, least important first: {ranked}" + (" (ranks)" if name == params.method else ""))
 
 
 def skip(stage: Stage) -> None:
     """A table without rows."""
-    _write(stage, pd.DataFrame(columns=["layer", *COLUMNS]))
+    files.write_header(stage.output("scores.csv"), ["layer", *_columns()])
+
+
+def _columns() -> list[str]:
+    return [*importance.SCORES, importance.COMPOUND]
 
 
 def _write(stage: Stage, table: pd.DataFrame) -> None:

@@ -23,8 +23,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from tasks.algorithms.scoring import kv_cache, likelihood, protocols
 from tasks.models import dense_folder
 from tasks.runners import any_folder
@@ -32,6 +30,8 @@ from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from tasks.runtime.stage import Stage
 
 FULL = 16
@@ -46,7 +46,9 @@ COLUMNS = (
     "nats",
     "nats_error",
     "bytes",
-    *kv_cache.PARTS,
+    "codes",
+    "scales",
+    "float16",
     "bytes_per_token",
     "ratio",
 )
@@ -72,6 +74,8 @@ def run(stage: Stage) -> None:
                     cached(prepared.ids[0][None, :context])
                 rows.append({"context": context, "bits": width, **_row(score, reference), **_held(cached, context)})
                 progress.update(len(rows), perplexity=score.perplexity)
+    import pandas as pd
+
     table = pd.DataFrame(rows)
     table["ratio"] = table.groupby("context")["bytes"].transform("first") / table["bytes"]
     _write(stage, table)
@@ -80,7 +84,7 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """Say that nothing was measured: no rows."""
-    _write(stage, pd.DataFrame(columns=list(COLUMNS)))
+    files.write_header(stage.output("kv_cache.csv"), COLUMNS)
 
 
 def _write(stage: Stage, table: pd.DataFrame) -> None:

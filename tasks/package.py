@@ -16,9 +16,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
-
 from tasks.algorithms.errors import InputError
 from tasks.models import mask_files, sparsity_ledger
 from tasks.models.tokenizer_files import copy_tokenizer
@@ -26,6 +23,7 @@ from tasks.packed import reader, sizes, source_folder, writer
 from tasks.runtime import files
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
     from tasks.packed.stored_model import Linear
@@ -69,7 +67,7 @@ def skip(stage: Stage) -> None:
     folder = stage.output("package/model")
     stage.pass_on(stage.model_in, folder)
     write_manifest(folder, {"files": {}, "pattern": None, "pruned_matrices": 0, "lineage": {}})
-    sparsity_ledger.write(pd.DataFrame(columns=sparsity_ledger.COLUMNS), stage.output("sparsity.csv"))
+    sparsity_ledger.write_empty(stage.output("sparsity.csv"))
 
 
 def check_lossless(folder: Path, blocks: Iterable[Mapping[str, Linear]]) -> None:
@@ -80,7 +78,7 @@ def check_lossless(folder: Path, blocks: Iterable[Mapping[str, Linear]]) -> None
     """
     for (index, shipped), given in zip(reader.stream(folder), blocks, strict=True):
         for name, linear in given.items():
-            if not torch.equal(shipped[name].values(), linear.values()) or shipped[name].rank != linear.rank:
+            if not shipped[name].values().equal(linear.values()) or shipped[name].rank != linear.rank:
                 raise RuntimeError(f"{name} of block {index} is not what was packed into {folder}")
 
 
@@ -114,6 +112,8 @@ def _ledger(blocks: Iterable[Mapping[str, Linear]], keep: Mapping[str, Tensor], 
     foreign = sorted(set(keep) - known)
     if foreign:
         raise InputError(f"there is a mask for {foreign[0]}, which the model does not have: run stage wanda again")
+    import pandas as pd
+
     return pd.concat(tables, ignore_index=True)
 
 

@@ -13,11 +13,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from torch import Tensor
-
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.scoring import perplexity
@@ -27,6 +22,7 @@ from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from tasks.runtime.stage import Stage
@@ -60,7 +56,7 @@ def run(stage: Stage) -> None:
     content = _content(tokenizer)
     texts = json_lines.read(stage.input("fetch/corpora") / f"{p.corpus}.jsonl")
     tokens = perplexity.tokenise(tokenizer, texts).long()
-    counts = torch.bincount(tokens, minlength=dense_folder.config(source)["vocab_size"])
+    counts = tokens.bincount(minlength=dense_folder.config(source)["vocab_size"])
     tokenizer.save_pretrained(target)  # and makes the folder
     described = _described(source, target)
     named = [number for each in described.values() for number in vocabulary.named_ids(each)]
@@ -101,7 +97,7 @@ def check_tokens(before: Tensor, after: Tensor, keep: Tensor) -> None:
     Raises:
         InputError: the tokens aren't the same.
     """
-    if not torch.equal(keep[after], before):
+    if not keep[after].equal(before):
         raise InputError(
             f"the trimmed tokenizer encodes the corpus to {len(after)} tokens that are not the original's"
             f" {len(before)}: {vocabulary.WAY_OUT}"
@@ -170,6 +166,8 @@ def _write_tokenizer(content: dict[str, Any], target: Path, keep: Tensor) -> int
     """Write the trimmed tokenizer.json over the whole one, in the same format; the bytes that this saves."""
     file = target / "tokenizer.json"
     before = file.stat().st_size
+    from tokenizers import Tokenizer
+
     Tokenizer.from_str(json.dumps(vocabulary.trim(content, keep))).save(str(file))
     return before - file.stat().st_size
 
@@ -191,10 +189,13 @@ def _write_weights(stage: Stage, source: Path, target: Path, keep: Tensor) -> No
         if names.isdisjoint(entries):
             stage.pass_on(path, target / path.name)
             continue
-        tensors = {name: tensor[keep] if name in names else tensor for name, tensor in load_file(path).items()}
+        tensors = {
+            name: tensor[keep] if name in names else tensor for name, tensor in tensor_files.load_tensors(path).items()
+        }
         tensor_files.save_tensors(target / path.name, tensors, metadata)
     index = _json(source / model_files.INDEX)
     if index:
+        files.write_json(target / model_files.INDEX, index)  # which names the files whose sizes are summed
         index["metadata"] = {**index.get("metadata", {}), "total_size": _stored(target)}
         files.write_json(target / model_files.INDEX, index)
 
@@ -220,6 +221,8 @@ def _stored(folder: Path) -> int:
 
 def _logits(folder: Path, ids: Tensor) -> Tensor:
     """float32 [tokens, vocabulary]."""
+    import torch
+
     with torch.no_grad():
         return dense_folder.load_dense(folder)(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
 

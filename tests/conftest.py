@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tasks.algorithms.model import checkpoints
+from tasks.runtime import warm
 from tasks.runtime.stage import Inputs
 from tests.support import project
 
@@ -63,6 +65,16 @@ class FakeStage(Inputs):
 
     def progress(self, description, total):
         return _Progress()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_process():
+    """One process with the libraries in memory for all stages that this session's tests start."""
+    server = warm.Server()
+    os.environ |= server.environment()
+    yield
+    os.environ.pop(warm.SOCKET, None)
+    server.close()
 
 
 @pytest.fixture

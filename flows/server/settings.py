@@ -18,6 +18,9 @@ from pathlib import Path
 HOME = Path(".prefect")
 SERVER_URL = HOME / "api-url"
 """`make ui` writes the running server's API URL here, so that every flow and stage of this project finds it."""
+NO_PROXY = ("no_proxy", "NO_PROXY")
+OWN = ("127.0.0.1", "localhost")
+"""Where this project's server is."""
 PATIENCE = 2.0
 """Seconds to wait for a server's answer: one that is busy is not gone. No server at all is known at once."""
 
@@ -39,8 +42,24 @@ def apply() -> None:
     }
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
+    _past_proxies()
+    if "PREFECT_API_URL" not in os.environ and (password := os.environ.get("PREFECT_SERVER_API_AUTH_STRING")):
+        os.environ.setdefault("PREFECT_API_AUTH_STRING", password)  # the server that it protects is this project's own
     if "PREFECT_API_URL" not in os.environ and (url := running_server()):
         os.environ["PREFECT_API_URL"] = url
+
+
+def _past_proxies() -> None:
+    """Where a proxy is set, leave this machine's own servers out: urllib, httpx and websockets would ask it for them.
+
+    Python prefers the name in small letters, other programs the other one: both get what either says.
+    """
+    if not urllib.request.getproxies_environment():
+        return
+    said = ",".join(os.environ.get(name, "") for name in NO_PROXY)
+    names = [name for name in map(str.strip, said.split(",")) if name]
+    if "*" not in names:
+        os.environ.update(dict.fromkeys(NO_PROXY, ",".join(dict.fromkeys([*names, *OWN]))))
 
 
 def running_server() -> str | None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +25,13 @@ import psutil
 from flows.server import settings
 from tasks.algorithms.errors import InputError
 from tasks.cli import dispatch
+from tasks.runtime import failures
 
 HOST = "127.0.0.1"
+LOG = "server.log"
+"""In Prefect's folder: what the last temporary server said."""
+ROOM = 2**20
+"""Bytes; a disk with less has no room for SQLite's files."""
 GRACE = 15.0
 """Seconds that a stage gets to put its previous outputs back when the server has ended."""
 _started: list[subprocess.Popen] = []
@@ -41,8 +48,6 @@ def serve(listener: socket.socket, started: Callable[[str], None], until: IO | N
     url = f"http://{HOST}:{listener.getsockname()[1]}"
     os.environ["PREFECT_API_URL"] = f"{url}/api"
     os.environ["PREFECT_SERVER_UI_API_URL"] = f"{url}/api"  # otherwise the browser asks port 4200 (3.8.8)
-
-    mend_database()
 
     import uvicorn
     from prefect.server.api.server import create_app
@@ -91,21 +96,45 @@ def mend_database() -> None:
 def start_temporary() -> str:
     """Start a server that ends with this process, with the project's state; returns its URL (without /api).
 
-    It can't be ended earlier: Prefect sends its last log lines and events when the interpreter ends.
+    It can't be ended earlier: Prefect sends its last log lines and events when the interpreter ends. What it says
+    itself goes to LOG.
 
     Raises:
-        InputError: it does not start.
+        InputError: it does not start; says why, as far as that can be known.
     """
+    log = Path(os.environ["PREFECT_HOME"]) / LOG
     command = [sys.executable, "-m", "flows.server.temporary"]
-    process = subprocess.Popen(  # in a session of its own: Ctrl-C is for the flow
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    url = process.stdout.readline().strip()
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        words = log.open("wb")
+    except OSError as error:
+        why = failures.DISK.get(error.errno, error.strerror)
+        raise InputError(f"cannot write {log.parent}, where Prefect keeps its state: {why}") from error
+    mend_database()
+    with words:
+        process = subprocess.Popen(  # in a session of its own: Ctrl-C is for the flow
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, text=True, start_new_session=True
+        )
+    try:
+        url = process.stdout.readline().strip()
+    except BaseException:  # Ctrl-C: left alone, it would find out when it has started
+        process.kill()
+        raise
     if not url:
-        raise InputError(f"the Prefect server did not start; `{' '.join(command)}` shows why")
+        raise InputError(f"the Prefect server did not start: {_why(log)}")
     _started.append(process)
     threading.Thread(target=_end_with, args=(process,), daemon=True).start()
     return url
+
+
+def _why(log: Path) -> str:
+    """Which disk is full; else the last words of a server that did not start."""
+    for folder in (log.parent, Path(os.environ.get("TMPDIR") or tempfile.gettempdir())):
+        if folder.is_dir() and shutil.disk_usage(folder).free < ROOM:
+            return f"the disk of {folder} is full; free some space, then run again"
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return f"{last}; all that it said is in {log}"
 
 
 def _end_with(server: subprocess.Popen) -> None:

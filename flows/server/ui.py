@@ -11,7 +11,7 @@ import socket
 import threading
 
 from flows.server import settings
-from flows.server.temporary import HOST, serve
+from flows.server.temporary import HOST, mend_database, serve
 from tasks.algorithms.errors import InputError
 from tasks.runtime import files
 
@@ -35,6 +35,7 @@ def main(given: argparse.Namespace) -> None:
     try:
         with socket.create_server((HOST, given.port)) as listener:
             print("starting the Prefect server ...", flush=True)
+            mend_database()
             serve(listener, started=_announce)
     except KeyboardInterrupt:
         print("stopped")

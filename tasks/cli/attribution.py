@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dvc.repo import Repo
+from dvc.stage import Stage
 
 from tasks.cli import console, report
 from tasks.evaluation import attribution, comparison, measurements, results
@@ -45,7 +46,7 @@ def rows() -> tuple[list[dict[str, Any]], str]:
     """(`tasks.evaluation.attribution.rows` and `report.seconds`, for every stage in the order of dvc.yaml, unknown is
     None; whose speed and memory they are, in a sentence)."""
     with Repo() as repo:
-        stages = {stage.name.partition("@")[0]: [dep.def_path for dep in stage.deps] for stage in repo.index.stages}
+        stages = {_name(stage): [dep.def_path for dep in stage.deps] for stage in repo.index.stages}
         metrics = {path.parent.name: results.read(path.parent) for path in _written(repo, "evaluate", "metrics.json")}
         hosts, source = _hosts(repo)
         order = [name for name in stages if name in metrics]
@@ -96,10 +97,13 @@ def _quality(row: dict[str, Any], split: str) -> str:
 
 def _written(repo: Repo, name: str, file: str) -> list[Path]:
     """data/NAME/MODEL/FILE of every model for which the stage wrote it; its output is that folder, or one above it."""
-    outs = [
-        Path(out.fs_path) for stage in repo.index.stages if stage.name.partition("@")[0] == name for out in stage.outs
-    ]
+    outs = [Path(out.fs_path) for stage in repo.index.stages if _name(stage) == name for out in stage.outs]
     return [path for out in outs for path in ([out / file] if (out / file).exists() else sorted(out.glob(f"*/{file}")))]
+
+
+def _name(stage: Stage) -> str:
+    """The stage's name without the item of a matrix; what `dvc add` made has an address alone."""
+    return stage.addressing.partition("@")[0]
 
 
 def _json(path: Path) -> Any:

@@ -25,20 +25,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     commands = parser.add_subparsers(required=True, metavar="start | stop | route | judge")
     command = subcommands.add(commands, "start", _start, "give a candidate a share of the requests")
-    command.add_argument("what", metavar="VERSION|FOLDER|REV")
+    command.add_argument("what", type=project.folder_or_revision, metavar="VERSION|FOLDER|REV")
     command.add_argument("--share", type=float, help="0 to 1 (default: params.yaml)")
     command = subcommands.add(commands, "stop", _stop, "end the canary")
     command.add_argument("--failed", action="store_true", help="it is not to be promoted")
     command.add_argument("--reason", default="by hand")
     subcommands.add(commands, "route", _route, "which version serves a request").add_argument("id", metavar="ID")
     command = subcommands.add(commands, "judge", _judge, "promote, rollback or keep watching, from a telemetry file")
-    command.add_argument("telemetry", type=Path, metavar="TELEMETRY")
+    command.add_argument("telemetry", type=lambda given: Path(project.path(given)), metavar="TELEMETRY")
     command.add_argument("--apply", action="store_true", help="promote or withdraw it accordingly")
 
 
 def main(given: argparse.Namespace) -> None:
     """Do what the subcommand says."""
-    project.require()
     given.action(given)
 
 

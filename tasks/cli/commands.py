@@ -20,6 +20,7 @@ class Command(NamedTuple):
         group: heading of the list that it stands below.
         refused, wrong_call: its exit codes where it refuses, and where it was called wrongly.
         told: it tells what the machine refuses itself; any other error is a mistake and keeps its traceback.
+        project: it runs in the project's folder, wherever below it is called.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Command(NamedTuple):
     refused: int = exit_codes.REFUSED
     wrong_call: int = exit_codes.WRONG_CALL
     told: bool = False
+    project: bool = True
 
 
 PIPELINE, MODEL, EVIDENCE, REGISTRY, NIGHTS, PROJECT = (
@@ -54,10 +56,15 @@ COMMANDS = {
             "tasks.cli.fit",
             refused=exit_codes.FIT_REFUSED,
             wrong_call=exit_codes.FIT_REFUSED,
+            project=False,
         ),
-        Command("size", MODEL, "its bytes by what they are for, and the least possible", "tasks.cli.size"),
-        Command("profile", MODEL, "measure this machine as a device that `fit` can take", "tasks.cli.profile"),
-        Command("export", MODEL, "write it for ONNX Runtime GenAI or llama.cpp", "tasks.cli.export"),
+        Command(
+            "size", MODEL, "its bytes by what they are for, and the least possible", "tasks.cli.size", project=False
+        ),
+        Command(
+            "profile", MODEL, "measure this machine as a device that `fit` can take", "tasks.cli.profile", project=False
+        ),
+        Command("export", MODEL, "write it for ONNX Runtime GenAI or llama.cpp", "tasks.cli.export", project=False),
         Command("compare", EVIDENCE, "what differs between two versions or revisions", "tasks.cli.compare"),
         Command("gate", EVIDENCE, "judge a revision by the gate's limits", "tasks.cli.gate"),
         Command("attribution", EVIDENCE, "what each stage changed: perplexity, bytes, speed", "tasks.cli.attribution"),
@@ -77,7 +84,13 @@ COMMANDS = {
         ),
         Command("registry", REGISTRY, "list, promote, roll back and verify versions", "tasks.cli.registry"),
         Command("canary", REGISTRY, "a candidate with a share of the requests", "tasks.cli.canary"),
-        Command("update", REGISTRY, "signed updates from one version's folder to another's", "tasks.cli.update"),
+        Command(
+            "update",
+            REGISTRY,
+            "signed updates from one version's folder to another's",
+            "tasks.cli.update",
+            project=False,
+        ),
         Command("night", NIGHTS, "serve the schedule, run one night, list or apply them", "flows.schedule"),
         Command("ui", NIGHTS, "serve the Prefect UI of this project", "flows.server.ui"),
         Command("retention", NIGHTS, "remove what nights left and nobody needs", "flows.retention"),

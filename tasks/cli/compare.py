@@ -14,15 +14,13 @@ from tasks.registry import overview
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    parser.add_argument("a", metavar="A", help="a version, a folder or a git revision")
-    parser.add_argument("b", metavar="B", help="the other one")
+    parser.add_argument("a", type=project.folder_or_revision, metavar="A", help="a version, a folder or a git revision")
+    parser.add_argument("b", type=project.folder_or_revision, metavar="B", help="the other one")
     parser.add_argument("--json", action="store_true", help="print an object instead of tables")
 
 
 def main(given: argparse.Namespace) -> None:
     """Print a table for each kind of difference."""
-
-    project.require()
     found = overview.diff(project.ROOT, project.revision(given.a), project.revision(given.b))
     if given.json:
         console.show_json(found)

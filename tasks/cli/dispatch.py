@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import IO, NoReturn
 
 from tasks.algorithms.errors import InputError
-from tasks.cli import exit_codes, quiet
+from tasks.cli import account, exit_codes, lean, project, quiet
 from tasks.cli.commands import COMMANDS, GROUPS, Command
 from tasks.parameters import parameter_file
 
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line, without the program's name; None: this process's.
     """
     _open_streams()
+    account.complete()
     words = sys.argv[1:] if arguments is None else list(arguments)
     command = COMMANDS.get(words[0]) if words else None
     try:
@@ -104,6 +105,7 @@ def _drop_stdout() -> None:
 
 def _run(command: Command, words: list[str]) -> int:
     quiet.apply(bars=command.module.startswith("flows."))
+    lean.apply()
     module = importlib.import_module(command.module)
     first, _, rest = (module.__doc__ or "").partition("\n")
     parser = Parser(
@@ -116,6 +118,8 @@ def _run(command: Command, words: list[str]) -> int:
         given = parser.parse_args(words)
     except SystemExit as end:  # of --help
         return int(end.code or 0)
+    if command.project:
+        project.enter()
     return module.main(given) or exit_codes.DONE
 
 

@@ -16,7 +16,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
-from tasks.cli import console, exit_codes, subcommands
+from tasks.cli import console, exit_codes, project, subcommands
 from tasks.runtime import lineage, provenance
 
 
@@ -25,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="show | verify | adopt")
     for name, action, what in (("show", _show, "print the tree"), ("verify", _verify, "hash all of it again")):
         command = subcommands.add(commands, name, action, what)
-        command.add_argument("path", metavar="PATH", help="a file or folder that a stage makes")
+        command.add_argument("path", type=project.path, metavar="PATH", help="a file or folder that a stage makes")
     command = subcommands.add(commands, "adopt", _adopt, "make the record of this machine's run the tracked one")
     command.add_argument("path", metavar="STAGE", help="a stage of dvc.yaml, or an item of a matrix")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 
-from tasks.cli import project
 from tasks.runtime import mend
 
 
@@ -21,12 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(given: argparse.Namespace) -> None:
-    """Mend, and print a sentence when its thing is done.
-
-    Raises:
-        InputError: the working folder is no project.
-    """
-    project.require()
+    """Mend, and print a sentence when its thing is done."""
     done = 0
     for sentence in itertools.chain(mend.mend(), mend.mend_cache() if given.cache else ()):
         print(sentence, flush=True)

@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="list | promote | rollback | verify")
     subcommands.add(commands, "list", _list, "every version")
     command = subcommands.add(commands, "promote", _promote, "make a version the one in use")
-    command.add_argument("what", metavar="VERSION|FOLDER|REV")
+    command.add_argument("what", type=project.folder_or_revision, metavar="VERSION|FOLDER|REV")
     command.add_argument("--again", action="store_true", help="although it was rolled back")
     command = subcommands.add(commands, "rollback", _rollback, "back to the version before")
     command.add_argument("version", nargs="?")
@@ -40,7 +40,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> None:
     """Do what the subcommand says."""
-    project.require()
     given.action(given)
 
 

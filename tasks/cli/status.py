@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from dvc.repo import Repo
 
-from tasks.cli import console, project
+from tasks.algorithms.errors import InputError
+from tasks.cli import console
 from tasks.nightly import worktree
 from tasks.runtime import code, locks
 
@@ -39,7 +40,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> None:
     """Print a line per stage, then what runs."""
-    project.require()
     rows, running = stages(given.stages), runs()
     if given.json:
         console.show_json({"stages": rows, "running": running})
@@ -71,7 +71,7 @@ def runs() -> list[dict[str, Any]]:
     else:
         found += [_run("stage", name, holder) for name, holder in at_work.items()]
     if holder := locks.holder(worktree.LOCK):
-        found.append(_run("night", next(iter(dict(_working(worktree.WORKTREE))), None), holder))
+        found.append(_run("night", next(iter(dict(_working(_nights()))), None), holder))
     return found
 
 
@@ -122,6 +122,13 @@ def _working(folder: Path) -> Iterable[tuple[str, locks.Holder]]:
         holder = locks.holder(path) if path.name != locks.FLOW.name else None
         if holder:
             yield path.stem, holder
+
+
+def _nights() -> Path:
+    try:
+        return worktree.project(Path())
+    except InputError:  # no git, so no night has run here
+        return worktree.WORKTREE
 
 
 def _lock(folder: Path, stage: str) -> Path:

@@ -48,10 +48,11 @@ def _keygen(given: argparse.Namespace) -> None:
 def _make(given: argparse.Namespace) -> None:
     from tasks.registry import update, versions
 
-    project.require()
+    key, out = given.key.absolute(), given.out.absolute()
+    project.enter()
     names = given.a, given.b
     old, new = (versions.folder_of(project.ROOT, versions.find(project.ROOT, name)) for name in names)
-    made = update.make(old, new, names, given.key, given.out)
+    made = update.make(old, new, names, key, out)
     lines = [f"{given.out}: {made.bytes:,} bytes, {made.bytes / made.package:.2%} of {given.b}'s {made.package:,}"]
     lines += [f"{name}: {how}, {size:,} bytes" for name, (how, size) in made.files.items()]
     content = asdict(made) | {"adapter_only": made.adapter_only}

@@ -197,6 +197,28 @@ def choices(stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, 
     return Choices(harm, sizes)
 
 
+def distinct_scales(
+    model: nn.Module, widths: Mapping[str, int], coded: Mapping[str, rounding.Coded], chosen: Gptq, device: str
+) -> int | None:
+    """Count the scales that a model with nothing pruned has, all matrices together, each linear rounded to the nearest.
+
+    Scales on a coarse grid are packed as indices into a table of those that occur, so their number is their size. GPTQ
+    finds nearly the same ones. None where scales are any float16, and are stored as they are.
+
+    Args:
+        model: dense.
+        widths: full module name -> bits.
+        coded: the embedding (and head), as quantised.
+    """
+    if not chosen.scale_steps:
+        return None
+    config = settings(chosen, chosen.bits, device)
+    found = [each.scales.float().cpu() for each in coded.values()]
+    for name, weight in matrices.weights(model).items():
+        found.append(masked_grid.scales(weight, None, config, widths[name], chosen.scale_steps).cpu())
+    return len(torch.cat([scales.flatten() for scales in found]).unique())
+
+
 def linear_bytes(weight: Tensor, keep: Tensor | None, pattern: str, bits: int, chosen: Gptq) -> int:
     """Count the bytes that a linear's positions, codes, scales, zero points and order of columns take when packed.
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.model import families
 from tasks.algorithms.model.shape import shape_of_model
 from tasks.models import generations, model_files
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def config(folder: Path) -> dict[str, Any]:
@@ -33,20 +34,25 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: one of its files is larger than any tokenizer's.
     """
+    from transformers import AutoTokenizer  # here: a switched-off stage only asks for the config
+
     model_files.check_sizes(folder)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A dense checkpoint on the CPU, in evaluation mode.
+def load_dense(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A dense checkpoint on the CPU, in evaluation mode, in float32 unless another type is asked for.
 
     Raises:
         InputError: a text of the folder is larger than any model's, or it holds two sets of weights.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     model_files.check_sizes(folder)
     model_files.check_unambiguous(folder)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        folder, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     return model.eval()
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import pandas as pd
-from torch import Tensor
-
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import masks
 from tasks.runtime import files
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pandas as pd
+    from torch import Tensor
 
 COLUMNS = ["linear", "weights", "zeros", "groups", "violations", "revived"]
 NAMED = 5
@@ -38,6 +38,8 @@ def ledger(weights: Mapping[str, Tensor], keep: Mapping[str, Tensor], pattern: s
     Raises:
         InputError: a mask of another shape, or of a linear that is not there.
     """
+    import pandas as pd
+
     foreign = sorted(set(keep) - set(weights))
     if foreign:
         raise InputError(f"there is a mask for {foreign[0]}, which the model does not have: run stage wanda again")
@@ -71,6 +73,11 @@ def check(table: pd.DataFrame, where: str, enforce: bool) -> bool:
 def write(table: pd.DataFrame, path: Path) -> None:
     """Write a ledger as CSV."""
     files.write_csv(path, table)
+
+
+def write_empty(path: Path) -> None:
+    """Write a ledger of no linear."""
+    files.write_header(path, COLUMNS)
 
 
 def _row(name: str, weight: Tensor, keep: Tensor | None, pattern: tuple[int, int] | None) -> tuple:

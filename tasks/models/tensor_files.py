@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -13,6 +13,11 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     """Write a safetensors file whose bytes depend on its content alone."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
     sort_header(path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, by name."""
+    return load_file(path)
 
 
 def sort_header(path: Path) -> None:

@@ -30,6 +30,7 @@ from tasks.evaluation import comparison, measurements, results
 from tasks.evaluation.comparison import FETCHED, PACKAGE, RECOVERED_DENSE
 from tasks.parameters import parameter_file
 from tasks.parameters.schema import Gate
+from tasks.runtime import git
 
 PACKAGE_FOLDER = "data/package/model"
 MANIFEST = "manifest.json"
@@ -64,6 +65,7 @@ def read(top: Path, rev: str) -> Evidence:
     Raises:
         InputError: no such revision, or no package and evaluation in it; DVC's cache has lost them.
     """
+    git.trust(top)
     try:
         with Repo(str(top)) as repo, repo.switch(rev):
             return _evidence(repo.dvcfs)

@@ -10,6 +10,7 @@ for its content is what the night looks for. It runs and records nothing.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from dvc.repo import Repo
 from dvc.utils.serialize import modify_yaml
 
 from tasks.algorithms.errors import InputError
+from tasks.nightly import worktree
 from tasks.parameters import schema
 from tasks.parameters.schema import Params
 from tasks.parameters.source_sections import ModelSource
@@ -83,17 +85,24 @@ def _place(top: Path, folder: Path, path: Path) -> None:
     """
     if path.is_absolute() or not (top / path).exists():
         return
-    target = folder / path
-    if path.parts[0] == "..":
-        target = folder.parent / path.parts[1]
-        if ".." in path.parts[1:]:
-            raise InputError(f"{path} leads too far out of the project for a night; name it by an absolute path")
-        _link(target, (top.parent / path.parts[1]).resolve())
-    elif not git.run(folder, "ls-files", "--", str(path)):
+    target, spec = Path(os.path.normpath(folder / path)), f":(literal){path.as_posix()}"
+    if not target.is_relative_to(top / worktree.WORKTREE):
+        _place_outside(top, folder, path)
+    elif not git.run(folder, "ls-files", "--", spec):
         if target.is_symlink() or not target.exists():  # what it leads to may have changed
             _link(target, (top / path).resolve())
-    elif git.run(top, "status", "--porcelain", "--ignored", "--", str(path)):
+    elif git.run(top, "status", "--porcelain", "--ignored", "--", spec):
         _copy(top / path, target)
+
+
+def _place_outside(top: Path, folder: Path, path: Path) -> None:
+    """Link the folder beside the repository that a path leads through, beside the worktree."""
+    steps = next(place for place, part in enumerate(path.parts) if part != "..")
+    first = Path(*path.parts[: steps + 1])
+    target = Path(os.path.normpath(folder / first))
+    if ".." in path.parts[steps:] or target.parent != top / worktree.FOLDER:
+        raise InputError(f"{path} leads too far out of the project for a night; name it by an absolute path")
+    _link(target, (top / first).resolve())
 
 
 def _link(target: Path, source: Path) -> None:

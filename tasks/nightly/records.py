@@ -87,7 +87,7 @@ def find(top: Path, name: str) -> Night:
 
 def changed_parameters(top: Path, nights: list[Night]) -> dict[str, dict[str, Any]]:
     """Of every night the parameters in which the nights differ: name -> {"section.key": value}."""
-    texts = {night.name: git.run(top, "show", f"{night.commit}:params.yaml") for night in nights}
+    texts = {night.name: git.run(top, "show", f"{night.commit}:./params.yaml") for night in nights}
     flat = {
         name: dict(_flatten(parameter_file.parse(text.encode(), f"params.yaml of {name}")))
         for name, text in texts.items()

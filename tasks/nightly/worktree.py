@@ -11,6 +11,7 @@ nights is `tasks.nightly.records`'s.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 
@@ -24,27 +25,31 @@ FOLDER = Path(".dvc/tmp/nights")
 """Below DVC's temporary folder, which git and DVC ignore."""
 WORKTREE = FOLDER / "worktree"
 LOCK = FOLDER / "lock"
-AUTHOR = {
-    f"GIT_{who}_{what}": value
-    for who in ("AUTHOR", "COMMITTER")
-    for what, value in (("NAME", "edgepress nightly"), ("EMAIL", "nightly@localhost"))
-}
+AUTHOR = git.signed({"NAME": "edgepress nightly", "EMAIL": "nightly@localhost"})
 
 
 def root() -> Path:
-    """The project's folder, which is git's and DVC's alike.
+    """The project's folder, which is the working folder; its git repository may be a larger one.
 
     Raises:
-        InputError: the working folder is not in such a project, or it has no commit.
+        InputError: the working folder is no project, or in no git repository that has a commit.
     """
-    try:
-        top = Path(git.run(Path.cwd(), "rev-parse", "--show-toplevel"))
-        git.run(top, "rev-parse", "--verify", "--quiet", "HEAD")
-    except InputError as error:
-        raise InputError("a night compresses a commit: run from the folder of a git repository with one") from error
+    top = Path.cwd()
     if not (top / "dvc.yaml").exists():
         raise InputError(f"{top} has no dvc.yaml; run from the project's folder")
+    try:
+        git.trust(top)
+        git.run(top, "rev-parse", "--verify", "--quiet", "HEAD")
+    except git.Distrusted:
+        raise
+    except InputError as error:
+        raise InputError("a night compresses a commit: run from the folder of a git repository with one") from error
     return top
+
+
+def project(top: Path) -> Path:
+    """The project's folder in the nights' worktree, which is one of the whole repository."""
+    return top / WORKTREE / git.run(top, "rev-parse", "--show-prefix")
 
 
 def locked(top: Path, wait: bool) -> contextlib.AbstractContextManager[None]:
@@ -61,10 +66,17 @@ def locked(top: Path, wait: bool) -> contextlib.AbstractContextManager[None]:
 
 
 def prepare(top: Path) -> Path:
-    """Bring the nights' worktree to the workspace's HEAD; outputs, dvc.lock and records stay: they belong together."""
-    folder, head = top / WORKTREE, git.run(top, "rev-parse", "HEAD")
+    """Bring the nights' worktree to the workspace's HEAD; outputs, dvc.lock and records stay: they belong together.
+
+    Returns:
+        The project's folder in it.
+
+    Raises:
+        InputError: the project isn't committed.
+    """
+    folder, own, head = top / WORKTREE, project(top), git.run(top, "rev-parse", "HEAD")
     if _is_worktree(folder):
-        kept = {path: path.read_bytes() for path in map(folder.joinpath, _beside_head(folder))}
+        kept = {path: path.read_bytes() for path in map(own.joinpath, _beside_head(own))}
         for stale in Path(git.run(folder, "rev-parse", "--absolute-git-dir")).glob("*.lock"):
             stale.unlink()  # git's, of a night that was killed: only nights work here, one at a time
         git.run(folder, "checkout", "--quiet", "--force", "--detach", head)
@@ -77,11 +89,13 @@ def prepare(top: Path) -> Path:
         _forget(top, folder)
         git.run(top, "worktree", "prune")
         git.run(top, "worktree", "add", "--quiet", "--force", "--detach", str(folder), head)
-    with contextlib.chdir(folder):
+    if not (own / "dvc.yaml").exists():
+        raise InputError(f"dvc.yaml is not in commit {head[:10]}, which a night compresses; commit the project first")
+    with contextlib.chdir(own):
         mend.mend()  # a dvc.lock that git or a full disk left half-written
-    _share_cache(top, folder)
-    _share_records(top, folder)
-    return folder
+    _share_cache(top, own)
+    _share_records(top, own)
+    return own
 
 
 def _beside_head(folder: Path) -> list[str]:
@@ -110,7 +124,8 @@ def _share_cache(top: Path, folder: Path) -> None:
     if own.exists():
         shutil.copyfile(own, folder / ".dvc/config.local")
     with Repo(str(top)) as workspace, Repo(str(folder), uninitialized=True) as repo:
-        cache = workspace.cache.local_cache_dir
+        # a relative path stays one, mostly of ".." alone: DVC can't write names that aren't ASCII (3.67.1)
+        cache = os.path.relpath(workspace.cache.local_cache_dir)
         with repo.config.edit("local") as config:
             config.setdefault("cache", {})["dir"] = cache
 
@@ -137,8 +152,9 @@ def commit(folder: Path, tree: str, message: str) -> str:
 
 def uncommitted(top: Path) -> str:
     """Tracked files that differ from HEAD, in words; none where they are just what was brought back before."""
-    changed = git.run(top, "diff", "--name-only", "HEAD").splitlines()
+    changed = git.names(top, "diff", "--name-only", "HEAD")
+    places = [f":(top,literal){name}" for name in changed]  # the repository may be larger than the project
     with contextlib.suppress(InputError):  # no such ref: nothing was brought back yet
-        if changed and not git.run(top, "diff", "--name-only", EXEC_APPLY, "--", *changed):
+        if changed and not git.names(top, "diff", "--name-only", EXEC_APPLY, "--", *places):
             return ""
     return ", ".join(changed)

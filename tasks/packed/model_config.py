@@ -34,11 +34,12 @@ def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
     unsafe = [key for key in config if key in UNSAFE + UNUSED or key.startswith("_")]
     if unsafe:
         raise InputError(f"the config of a packed model has the entry {unsafe[0]!r}: the folder is damaged")
-    named = families.family(config).architecture
     try:
-        kind = getattr(transformers, named)
+        kind = getattr(transformers, families.family(config).architecture)
         with torch.device("meta"):
             parsed = kind.config_class.from_dict(dict(config))
             return transformers.AutoModelForCausalLM.from_config(parsed, dtype=torch.float32)
+    except InputError:
+        raise
     except Exception as error:  # a config can be wrong in as many ways as transformers reads it
         raise InputError(f"the config makes no model that is known here: {str(error)[:200]}") from error

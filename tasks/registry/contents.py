@@ -162,7 +162,7 @@ def snapshot(root: Path) -> str:
     if tree == git.run(root, "rev-parse", "HEAD^{tree}"):
         return head
     message = "Workspace of a promoted package"
-    return git.run(root, "commit-tree", tree, "-p", head, "-m", message, env=_identity(root))
+    return git.run(root, "commit-tree", tree, "-p", head, "-m", message, env=git.signed(git.identity(root)))
 
 
 def _check_workspace(root: Path) -> None:
@@ -209,11 +209,8 @@ def _package(fs: DVCFileSystem, revision: str) -> Output:
 
 @contextlib.contextmanager
 def _opened(root: Path, revision: str) -> Iterator[DVCFileSystem]:
-    fs = DVCFileSystem(str(root), rev=revision)
-    try:
-        yield fs
-    finally:
-        fs.close()
+    with Repo(str(root)) as repo, repo.switch(revision):  # DVCFileSystem itself takes git's folder for the project's
+        yield repo.dvcfs.fs
 
 
 @contextlib.contextmanager
@@ -267,16 +264,6 @@ def _compare_with_manifest(folder: Path, copied: Mapping[str, Mapping[str, Any]]
     for name, expected in hashes.items():
         if copied.get(name, {}).get("sha256") != expected:
             raise InputError(f"{name} of {revision[:10]} is not the file that the package's manifest names")
-
-
-def _identity(root: Path) -> dict[str, str]:
-    """Who commits, where git was not told."""
-    name = {"NAME": "edgepress", "EMAIL": "edgepress@localhost"}
-    try:
-        git.run(root, "config", "user.email")
-    except InputError:
-        return {f"GIT_{who}_{key}": name[key] for who in ("AUTHOR", "COMMITTER") for key in name}
-    return {}
 
 
 def remove(folder: Path) -> None:

@@ -18,9 +18,8 @@ def versions(root: Path) -> list[dict[str, Any]]:
 
     data: "kept" in a folder of the registry, "cached" by DVC, or "gone".
     """
-    with tags.locked(root):
-        registry.settle(root, strict=False)
-        history = tags.read(root)
+    registry.current(root, strict=False)
+    history = tags.read(root)
     return [
         {
             "version": version.name,

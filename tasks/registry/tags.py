@@ -26,7 +26,7 @@ from scmrepo.exceptions import SCMError
 from scmrepo.git import Git
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import locks
+from tasks.runtime import git, locks
 
 ARTIFACT = "edgepress"
 PROMOTED = "prod"
@@ -136,7 +136,7 @@ def register(root: Path, name: str, revision: str, record: Mapping[str, Any]) ->
         InputError: git or GTO refuses.
     """
     with _refusals():
-        gto.api.register(str(root), ARTIFACT, revision, version=name, message=_text(record))
+        gto.api.register(str(root), ARTIFACT, revision, version=name, message=_text(record), **_author(root))
 
 
 def assign(root: Path, version: str, stage: str, note: Mapping[str, Any]) -> None:
@@ -146,7 +146,7 @@ def assign(root: Path, version: str, stage: str, note: Mapping[str, Any]) -> Non
         InputError: git or GTO refuses.
     """
     with _refusals():
-        gto.api.assign(str(root), ARTIFACT, stage, version=version, message=_text(note), force=True)
+        gto.api.assign(str(root), ARTIFACT, stage, version=version, message=_text(note), force=True, **_author(root))
 
 
 def unassign(root: Path, version: str, stage: str, note: Mapping[str, Any]) -> None:
@@ -156,7 +156,15 @@ def unassign(root: Path, version: str, stage: str, note: Mapping[str, Any]) -> N
         InputError: git or GTO refuses.
     """
     with _refusals():
-        gto.api.unassign(str(root), ARTIFACT, version=version, stage=stage, message=_text(note), force=True)
+        gto.api.unassign(
+            str(root), ARTIFACT, version=version, stage=stage, message=_text(note), force=True, **_author(root)
+        )
+
+
+def _author(root: Path) -> dict[str, str]:
+    """Who makes a tag, as git says it: pygit2 doesn't read all that git does, and knows nobody where git knows none."""
+    who = git.identity(root)
+    return {"author": who["NAME"], "author_email": who["EMAIL"]}
 
 
 def resolve(root: Path, revision: str) -> str:
@@ -192,6 +200,7 @@ def _git(root: Path) -> Iterator[Git]:
     except SCMError as error:
         raise InputError(f"{root} is in no git repository: the registry keeps its versions as git tags") from error
     try:
+        git.trust(root)
         yield scm
     finally:
         scm.close()

@@ -15,6 +15,7 @@ What follows from the tags is `tasks.registry.standing`'s, the list of versions 
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,8 @@ from tasks.registry.tags import CANARY, PROMOTED, History, Version
 from tasks.runtime import files
 
 MANIFEST = FOLDER / "current.json"
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""How the system refuses to write in somebody else's checkout."""
 
 
 class Withdrawn(InputError):
@@ -42,8 +45,13 @@ def current(root: Path, *, strict: bool = True) -> Manifest | None:
     Raises:
         InputError: no git repository; the promoted version's data is gone.
     """
-    with tags.locked(root):
-        return settle(root, strict=strict)
+    try:
+        with tags.locked(root):
+            return settle(root, strict=strict)
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        return _standing(tags.read(root))  # this user completes nothing here
 
 
 def settle(root: Path, *, strict: bool = True) -> Manifest | None:
@@ -53,12 +61,10 @@ def settle(root: Path, *, strict: bool = True) -> Manifest | None:
         strict: False: where the data is gone (as in a new clone) current.json stays as it is, instead of an error.
     """
     history = tags.read(root)
-    stack, _ = standing.promotions(history)
-    path = root / MANIFEST
-    if not stack:
+    path, manifest = root / MANIFEST, _standing(history)
+    if manifest is None:
         path.unlink(missing_ok=True)
         return None
-    manifest = standing.manifest(history, stack[-1])
     text = files.json_text(asdict(manifest))
     folders = [root / manifest.folder] + ([root / manifest.canary.folder] if manifest.canary else [])
     same = path.exists() and path.read_text(encoding="utf-8", errors="replace") == text
@@ -73,6 +79,11 @@ def settle(root: Path, *, strict: bool = True) -> Manifest | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_text(path, text)
     return manifest
+
+
+def _standing(history: History) -> Manifest | None:
+    stack, _ = standing.promotions(history)
+    return standing.manifest(history, stack[-1]) if stack else None
 
 
 def promote(

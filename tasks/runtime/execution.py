@@ -14,6 +14,7 @@ sentence. Any other error keeps its traceback.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import os
 import resource
@@ -31,7 +32,7 @@ from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
 from tasks.parameters import parameter_file, preflight
-from tasks.runtime import code, edits, failures, lineage, locks, mend, parent
+from tasks.runtime import code, edits, failures, lazily, lineage, locks, mend, parent
 from tasks.runtime.stage import JOURNALS, SCRATCH, Stage
 
 if TYPE_CHECKING:
@@ -159,13 +160,12 @@ def _perform(stage: Stage) -> dict[str, float]:
     if altered := failures.altered_inputs(stage):
         raise InputError(f"{' and '.join(altered)} {failures.ALTERED}")
     preflight.check_workspace(stage.everything, stage.address)
-    module = importlib.import_module(f"tasks.{stage.name}")
-    start_up, began = _age(), time.monotonic()
-    if stage.enabled:
-        module.run(stage)
-    else:
+    if not stage.enabled:
         print(f"{stage.address}: switched off, its input is passed on")
-        module.skip(stage)
+    with contextlib.nullcontext() if stage.enabled else lazily.imported():
+        module = importlib.import_module(f"tasks.{stage.name}")
+        start_up, began = _age(), time.monotonic()
+        (module.run if stage.enabled else module.skip)(stage)
     return {"start_up_seconds": start_up, "computing_seconds": time.monotonic() - began}
 
 

@@ -84,6 +84,11 @@ def write_csv(
         table.to_csv(unfinished, columns=chosen, index=False, lineterminator="\n", float_format=float_format)
 
 
+def write_header(path: Path, columns: Sequence[str]) -> None:
+    """Write the bytes of `write_csv` for a table without rows, and without pandas."""
+    write_text(path, ",".join(columns) + "\n")
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:

@@ -63,7 +63,7 @@ FIGURES = ("seconds", "start_up_seconds", "computing_seconds", "cpu_seconds")
 
 
 def took(stage: DvcStage) -> dict[str, float]:
-    """The `FIGURES` of the run that made what dvc.lock names, on this machine where it ran here; the known ones."""
+    """The known `FIGURES` of the run that made what dvc.lock names: of this machine's where it ran here, too."""
     found = local(stage) or find(stage) or {}
     return {name: found[name] for name in FIGURES if isinstance(found.get(name), int | float)}
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import psutil
 
 from tasks.algorithms.errors import InputError
+from tasks.runtime import warm
 
 DVC_LOCK = Path(".dvc/tmp/lock")
 DVC_USERS = Path(".dvc/tmp/rwlock")
@@ -107,7 +108,7 @@ def held(path: Path, what: str, way_out: str = "wait for it or end it", *, wait:
             found = holder(path)
             raise InputError(f"{what}{f': {found}' if found else ''}; {way_out}") from error
         file.truncate(0)
-        file.write(f" {os.getpid()}\n")
+        file.write(f" {warm.stage_process()}\n")
         file.flush()
         yield
 

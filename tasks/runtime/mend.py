@@ -25,11 +25,14 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import edits, files, lineage, locks
+from tasks.runtime import edits, files, git, lineage, locks
 
 LOCK = Path("dvc.lock")
 KEPT = Path("data/.scratch/dvc.lock")
 """The copy of dvc.lock that stages keep."""
+BESIDE = "# beside "
+"""Begins the copy's first line: after it comes git's hash of the dvc.lock of the commit on which it was kept."""
+CONFLICT = b"<<<<<<< "
 DAMAGED = ".damaged"
 """Ending of what is moved aside."""
 GUARD = locks.DVC_USERS.with_suffix(".lock")
@@ -39,7 +42,7 @@ AT_WORK = "DVC is working in this folder"
 
 
 def keep_lock() -> None:
-    """Keep a copy of dvc.lock: what it says now, and the entries that it lacks and had before.
+    """Keep a copy of dvc.lock: what it says now, and the entries that it lacks and had before on the same commit.
 
     Stages that start side by side do it one after another, so that none takes back what another one kept.
     """
@@ -47,21 +50,38 @@ def keep_lock() -> None:
         now = _entries(LOCK)
         if now is None:
             return
-        kept = _entries(KEPT) or {}
-        if kept != (together := kept | now):
-            files.write_text(KEPT, _dumped(together))
+        committed = _committed()
+        text = f"{BESIDE}{committed}\n{_dumped(_kept(committed) | now)}"
+        if not KEPT.exists() or KEPT.read_text(encoding="utf-8", errors="replace") != text:
+            files.write_text(KEPT, text)
 
 
 def mend() -> list[str]:
     """Put DVC's list of readers and writers and dvc.lock right; returns a sentence for each thing that was done.
 
     Raises:
-        InputError: DVC is working in this folder at this moment.
+        InputError: DVC is working in this folder at this moment; git left its conflict marks.
     """
+    refuse_conflicts()
     if not locks.DVC_LOCK.parent.is_dir():
         return []
     with locks.held(locks.DVC_LOCK, AT_WORK), locks.held(GUARD, AT_WORK):
         return [*_mend_users(), *_mend_lock(), *_mend_notes()]
+
+
+def refuse_conflicts() -> None:
+    """Refuse a project in whose files git left a conflict for somebody to settle.
+
+    Raises:
+        InputError: names the file, the line, and the way out.
+    """
+    for path in (LOCK, Path("dvc.yaml"), Path("params.yaml")):
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        if number := next((number for number, line in enumerate(lines, 1) if line.startswith(CONFLICT)), None):
+            way_out = "settle it in an editor"
+            if path == LOCK:
+                way_out = f"`git checkout --ours {LOCK}` (or --theirs) takes one side, and `dvc repro` makes the rest"
+            raise InputError(f"{path} has git's conflict marks (line {number}): {way_out}")
 
 
 def _mend_users() -> Iterator[str]:
@@ -75,7 +95,7 @@ def _mend_users() -> Iterator[str]:
 
 
 def _mend_lock() -> Iterator[str]:
-    kept, now = _entries(KEPT) or {}, _entries(LOCK)
+    kept, now = _kept(_committed()), _entries(LOCK)
     if now is None and LOCK.exists():
         os.replace(LOCK, _aside(LOCK))
         yield f"{LOCK} could not be read (a kill or a full disk cut it off): it was moved to {_aside(LOCK)}"
@@ -100,12 +120,35 @@ def _mend_notes() -> Iterator[str]:
         return
     for path in (KEPT, LOCK) if found else ():
         gone = {stage.addressing for stage, _ in found}
-        files.write_text(
-            path, _dumped({name: entry for name, entry in (_entries(path) or {}).items() if name not in gone})
-        )
+        first = f"{BESIDE}{_committed()}\n" if path == KEPT else ""
+        left = {name: entry for name, entry in (_entries(path) or {}).items() if name not in gone}
+        files.write_text(path, first + _dumped(left))
     for stage, differences in found:
         what = " and ".join(differences)
         yield f"{stage.addressing} was noted by DVC with an edit that came after it ({what}): it runs again"
+
+
+def _kept(committed: str) -> dict[str, dict[str, Any]]:
+    """The entries of the copy; none where git has put another commit's dvc.lock in place since, or this one's again.
+
+    Args:
+        committed: of `_committed`.
+    """
+    try:
+        with KEPT.open(encoding="utf-8") as file:
+            beside = file.readline().strip()
+        whole = committed and LOCK.exists() and git.run(Path(), "hash-object", "--", str(LOCK)) == committed
+    except (OSError, ValueError, InputError):
+        return {}
+    return {} if whole or beside != f"{BESIDE}{committed}".strip() else _entries(KEPT) or {}
+
+
+def _committed() -> str:
+    """Git's hash of dvc.lock as it is committed; empty where it isn't, and without git."""
+    try:
+        return git.run(Path(), "rev-parse", "--verify", "--quiet", f"HEAD:./{LOCK}")
+    except (OSError, InputError):
+        return ""
 
 
 def _lost(kept: dict[str, Any], now: dict[str, Any] | None) -> bool:

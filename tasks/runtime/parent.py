@@ -11,7 +11,7 @@ import time
 import psutil
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import locks, processes
+from tasks.runtime import locks, processes, warm
 
 
 def end_with_it(address: str) -> None:
@@ -26,7 +26,7 @@ def end_with_it(address: str) -> None:
     if os.environ.get("DVC_STAGE") != address or not (users := locks.users_of_dvc()):  # not started by DVC
         return
     writing = {entry.get("pid") for entry in users.get("write", {}).values()}
-    above = [process for process in psutil.Process().parents() if process.pid in writing]
+    above = [process for process in psutil.Process(warm.stage_process()).parents() if process.pid in writing]
     if writing and not above:
         raise InputError(f"the `dvc repro` that started stage {address} has ended; run it again")
     if above:

@@ -221,7 +221,7 @@ def _committed(out: Output, locked: str, revision: str, scratch: Path) -> dict[s
 
 def _of_git(out: Output, revision: str, scratch: Path) -> dict[str, tuple[str, Path | None]]:
     root, found = Path(out.repo.root_dir), {}
-    listed = git.run(root, "ls-tree", "-r", "--name-only", revision, "--", out.def_path).splitlines()
+    listed = git.names(root, "ls-tree", "-r", "--name-only", revision, "--", out.def_path)
     for number, name in enumerate(listed):
         path = scratch / str(number)
         with path.open("wb") as file:

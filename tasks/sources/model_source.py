@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from tasks.parameters import preflight
 from tasks.parameters.source_sections import CorpusSource, ModelSource
 from tasks.sources import hub
 
+DVC_OBJECT = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
+"""A file of DVC's cache, which DVC links to where `cache.type` is symlink."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -146,7 +149,9 @@ def _refuse_link(path: Path, inside: Path) -> None:
     """Only ordinary files of the folder: a link could bring in any file that this user may read."""
     real = path.resolve()
     if inside.resolve() not in real.parents:
-        raise InputError(f"{path} is a link out of the model folder; copy the file itself there (`cp -L`)")
+        ours = DVC_OBJECT.search(real.as_posix())
+        way_out = f"`dvc unprotect {path.parent}` makes it one" if ours else "copy the file itself there (`cp -L`)"
+        raise InputError(f"{path} is a link out of the model folder, not a file; {way_out}")
     if path.exists() and not real.is_file():
         raise InputError(f"{path} is no ordinary file; fetch the model again")
 

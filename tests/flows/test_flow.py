@@ -123,6 +123,21 @@ def test_every_stage_is_a_task_run_that_says_why_it_ran_or_not(toy) -> None:
 
 
 @pytest.mark.slow  # a server of its own
+def test_what_dvc_add_made_is_a_stage_of_the_flow(toy) -> None:
+    (toy / "source").mkdir()
+    (toy / "source/model").write_text("1\n", encoding="utf-8")
+    run(toy, "-m", "dvc", "add", "-q", "source/model")
+    stages = yaml.safe_load((toy / "dvc.yaml").read_text())
+    stages["stages"]["first"]["deps"] = ["source/model"]
+    (toy / "dvc.yaml").write_text(yaml.safe_dump(stages), encoding="utf-8")
+    run(toy, "-c", FLOW, json.dumps(["value: 1\n"]))
+    (only,) = json.loads((toy / "runs.json").read_text())
+    assert only["failure"] is None
+    added = ("source/model.dvc", "Cached", "unchanged")
+    assert sorted(summary(only)) == [("first", "Completed", "ran"), ("last", "Completed", "ran"), added]
+
+
+@pytest.mark.slow  # a server of its own
 def test_a_stage_that_fails_gives_its_own_sentence_to_the_task_run_and_the_flow_run(toy) -> None:
     stages = yaml.safe_load((toy / "dvc.yaml").read_text())
     stages["stages"]["first"]["cmd"] = "echo 'error: first: no such thing' >> $EDGEPRESS_LOG; exit 1"
@@ -217,6 +232,7 @@ def test_a_damaged_database_is_moved_aside_and_a_good_one_stays(tmp_path, monkey
 def test_a_taken_port_is_a_sentence(tmp_path) -> None:
     (tmp_path / "flows").symlink_to(ROOT / "flows")
     (tmp_path / "tasks").symlink_to(ROOT / "tasks")
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
         output = run(tmp_path, "-m", "tasks", "ui", str(other.server_port), check=False)
     assert output.count("\n") == 1 and "error: cannot serve on port" in output

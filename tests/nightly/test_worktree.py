@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tasks.algorithms.errors import InputError
 from tasks.nightly import records, worktree
 from tasks.runtime import git
 from tests.support.nightly_project import NightlyProject, workspace
@@ -118,3 +122,98 @@ def test_a_night_pins_the_followed_branch_and_keeps_the_comments(plain, monkeypa
     assert next(source for source in sources if source.name == "model") == ("model", "a/b", "a" * 40)
     written = (folder / "params.yaml").read_text()
     assert "# kept" in written and yaml.safe_load(written)["fetch"]["model"]["revision"] == "a" * 40
+
+
+def recorded(project: NightlyProject, nats: float) -> str:
+    """The name of a night, made without a server: `dvc repro` in the worktree, on these weights."""
+    from tasks.nightly import newer_sources
+
+    project.weights(nats)
+    folder = worktree.prepare(project.path)
+    newer_sources.bring(project.path, folder)
+    project.run(sys.executable, "-m", "dvc", "--cd", str(folder), "repro", "-q")
+    name = f"night-{nats}"
+    records.save(folder, name, worktree.snapshot(folder), {"verdict": "ACCEPT", "stages": ""})
+    project.run("git", "checkout", "--", "source")
+    return name
+
+
+def test_an_edit_of_a_file_with_any_name_is_not_overwritten(plain) -> None:
+    notes = plain.path / "notes/Größe und *.md"
+    notes.parent.mkdir()
+    notes.write_text("old\n", encoding="utf-8")
+    plain.commit("notes")
+    first, second = recorded(plain, 0.001), recorded(plain, 0.002)
+    records.apply(plain.path, first)
+    with notes.open("a", encoding="utf-8") as file:
+        file.write("MINE\n")
+    with pytest.raises(InputError, match=r"uncommitted changes \(notes/Größe und \*.md, source/model/weights.json\)"):
+        records.apply(plain.path, second)
+    assert notes.read_text(encoding="utf-8") == "old\nMINE\n"
+    notes.write_text("old\n", encoding="utf-8")
+    records.apply(plain.path, second)  # what is left was only brought back before
+    assert json.loads((plain.path / "data/package/model/model.safetensors").read_text())["nats"] == 0.002
+
+
+@pytest.fixture
+def below(tmp_path):
+    """The project in a subfolder of a larger repository, beside a folder with a committed corpus."""
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside/train.jsonl").write_text('{"text": "x"}\n')
+    path = tmp_path / "my project/Größe"
+    path.mkdir(parents=True)
+    found = NightlyProject(path, tmp_path)
+    found.change({"fetch.corpora.train.path": "../../beside/train.jsonl"})
+    found.run("git", "add", "-A", str(tmp_path))
+    found.commit("beside")
+    return found
+
+
+def test_a_project_below_a_larger_repository_has_nights_of_its_own(below, tmp_path) -> None:
+    (tmp_path / "beside/train.jsonl").write_text('{"text": "leak"}\n')  # uncommitted: taken as it lies
+    name = recorded(below, 0.001)
+    folder = below.path / worktree.WORKTREE / "my project/Größe"
+    assert worktree.project(below.path) == folder
+    assert (folder / "../../beside/train.jsonl").read_text() == '{"text": "leak"}\n'
+    assert json.loads((folder / "data/package/model/model.safetensors").read_text())["nats"] == 0.001
+    assert not (below.path / "data").exists()
+    (night,) = records.listing(below.path)
+    assert records.changed_parameters(below.path, [night]) == {name: {}}
+    with pytest.raises(InputError, match=r"uncommitted changes \(beside/train.jsonl\)"):
+        records.apply(below.path, name)
+    below.run("git", "checkout", "--", str(tmp_path / "beside"))
+    records.apply(below.path, name)
+    assert json.loads((below.path / "data/package/model/model.safetensors").read_text())["nats"] == 0.001
+    output = below.python("-m", "tasks", "night", "list")
+    assert name in output
+    assert "v0.0.1" in below.python("-m", "tasks", "registry", "promote", night.commit)
+    assert "files: none differs" in below.python("-m", "tasks", "compare", "v0.0.1", ".")
+    assert "test text in training text" in below.python("-m", "tasks", "gate", night.commit, expect=4)
+    below.python("-m", "tasks", "retention")
+
+
+def test_a_project_that_is_not_committed_is_told(below, tmp_path) -> None:
+    below.run("git", "rm", "-q", "--cached", "-r", ".")
+    below.run("git", "commit", "-qm", "without the project")
+    with pytest.raises(InputError, match=r"dvc.yaml is not in commit .*; commit the project first"):
+        worktree.prepare(below.path)
+
+
+def test_git_s_refusal_of_another_user_s_folder_is_told(plain, monkeypatch) -> None:
+    monkeypatch.chdir(plain.path)
+    assert worktree.root() == plain.path
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    with pytest.raises(InputError, match="safe.directory"):
+        worktree.root()
+
+
+def test_another_user_s_folder_is_refused_in_git_s_words_unless_git_was_told(plain) -> None:
+    other = {"GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"}
+    if os.geteuid() == 0:  # pygit2 doesn't know that variable
+        subprocess.run(["chown", "-R", "12345:12345", str(plain.path)], check=True)
+    told = other | {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
+    for words in (["night", "list"], ["compare", "HEAD", "HEAD"], ["registry", "list"], ["gate", "HEAD"]):
+        output = plain.run(sys.executable, "-m", "tasks", *words, env=other, expect=1)
+        assert "git config --global --add safe.directory" in output and output.count("\n") == 1
+        output = plain.run(sys.executable, "-m", "tasks", *words, env=told, expect=int(words[0] == "gate"))
+        assert "Traceback" not in output and "safe.directory" not in output

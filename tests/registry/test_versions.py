@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -220,15 +221,47 @@ def test_what_is_in_use_may_be_gone_and_the_registry_still_works(night: Night, t
     assert [row["data"] for row in overview.versions(tmp_path / "clone")] == ["gone", "gone"]
 
 
-def test_the_command_in_a_subfolder_changes_nothing(night: Night, monkeypatch, capsys) -> None:
+def test_the_command_in_a_subfolder_answers_as_above_and_leaves_nothing_there(night, monkeypatch, capsys) -> None:
     for letter in "ab":
         versions.promote(night.root, night.commit(letter))
-    (night.root / "src").mkdir()
-    monkeypatch.chdir(night.root / "src")
-    for arguments in (["rollback"], ["promote", "HEAD"], ["list"]):
-        code, _, errors = edgepress(capsys, "registry", *arguments)
-        assert code == 1 and "run from the project's folder" in errors
-    assert night.content() == "b" and not list((night.root / "src").iterdir())
+    (night.root / "src/deep").mkdir(parents=True)
+    monkeypatch.chdir(night.root)
+    above = edgepress(capsys, "registry", "list")
+    for arguments in (["list"], ["promote", "../.."], ["promote", "HEAD"], ["rollback"]):
+        monkeypatch.chdir(night.root / "src/deep")
+        code, out, errors = edgepress(capsys, "registry", *arguments)
+        assert code == 0 and (arguments != ["list"] or (code, out, errors) == above)
+    assert night.content() == "a" and not list((night.root / "src/deep").iterdir())
+
+
+def test_tags_are_signed_by_nobody_where_git_was_told_of_nobody(night: Night, monkeypatch) -> None:
+    commit = night.commit("a")
+    monkeypatch.setenv("HOME", str(night.root / "nowhere"))
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", "user.useConfigOnly")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "true")
+    versions.promote(night.root, commit)
+    form = "%(taggername) %(taggeremail)"
+    assert set(night.git("for-each-ref", f"--format={form}", "refs/tags").splitlines()) == {
+        "edgepress <edgepress@localhost>"
+    }
+    night.git("config", "user.name", "Ö Ü")
+    night.git("config", "user.email", "o@example.org")
+    versions.promote(night.root, night.commit("b"))
+    assert "Ö Ü <o@example.org>" in night.git("for-each-ref", f"--format={form}", "refs/tags")
+
+
+def test_a_checkout_that_may_only_be_read_is_read(night: Night, monkeypatch) -> None:
+    versions.promote(night.root, night.commit("a"))
+    before = overview.versions(night.root), versions.current(night.root)
+    monkeypatch.setattr(tags.locks, "held", refused)
+    assert (overview.versions(night.root), versions.current(night.root)) == before
+    with pytest.raises(PermissionError):
+        versions.promote(night.root, "HEAD")
+
+
+def refused(path: Path, *_, **__):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
 
 def test_a_lost_or_edited_manifest_is_made_anew(night: Night) -> None:

@@ -64,3 +64,33 @@ def test_the_tree_has_tracked_files_as_they_lie_and_the_named_ones(folder: Path)
     assert git.run(folder, "ls-tree", "-r", "--name-only", tree).split() == [".gitignore", "a", "lock"]
     assert git.run(folder, "show", f"{tree}:a") == "changed" and git.run(folder, "show", f"{tree}:lock") == "locked"
     assert (git.run(folder, "status", "--porcelain"), git.run(folder, "rev-parse", "HEAD")) == before
+
+
+NAMES = ["Größe.md", "two words", 'a "quote"', "tab\there", "line\nbreak", "\udcff"]
+"""The last one is no UTF-8."""
+
+
+def test_names_are_what_they_are(folder: Path) -> None:
+    for name in NAMES:
+        (folder / name).write_text("x")
+    git.run(folder, "add", ".")
+    assert sorted(git.names(folder, "diff", "--name-only", "HEAD")) == sorted(NAMES)
+    (folder / "deep").mkdir()
+    assert git.names(folder / "deep", "ls-files") == []
+
+
+def test_who_commits_is_whom_git_was_told_of_or_nobody(folder: Path, monkeypatch) -> None:
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")  # as a machine whose name has no domain
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", "user.useConfigOnly")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "true")
+    assert git.identity(folder) == git.NOBODY
+    git.run(folder, "config", "user.email", "ö@example.org")
+    assert git.identity(folder) == git.NOBODY  # half of one
+    git.run(folder, "config", "user.name", "Ö Ü")
+    assert git.identity(folder) == {"NAME": "Ö Ü", "EMAIL": "ö@example.org"}
+
+
+def test_a_folder_of_another_user_is_told_in_git_s_words(folder: Path, monkeypatch) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own way to try it
+    with pytest.raises(git.Distrusted, match=r"dubious ownership.*git config --global --add safe.directory"):
+        git.run(folder, "rev-parse", "HEAD")

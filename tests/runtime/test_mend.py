@@ -167,3 +167,44 @@ def test_the_command(made, capsys):
     Path("dvc.lock").write_text("")
     code, out, errors = edgepress(capsys, "mend", "--cache")
     assert (code, errors) == (0, "") and "`dvc repro` goes on from here" in out
+
+
+def git(*arguments: str) -> None:
+    who = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+    subprocess.run(["git", *who, *arguments], check=True, capture_output=True)
+
+
+def test_an_older_commit_s_dvc_lock_stays_as_git_wrote_it(made) -> None:
+    """Its entries are fewer, and none is lost; those of a commit that went away don't come back later either."""
+    whole = yaml.safe_load(Path("dvc.lock").read_text())
+    git("init", "-q")
+    first = {"schema": "2.0", "stages": {"first": whole["stages"]["first"]}}
+    for lock in (first, whole):
+        Path("dvc.lock").write_text(yaml.safe_dump(lock))
+        git("add", "-f", "dvc.lock", "dvc.yaml")
+        git("commit", "-qm", "a run")
+    mend.keep_lock()
+    Path("dvc.lock").write_text(yaml.safe_dump(first) + "  las")  # a kill, on the same commit
+    assert "are back" in " ".join(mend.mend())
+    assert yaml.safe_load(Path("dvc.lock").read_text())["stages"] == whole["stages"]
+    git("checkout", "-f", "-q", "HEAD~1")
+    assert mend.mend() == [] and yaml.safe_load(Path("dvc.lock").read_text()) == first
+    mend.keep_lock()
+    other = {"schema": "2.0", "stages": {"other": whole["stages"]["last"], **first["stages"]}}
+    Path("dvc.lock").write_text(yaml.safe_dump(other))  # a stage has run on the older commit
+    assert mend.mend() == [] and yaml.safe_load(Path("dvc.lock").read_text()) == other
+    mend.keep_lock()
+    git("checkout", "-q", "--", "dvc.lock")
+    assert mend.mend() == [] and yaml.safe_load(Path("dvc.lock").read_text()) == first
+    git("checkout", "-q", "-")
+
+
+@pytest.mark.parametrize("name", ["dvc.lock", "dvc.yaml"])
+def test_git_s_conflict_marks_are_told_and_nothing_is_moved(made, capsys, name: str) -> None:
+    text = Path(name).read_text()
+    Path(name).write_text(f"schema: '2.0'\n<<<<<<< HEAD\n{text}=======\n{text}>>>>>>> other\n")
+    before = Path(name).read_bytes()
+    code, out, errors = edgepress(capsys, "mend")
+    assert (code, out) == (1, "") and f"error: {name} has git's conflict marks (line 2): " in errors
+    assert ("`git checkout --ours dvc.lock` (or --theirs)" in errors) == (name == "dvc.lock")
+    assert Path(name).read_bytes() == before and not Path(f"{name}.damaged").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,12 @@ def test_offline_with_a_filled_cache(make_fetch, hub: Hub, no_preflight, monkeyp
 
 def test_telemetry_is_off() -> None:
     assert constants.HF_HUB_DISABLE_TELEMETRY
+
+
+def test_a_link_of_dvc_s_is_told_with_dvc_s_way_out(make_fetch, model_folder: Path, tmp_path: Path) -> None:
+    stored = tmp_path / ".dvc/cache/files/md5/ab" / ("c" * 30)
+    stored.parent.mkdir(parents=True)
+    (model_folder / "config.json").rename(stored)
+    (model_folder / "config.json").symlink_to(stored)
+    said = refusal(make_fetch())
+    assert "is a link out of the model folder" in said and re.search(r"; `dvc unprotect \S*/model` makes it one$", said)

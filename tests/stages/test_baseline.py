@@ -141,6 +141,21 @@ def test_a_package_smaller_than_any_plain_model_is_met_by_the_narrowest(run):
     assert set(stored_bits(folder).values()) == {2}
 
 
+@pytest.mark.parametrize("limit", [48_000, 75_000])
+@pytest.mark.parametrize("scale_steps", [4, 8])
+def test_the_plan_knows_the_scales_and_is_quantised_once(run, monkeypatch, limit, scale_steps):
+    sizes, quantise = [], baseline.quantise
+
+    def counted(*given):
+        sizes.append(quantise(*given))
+        return sizes[-1]
+
+    monkeypatch.setattr(baseline, "quantise", counted)
+    run(limit, scale_steps=scale_steps)
+    assert 0.98 * limit < sizes[0] <= limit
+    assert len(sizes) == 1 or sizes[0] < (1 - baseline.NEAR) * limit  # a width more or less is 2 % of so small a model
+
+
 def test_a_plan_that_was_too_hopeful_is_put_right(run, monkeypatch):
     monkeypatch.setattr(baseline, "planned_around", lambda *_: 0)
     assert 0.9 * 60_000 < size(run(60_000)) <= 60_000

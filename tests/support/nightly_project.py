@@ -119,11 +119,14 @@ DAG = {
 class NightlyProject:
     """The project's folder, with one commit.
 
+    Args:
+        repository: the folder of its git repository, where that is a larger one.
+
     Attributes:
         path: its root.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, repository: Path | None = None) -> None:
         self.path = path
         for name in ("flows", "tasks"):
             (path / name).symlink_to(ROOT / name)
@@ -140,10 +143,10 @@ class NightlyProject:
         for name, source in raw["fetch"]["corpora"].items():
             source["path"] = f"source/{name}.jsonl"
         (path / "params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
-        self.run("git", "init", "-q")
+        self.run("git", "init", "-q", str(repository or path))
         self.run("git", "config", "user.name", "t")
         self.run("git", "config", "user.email", "t@example.org")
-        Repo.init(str(path)).close()
+        Repo.init(str(path), subdir=repository is not None).close()
         self.commit("start")
 
     def weights(self, nats: float) -> None:

@@ -15,6 +15,7 @@ import transformers
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tasks.runtime import warm
 from tests.support.paths import ROOT
 
 COPIED = (
@@ -170,8 +171,15 @@ def change(path: Path, values: dict[str, Any]) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without what would name a server or a run, its own `python` first on PATH."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "EDGEPRESS_"))}
+    """This process's environment without what would name a server or a run, its own `python` first on PATH.
+
+    The warm process of the test session stays in it: stages are forked from that.
+    """
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key == warm.SOCKET or not key.startswith(("PREFECT_", "EDGEPRESS_"))
+    }
     return kept | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])}
 
 

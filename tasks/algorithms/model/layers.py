@@ -6,6 +6,7 @@ and computes no gradients.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,14 +36,25 @@ class BlockInputs:
     calls: Mapping[int, Call]
     batch: int
 
+    def batches(self) -> Iterator[slice]:
+        """Yield the windows of each batch."""
+        for start in range(0, len(self.hidden), self.batch):
+            yield slice(start, min(start + self.batch, len(self.hidden)))
+
+    def output(self, block: nn.Module, where: slice) -> Tensor:
+        """Run the block on one batch: [batch, length, hidden]."""
+        positional, named = self.calls[where.stop - where.start]
+        with torch.no_grad():
+            return block(self.hidden[where], *positional, **named)
+
     def outputs(self, block: nn.Module) -> Iterator[tuple[slice, Tensor]]:
         """Run the block batch by batch, and yield (windows of the batch, outputs [batch, length, hidden])."""
-        for start in range(0, len(self.hidden), self.batch):
-            where = slice(start, min(start + self.batch, len(self.hidden)))
-            positional, named = self.calls[where.stop - where.start]
-            with torch.no_grad():
-                output = block(self.hidden[where], *positional, **named)
-            yield where, output
+        for where in self.batches():
+            yield where, self.output(block, where)
+
+
+class _SeenAll(Exception):
+    """It ends a forward pass of which no more is wanted."""
 
 
 class InputStatistics(NamedTuple):
@@ -90,18 +102,29 @@ def observe(
 ) -> None:
     """Run the block as it is and call `see(name, x)` with each linear's input x [batch * length, in_features].
 
+    A batch ends where all linears have been seen: what the block would compute after them is left out.
+
     Args:
-        matrices: those of the block to watch (`matrices.by_block(model)[index]`); their modules may be quantised.
+        matrices: those of the block to watch (`matrices.by_block(model)[index]`); their modules may be quantised, and
+            each runs once in a forward pass.
     """
+    waiting: set[str] = set()
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        # [batch, length, in_features] -> [batch * length, in_features]
-        return lambda _, arguments: see(name, arguments[0].detach().flatten(0, -2))
+        def saw(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            see(name, arguments[0].detach().flatten(0, -2))  # [batch, length, in_features] flattened
+            waiting.discard(name)
+            if not waiting:
+                raise _SeenAll
+
+        return saw
 
     handles = [matrix.module.register_forward_pre_hook(hook(name)) for name, matrix in matrices.items()]
     try:
-        for _ in inputs.outputs(block):
-            pass
+        for where in inputs.batches():
+            waiting.update(matrices)
+            with contextlib.suppress(_SeenAll):
+                inputs.output(block, where)
     finally:
         for handle in handles:
             handle.remove()

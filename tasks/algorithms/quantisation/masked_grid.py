@@ -7,6 +7,7 @@ weights out, and its scales are those that a file holds: float16, or powers of a
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -78,6 +79,20 @@ def nearest(
     Returns:
         float32 [out_features, in_features].
     """
+    rounded = _by_group(weight, keep, quantisation, bits, scale_steps)
+    return torch.cat([values for _, values in rounded], dim=1)
+
+
+def scales(weight: Tensor, keep: Tensor | None, quantisation: Any, bits: int, scale_steps: int | None = None) -> Tensor:
+    """Return the scales that `nearest` rounds by, float32 [out_features, groups]; arguments as there."""
+    rounded = _by_group(weight, keep, quantisation, bits, scale_steps)
+    return torch.cat([scale for scale, _ in rounded], dim=1)
+
+
+def _by_group(
+    weight: Tensor, keep: Tensor | None, quantisation: Any, bits: int, scale_steps: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield scale [out_features, 1] and rounded values [out_features, group] of each group of columns."""
     weight = weight.detach().float()
     size = weight.shape[1] if quantisation.group_size == -1 else quantisation.group_size
     settings = copy.copy(quantisation)
@@ -85,8 +100,6 @@ def nearest(
     quantiser = MaskedQuantizer(settings, "", scale_steps)
     quantiser.mask = keep
     quantiser.configure(perchannel=True)
-    parts = []
     for group in weight.split(size, dim=1):  # [out_features, size]
         quantiser.find_params(group, weight=True)
-        parts.append(quantiser.quantize(group))
-    return torch.cat(parts, dim=1)
+        yield quantiser.scale, quantiser.quantize(group)

@@ -14,17 +14,31 @@ from tasks.algorithms.model.matrices import Matrix
 
 
 def second_moments(matrices: Mapping[str, Matrix], block: nn.Module, inputs: layers.BlockInputs) -> dict[str, Tensor]:
-    """Sum up X^T X of each matrix's inputs X, float64 [in, in], in one pass through the block."""
+    """Sum up X^T X of each matrix's inputs X, float64 [in, in], in one pass through the block.
+
+    Matrices that get one and the same input, such as queries, keys and values, have one sum: don't change it in place.
+    """
     moments: dict[str, Tensor] = {}
+    owners: dict[str, str] = {}  # whose sum a matrix has
+    last: list[tuple[str, Tensor]] = []  # held, so that its memory isn't another input's meanwhile
 
     def see(name: str, x: Tensor) -> None:
+        if last and name not in moments and _same(last[0][1], x):
+            owners[name] = last[0][0]
+            return
+        last[:] = [(name, x)]
+        owners[name] = name
         x = x.double()  # [batch * length, in]
         if name not in moments:
             moments[name] = x.new_zeros(x.shape[1], x.shape[1])
         moments[name].addmm_(x.T, x)
 
     layers.observe(matrices, block, inputs, see)
-    return {name: moments[name] for name in matrices}
+    return {name: moments[owners[name]] for name in matrices}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
 
 
 def relative_error(delta: Tensor, weight: Tensor, hessian: Tensor) -> float:

@@ -68,11 +68,11 @@ def measure(
         for name, matrix in by_block[index].items():
             original = matrix.weight
             measured[name] = known.get(name, {})
-            for bits in widths if name not in known else ():
+            if name not in known:
                 # `inputs` are the unchanged model's, so that no other linear's error is in what is measured.
-                with _replaced(matrix, quantise(name, original, bits)):
-                    changed = _continued(blocks[index:], calls[index:], inputs)
-                    measured[name][bits] = _divergence(model, last, changed)
+                tried = [quantise(name, original, bits) for bits in widths]  # [out, in] each
+                changed = [_continued(matrix, weight, blocks[index:], calls[index:], inputs) for weight in tried]
+                measured[name] = dict(zip(widths, _divergences(model, last, changed), strict=True))
             if name not in known and saved.due():
                 saved.save("measured", {}, [(each, list(found.items())) for each, found in measured.items()])
             if done:
@@ -96,28 +96,48 @@ def _replaced(matrix: Matrix, weight: Tensor) -> Iterator[None]:
 
 
 def _continued(
-    blocks: Sequence[nn.Module], calls: Sequence[Mapping[int, layers.Call]], inputs: layers.BlockInputs
+    matrix: Matrix,
+    weight: Tensor,
+    blocks: Sequence[nn.Module],
+    calls: Sequence[Mapping[int, layers.Call]],
+    inputs: layers.BlockInputs,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (windows of the batch, last block's outputs [batch, length, hidden]); `inputs.hidden` stays as it is."""
-    for start in range(0, len(inputs.hidden), inputs.batch):
-        where = slice(start, min(start + inputs.batch, len(inputs.hidden)))
+    """Yield (windows of the batch, last block's outputs [batch, length, hidden]) with this weight in the matrix.
+
+    `inputs.hidden` stays as it is, and so does the matrix between two batches.
+    """
+    for where in inputs.batches():
         hidden = inputs.hidden[where]
-        for block, by_batch in zip(blocks, calls, strict=True):
-            ((_, hidden),) = layers.BlockInputs(hidden, by_batch, inputs.batch).outputs(block)
+        with _replaced(matrix, weight):
+            for block, by_batch in zip(blocks, calls, strict=True):
+                ((_, hidden),) = layers.BlockInputs(hidden, by_batch, inputs.batch).outputs(block)
         yield where, hidden
 
 
-def _divergence(model: nn.Module, last: Tensor, changed: Iterator[tuple[slice, Tensor]]) -> float:
-    """Average KL per position between the distributions after the last block's outputs `last` and `changed`."""
+def _divergences(model: nn.Module, last: Tensor, changed: Sequence[Iterator[tuple[slice, Tensor]]]) -> list[float]:
+    """Average KL per position between the distributions after the last block's outputs `last` and each of `changed`."""
     described = families.of_model(model)
     norm, head = model.get_submodule(described.final_norm), model.get_submodule(described.head)
-    total = 0.0
+    totals = [0.0] * len(changed)
     with torch.no_grad():
-        for where, outputs in changed:
-            pairs = zip(last[where].flatten(0, 1).split(POSITIONS), outputs.flatten(0, 1).split(POSITIONS), strict=True)
-            for before, after in pairs:  # [positions, hidden]
-                # float64: divergences of 8 bit are of the order of float32's rounding of a log-probability.
-                p = head(norm(before)).double().log_softmax(dim=-1)  # [positions, vocabulary]
-                q = head(norm(after)).double().log_softmax(dim=-1)
-                total += float((p.exp() * (p - q)).sum())  # KL(P || Q) = sum of P (log P - log Q), over all positions
-    return max(0.0, total / last[..., 0].numel())  # rounding can make a divergence of nothing negative
+        for several in zip(*changed, strict=True):
+            where = several[0][0]
+            parts = [tensor.flatten(0, 1).split(POSITIONS) for tensor in (last[where], *(each for _, each in several))]
+            for before, *after in zip(*parts, strict=True):  # [positions, hidden] each
+                logits = head(norm(before))  # [positions, vocabulary]
+                p = logits.softmax(dim=-1)
+                for index, hidden in enumerate(after):
+                    totals[index] += _summed_divergence(p, head(norm(hidden)) - logits)
+    # rounding can make a divergence of nothing negative
+    return [max(0.0, total / last[..., 0].numel()) for total in totals]
+
+
+def _summed_divergence(p: Tensor, moved: Tensor) -> float:
+    """Sum KL(P || Q) over positions, of P [positions, vocabulary] and logits that moved by so much; `moved` is used up.
+
+    With z_q = z_p + d and c = sum of p d, KL = log(sum of p exp(d - c)): sum of P (log P - log Q) would be a difference
+    of logarithms, which float32 rounds by as much as 8 bits change them.
+    """
+    moved -= (p * moved).sum(dim=-1, keepdim=True, dtype=torch.float64)
+    # exp(x) - 1 - x instead of exp(x) - 1: the p-weighted mean of x is 0, but for its rounding
+    return float((p * moved.expm1().sub_(moved)).sum(dim=-1, dtype=torch.float64).log1p().sum())

@@ -1,7 +1,7 @@
 """Run a model over a text through its cache of keys and values, held in 16, 8, 4 or 2 bits.
 
-The caches are transformers': `DynamicCache` for 16 bits, `QuantizedCache` with the backend HQQ (Badri and Shaji, Half-
-Quadratic Quantization, 2023) below. Keys and values are handed to them in float16, whatever the model computes in, so
+The caches are transformers': `DynamicCache` for 16 bits, below a cache of `QuantizedLayer`s with HQQ (Badri and Shaji,
+Half-Quadratic Quantization, 2023). Keys and values are handed to them in float16, whatever the model computes in, so
 that scales, zero points and what isn't quantised take the bytes that they take on a device. Groups are runs of values
 of one head of one token.
 
@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, QuantizedCache
-from transformers.cache_utils import QuantizedLayer
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model.device import beside
@@ -47,8 +47,25 @@ class _Plain(_InHalf, DynamicCache):
     pass
 
 
-class _Quantised(_InHalf, QuantizedCache):
+class _Quantised(_InHalf, Cache):
     pass
+
+
+class _Layer(QuantizedLayer):
+    """transformers' layer of the backend HQQ, which would import HQQ, and with it torch's compiler, in every stage."""
+
+    def _quantize(self, tensor: Tensor, axis: int) -> tuple[Tensor, dict[str, Any]]:
+        from hqq.core.quantize import Quantizer  # 3 CPU seconds
+
+        like = {"device": tensor.device, "compute_dtype": tensor.dtype}
+        codes, described = Quantizer.quantize(tensor, self.nbits, group_size=self.q_group_size, axis=axis, **like)
+        described["compute_dtype"] = tensor.dtype
+        return Quantizer.to_inplace(codes, described, device=tensor.device)  # scales and zero points in that type, too
+
+    def _dequantize(self, quantised: tuple[Tensor, dict[str, Any]]) -> Tensor:
+        from hqq.core.quantize import Quantizer
+
+        return Quantizer.dequantize(*quantised)
 
 
 class Cached:
@@ -75,22 +92,17 @@ class Cached:
             )
         self.cache = self.empty()
 
-    def empty(self) -> DynamicCache | QuantizedCache:
+    def empty(self) -> Cache:
         """Return a cache with nothing in it."""
         if self.bits == 16:
             return _Plain()
-        try:
-            return _Quantised(
-                backend="hqq",
-                config=self.model.config,
-                nbits=self.bits,
-                axis_key=1,  # HQQ sees [groups, group_size]: a scale and a zero point per group
-                axis_value=1,
-                q_group_size=self.group_size,
-                residual_length=self.residual,
+        plain = DynamicCache(config=self.model.config).layers
+        if foreign := {type(layer).__name__ for layer in plain} - {DynamicLayer.__name__}:
+            raise InputError(
+                f"can't quantise this model's cache: it has {sorted(foreign)}, only full attention is known"
             )
-        except ValueError as error:
-            raise InputError(f"transformers can't quantise this model's cache: {error}") from error
+        axis = 1  # HQQ sees [groups, group_size]: a scale and a zero point per group
+        return _Quantised(layers=[_Layer(self.bits, axis, axis, self.group_size, self.residual) for _ in plain])
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, use_cache: bool = True) -> Any:
@@ -101,7 +113,7 @@ class Cached:
         return SimpleNamespace(logits=torch.cat(logits, dim=1))
 
 
-def held_bytes(cache: DynamicCache | QuantizedCache) -> dict[str, int]:
+def held_bytes(cache: Cache) -> dict[str, int]:
     """Count the bytes of the memory behind every tensor that a cache holds, by `PARTS`."""
     sizes = dict.fromkeys(PARTS, 0)
     for layer in cache.layers:

@@ -79,3 +79,25 @@ def test_input_statistics_equal_hooks_on_the_whole_forward(make_model, make_wind
         assert found[name].tokens == 21
         assert found[name].sum_of_squares.dtype == torch.float64
         assert torch.allclose(found[name].norm.float(), inputs.flatten(0, 1).norm(dim=0), rtol=1e-4)
+
+
+def test_what_follows_the_last_linear_that_is_watched_does_not_run(make_model, make_windows):
+    model, ids = make_model(), make_windows(3, 7)
+    ran = []
+    for name, linear in families.block_linears(model).items():
+        linear.register_forward_hook(lambda *_, name=name: ran.append(name.rpartition(".")[2]))
+    seen = []
+
+    def visit(index, block, inputs):
+        if index == 1:
+            ran.clear()
+            name = "model.layers.1.self_attn.o_proj"
+            layers.observe({name: matrices.by_block(model)[1][name]}, block, inputs, lambda *given: seen.append(given))
+            assert ran == ["q_proj", "k_proj", "v_proj"] * 2  # a batch of two windows and one of one
+
+    layers.walk(model, ids, visit, batch=2)
+    naive = []
+    model.get_submodule("model.layers.1.self_attn.o_proj").register_forward_pre_hook(lambda _, x: naive.append(x[0]))
+    model(input_ids=ids)
+    assert [name for name, _ in seen] == ["model.layers.1.self_attn.o_proj"] * 2
+    assert torch.allclose(torch.cat([x for _, x in seen]), naive[0].flatten(0, 1), atol=1e-6)
