@@ -15,7 +15,7 @@ CODE = """
 import sys
 from pathlib import Path
 
-from tasks.cli import lean
+from tasks.runtime import lean
 lean.apply()
 lean.apply()
 import torch
