@@ -6,7 +6,7 @@ folder that `tasks.runners.engines` runs. Its files are read once before, so tha
 
 | figure | what it is |
 |---|---|
-| `import_seconds`, `load_seconds` | the engine's libraries, without what `tasks.runtime.lean` leaves out; the model, from its folder to ready |
+| `import_seconds`, `load_seconds` | the engine's libraries, as `tasks.runtime.lean` has them; the model, until ready |
 | `first_token_seconds` | the very first call: the prompt, and one token |
 | `generation_seconds` | each of `generations` whole ones at batch 1, prompt included, after one that warms up |
 | `together_seconds` | one at batch `TOGETHER`, after one that warms up |
