@@ -110,14 +110,14 @@ class Project:
     def key(self, stage: Stage, stale: bool) -> str | None:
         """DVC's key in its run cache for the inputs as they are now; None where it has none. Needs the lock."""
         looked_at = stage
-        if stale:  # copies, since the stage itself must not take the hashes before it is made anew
-            looked_at = copy.copy(stage)
-            looked_at.deps = [copy.copy(dep) for dep in stage.deps]
-            try:
+        try:
+            if stale:  # copies, since the stage itself must not take the hashes before it is made anew
+                looked_at = copy.copy(stage)
+                looked_at.deps = [copy.copy(dep) for dep in stage.deps]
                 looked_at.save_deps()
-            except DvcException:  # a dependency is missing: DVC says which when it runs the stage
-                return None
-        return _get_stage_hash(looked_at) if _can_hash(looked_at) else None
+            return _get_stage_hash(looked_at) if _can_hash(looked_at) else None
+        except (DvcException, FileNotFoundError):  # a dependency is missing: DVC says which when it runs the stage
+            return None
 
 
 def _quieten() -> None:

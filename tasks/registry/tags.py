@@ -198,7 +198,9 @@ def _git(root: Path) -> Iterator[Git]:
     try:
         scm = Git(str(root), search_parent_directories=True)
     except SCMError as error:
-        raise InputError(f"{root} is in no git repository: the registry keeps its versions as git tags") from error
+        raise InputError(
+            f"{root.resolve()} is in no git repository: the registry keeps its versions as git tags"
+        ) from error
     try:
         git.trust(root)
         yield scm

@@ -32,11 +32,10 @@ def environment(tmp_path, monkeypatch) -> dict[str, str]:
     """This process's environment without proxies and Prefect's settings, to be changed; an empty working folder."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_") and "proxy" not in k.lower()}
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxies of its first call
     for name in os.environ.keys() - kept.keys():
         monkeypatch.delenv(name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "environ", os.environ)
-        yield os.environ
+    yield os.environ
     for name in set(os.environ) - set(kept):
         del os.environ[name]
     os.environ.update(kept)

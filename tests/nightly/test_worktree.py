@@ -176,7 +176,7 @@ def test_a_project_below_a_larger_repository_has_nights_of_its_own(below, tmp_pa
     assert worktree.project(below.path) == folder
     assert (folder / "../../beside/train.jsonl").read_text() == '{"text": "leak"}\n'
     assert json.loads((folder / "data/package/model/model.safetensors").read_text())["nats"] == 0.001
-    assert not (below.path / "data").exists()
+    assert not (below.path / "data/package").exists()
     (night,) = records.listing(below.path)
     assert records.changed_parameters(below.path, [night]) == {name: {}}
     with pytest.raises(InputError, match=r"uncommitted changes \(beside/train.jsonl\)"):

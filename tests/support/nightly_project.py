@@ -68,12 +68,13 @@ elif name == "hardware_fit":
 elif name == "measure":
     from types import SimpleNamespace
     from dvc.repo import Repo
-    from tasks.runtime import lineage
+    from tasks.runtime import edits, lineage
     digest = hashlib.md5(Path("data/package/model/model.safetensors").read_bytes()).hexdigest()
     models, seconds = {"package": {"bytes": 9, "files": digest}}, {"median": 0.01, "least": 0.009, "largest": 0.02}
     (out / "models.json").write_text(json.dumps({"measured": True, "workload": "w", "models": models}))
     facts = {"measured": {"package": {"files": digest, "seconds_per_token": seconds}}, "workload": "w", "host": "h"}
-    stage = SimpleNamespace(address=name, name=name, params=None, dvc=Repo().stage.load_one(name=name), facts=facts)
+    dvc = Repo().stage.load_one(name=name)
+    stage = SimpleNamespace(address=name, name=name, params=None, dvc=dvc, facts=facts, start=edits.Start(dvc))
     lineage.record(stage, started=__import__("time").time(), run_ids={})
 elif name == "report":
     (out / "report.html").write_text(Path("data/lineage/measure.json").read_text())
@@ -143,7 +144,7 @@ class NightlyProject:
         for name, source in raw["fetch"]["corpora"].items():
             source["path"] = f"source/{name}.jsonl"
         (path / "params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
-        self.run("git", "init", "-q", str(repository or path))
+        self.run("git", "init", "-q", str((repository or path).resolve()))
         self.run("git", "config", "user.name", "t")
         self.run("git", "config", "user.email", "t@example.org")
         Repo.init(str(path), subdir=repository is not None).close()
