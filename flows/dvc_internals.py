@@ -14,7 +14,7 @@ import copy
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,13 @@ class Project:
         Raises:
             DvcException: no such stage, or dvc.yaml is broken.
         """
-        replaced = (_lock_written_at_once(), _users_by_thread(), _parameters_parsed_once())
+        replaced = (_lock_written_at_once(self.plan), _users_by_thread(), _parameters_parsed_once())
         with lock_repo(self.repo), self.repo.scm_context(), contextlib.ExitStack() as stack:
             for each in replaced:
                 stack.enter_context(each)
             stages = collect_stages(self.repo, targets or [PROJECT_FILE])
             graph = get_active_graph(self.repo.index.graph)
-            self.plan = {stage: list(graph.successors(stage)) for stage in plan_repro(graph, stages)}
+            self.plan |= {stage: list(graph.successors(stage)) for stage in plan_repro(graph, stages)}
             # DVC forgets its index and settings after each command, without its lock. Nothing of them changes in a run.
             self.repo._reset = lambda: None
             try:
@@ -146,24 +146,30 @@ def dumped(content: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _lock_written_at_once() -> Iterator[None]:
+def _lock_written_at_once(plan: Collection[Stage] = ()) -> Iterator[None]:
     """DVC writes dvc.lock in place (3.67.1), with a parser in Python: write what takes its place, with libyaml.
 
-    Where libyaml would write the file that is there in other bytes, DVC's own writer is left to it.
+    Where libyaml would write the file that is there in other bytes, DVC's own writer is left to it. DVC appends what is
+    new; here that is in the order of the plan, as one stage after another would have it, whichever ended first.
     """
+    old: set[str] | None = None
 
     @contextlib.contextmanager
     def modify(path: str, fs: Any = None) -> Iterator[dict]:
+        nonlocal old
         place = Path(path)
         text = place.read_text(encoding="utf-8") if place.exists() else ""
         content = yaml.load(text, yaml.CSafeLoader) or {}
+        old = set(content.get("stages", {})) if old is None else old
         with files.replacing(place, Path(".dvc/tmp")) as unfinished:
             if text and dumped(content) != text:
                 unfinished.write_text(text, encoding="utf-8")
                 with modify_yaml(unfinished) as slowly:
                     yield slowly
+                    _in_order(slowly, plan, old)
             else:
                 yield content
+                _in_order(content, plan, old)
                 unfinished.write_text(dumped(content), encoding="utf-8")
 
     dvcfile.modify_yaml = modify
@@ -171,6 +177,13 @@ def _lock_written_at_once() -> Iterator[None]:
         yield
     finally:
         dvcfile.modify_yaml = modify_yaml
+
+
+def _in_order(content: dict[str, Any], plan: Iterable[Stage], old: Collection[str]) -> None:
+    """Bring the new entries of a dvc.lock, behind the old ones, into the order of the plan."""
+    entries = content.get("stages", {})
+    for name in [stage.name for stage in plan if stage.name in entries and stage.name not in old]:
+        entries[name] = entries.pop(name)
 
 
 @contextlib.contextmanager

@@ -111,7 +111,7 @@ class Reproduction:
         try:
             while True:
                 if not fixed and not order.running:
-                    fixed = self._widen(order, stages)
+                    fixed = self._widen(order)
                 while self.failure is None and (started := order.next()):
                     self._start(stages[started[0]], started[1], force, ends, order)
                 if not order.running:
@@ -127,7 +127,7 @@ class Reproduction:
             self._end_all(len(order.running), ends)
             raise
 
-    def _widen(self, order: Order, waiting: dict[str, Stage]) -> bool:
+    def _widen(self, order: Order) -> bool:
         """Set how many stages may run at once; returns False as long as the model's size is not known."""
         room: int | None = order.cores
         fetched = not {"fetch"} & (order.waiting.keys() | order.running)

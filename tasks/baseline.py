@@ -113,7 +113,7 @@ def plan(
     for number in range(PLANS):
         widths = choices.within(max(_total(choices, _narrowest(choices)), limit - around))
         if number == 0:  # a width more or less hardly changes which scales there are: counted once
-            counted = block_quantisation.distinct_scales(model, widths, coded, stage.params.gptq)
+            counted = block_quantisation.distinct_scales(model, widths, coded, stage.params.gptq, stage.params.device)
             distinct, around = None if counted is None else counted + SPARE, 0
         # model.json is longer where widths differ: the longest so far is planned for
         around = max(around, planned_around(stage, choices, widths, distinct))

@@ -195,6 +195,7 @@ def _write_weights(stage: Stage, source: Path, target: Path, keep: Tensor) -> No
         tensor_files.save_tensors(target / path.name, tensors, metadata)
     index = _json(source / model_files.INDEX)
     if index:
+        files.write_json(target / model_files.INDEX, index)  # which names the files whose sizes are summed
         index["metadata"] = {**index.get("metadata", {}), "total_size": _stored(target)}
         files.write_json(target / model_files.INDEX, index)
 

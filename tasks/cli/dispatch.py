@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from typing import IO, NoReturn
 
 from tasks.algorithms.errors import InputError
-from tasks.cli import account, exit_codes, lean, project, quiet
+from tasks.cli import account, exit_codes, project, quiet
 from tasks.cli.commands import COMMANDS, GROUPS, Command
 from tasks.parameters import parameter_file
+from tasks.runtime import lean
 
 ERROR = "error: "
 """Begins each line of an error; the flow finds a stage's own sentence by it."""

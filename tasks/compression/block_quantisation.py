@@ -198,7 +198,7 @@ def choices(stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, 
 
 
 def distinct_scales(
-    model: nn.Module, widths: Mapping[str, int], coded: Mapping[str, rounding.Coded], chosen: Gptq
+    model: nn.Module, widths: Mapping[str, int], coded: Mapping[str, rounding.Coded], chosen: Gptq, device: str
 ) -> int | None:
     """Count the scales that a model with nothing pruned has, all matrices together, each linear rounded to the nearest.
 
@@ -212,7 +212,7 @@ def distinct_scales(
     """
     if not chosen.scale_steps:
         return None
-    config = settings(chosen, chosen.bits)
+    config = settings(chosen, chosen.bits, device)
     found = [each.scales.float().cpu() for each in coded.values()]
     for name, weight in matrices.weights(model).items():
         found.append(masked_grid.scales(weight, None, config, widths[name], chosen.scale_steps).cpu())

@@ -6,7 +6,7 @@ folder that `tasks.runners.engines` runs. Its files are read once before, so tha
 
 | figure | what it is |
 |---|---|
-| `import_seconds`, `load_seconds` | the engine's libraries; the model, from its folder to ready |
+| `import_seconds`, `load_seconds` | the engine's libraries, as `tasks.runtime.lean` has them; the model, until ready |
 | `first_token_seconds` | the very first call: the prompt, and one token |
 | `generation_seconds` | each of `generations` whole ones at batch 1, prompt included, after one that warms up |
 | `together_seconds` | one at batch `TOGETHER`, after one that warms up |
@@ -34,7 +34,7 @@ from typing import Any
 
 from tasks.algorithms.errors import InputError
 from tasks.parameters.machine import processor
-from tasks.runtime import processes
+from tasks.runtime import lean, processes
 
 ROOT = Path(__file__).resolve().parents[2]
 POWER = Path("/sys/class/powercap")
@@ -204,6 +204,7 @@ def _meters() -> Iterator[Path]:
 def main(folder: str, workload: str) -> int:
     """The process; returns the exit code."""
     processes.die_with_parent()
+    lean.apply()
     try:
         print(json.dumps(here(Path(folder), Workload(**json.loads(workload)))))
     except InputError as error:

@@ -66,7 +66,7 @@ def tensors(folder: Path) -> list[Path]:
     for name in names:
         if not (folder / name).exists():
             raise InputError(f"{folder / INDEX} names {name}, which is not there; fetch the model again")
-    return [folder / name for name in (*names, ADAPTER_WEIGHTS) if (folder / name).exists()]
+    return sorted(folder / name for name in (*names, ADAPTER_WEIGHTS) if (folder / name).exists())
 
 
 def texts(folder: Path) -> list[Path]:

@@ -46,7 +46,7 @@ def keep_lock() -> None:
 
     Stages that start side by side do it one after another, so that none takes back what another one kept.
     """
-    with locks.held(KEPT.with_suffix(".guard"), "the copy of dvc.lock is being written", wait=True):
+    with locks.held(KEPT.with_suffix(".guard.lock"), "the copy of dvc.lock is being written", wait=True):
         now = _entries(LOCK)
         if now is None:
             return

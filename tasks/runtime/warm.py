@@ -276,10 +276,8 @@ def _load() -> None:
     import gc
 
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    for name in ("lean", "quiet"):
-        importlib.import_module(f"tasks.cli.{name}")
-    sys.modules["tasks.cli.quiet"].apply(bars=True)
-    sys.modules["tasks.cli.lean"].apply()
+    importlib.import_module("tasks.cli.quiet").apply(bars=True)
+    importlib.import_module("tasks.runtime.lean").apply()
     del sys.path[0]
     for name in [name for name in sys.modules if name.split(".")[0] in ("tasks", "flows")]:
         del sys.modules[name]

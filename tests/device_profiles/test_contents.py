@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from tasks.algorithms.device_fit import footprint
 from tasks.algorithms.device_fit.footprint import Model, Unit
@@ -25,7 +24,7 @@ from tasks.packed.stored_model import Model as Stored
 from tasks.packed.writer import save
 from tests.algorithms.device_fit.test_footprint import CONFIG
 from tests.benchmarks import llama_bytes
-from tests.support.folder_of_zeros import folder_of_zeros
+from tests.support.folder_of_zeros import add, folder_of_zeros
 
 EVERYTHING = Unit(
     {name: "fp32" for name in ("fp32", "fp16", "bf16")}
@@ -47,7 +46,7 @@ def held(model: Model) -> dict[str, int]:
 @pytest.mark.parametrize("quantised", [False, True])
 def test_sizes_equal_stat(tmp_path: Path, quantised: bool) -> None:
     folder = folder_of_zeros(tmp_path / "model", quantised=quantised)
-    model, sizes = contents.read(folder), {path.name: path.stat().st_size for path in folder.iterdir()}
+    model, sizes = contents.read(folder), {path.name: path.stat().st_size for path in folder.rglob("*.*")}
     assert model.stored == sum(sizes.values()) == sum(model.stored_components.values())
     assert model.metadata == sum(size for name, size in sizes.items() if not name.endswith(".safetensors"))
     if quantised:
@@ -87,13 +86,11 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
 
 def test_a_type_or_codes_that_can_not_be_counted(tmp_path: Path) -> None:
     folder = folder_of_zeros(tmp_path / "model")
-    save_file(
-        {"model.layers.1.mlp.up_proj.weight": torch.zeros(12, 8, dtype=torch.float64)}, folder / "more.safetensors"
-    )
+    add(folder, {"model.layers.1.mlp.up_proj.weight": torch.zeros(12, 8, dtype=torch.float64)})
     with pytest.raises(InputError, match="up_proj.weight is stored as F64"):
         contents.read(folder)
     folder = folder_of_zeros(tmp_path / "quantised", quantised=True)
-    save_file({"model.layers.1.mlp.up_proj.qweight": torch.zeros(1, 12, dtype=torch.int32)}, folder / "a.safetensors")
+    add(folder, {"model.layers.1.mlp.up_proj.qweight": torch.zeros(1, 12, dtype=torch.int32)})
     with pytest.raises(InputError, match="up_proj has packed GPTQ codes, but no scales"):
         contents.read(folder)
 

@@ -73,7 +73,7 @@ def test_json_of_one_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     code, out, _ = run(capsys, "--model", folder, "--device", "phone", "--json", "--context", 8, "--kv-bits", 8)
     found = json.loads(out)
     assert (code, found["verdict"], found["device"]) == (0, "FITS", "phone")
-    assert found["stored_bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert found["stored_bytes"] == sum(path.stat().st_size for path in folder.rglob("*.*"))
     assert found["workload"] == {"context": 8, "batch": 1, "kv_bits": 8, "activation_bits": 16}
     assert found["kv_bytes"] == 2 * 2 * 4 * 8
 

@@ -105,13 +105,13 @@ def test_files_are_found_beside_each_other_and_below_a_stage_s_one_output(tmp_pa
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     outs = {
-        "evaluate@fetch": ["evaluate/fetch/documents.csv", "evaluate/fetch/metrics.json"],
-        "evaluate@wanda": ["evaluate/wanda/metrics.json"],
-        "evaluate@lora": ["evaluate/lora/metrics.json"],  # not written yet
+        "evaluate@fetch": ["evaluate/fetch"],
+        "evaluate@wanda": ["evaluate/wanda"],
+        "evaluate@lora": ["evaluate/lora"],  # not written yet
         "evaluate_more": ["evaluate_more"],
     }
     stages = [
-        SimpleNamespace(name=name, outs=[SimpleNamespace(fs_path=str(tmp_path / path)) for path in paths])
+        SimpleNamespace(addressing=name, outs=[SimpleNamespace(fs_path=str(tmp_path / path)) for path in paths])
         for name, paths in outs.items()
     ]
     repo = SimpleNamespace(index=SimpleNamespace(stages=stages))

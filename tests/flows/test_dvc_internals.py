@@ -119,3 +119,23 @@ def test_parameters_are_parsed_again_when_they_changed(tmp_path, monkeypatch) ->
                 assert found == yaml.safe_load(text)
                 found["a"].append("mine")
     assert len(parsed) == 2
+
+
+def test_a_stage_whose_input_is_not_there_yet_has_no_key(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Repo.init(no_scm=True).close()
+    stages = {"made": {"cmd": "cp first.txt last.txt", "deps": ["first.txt"], "outs": ["last.txt"], "frozen": True}}
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
+    Path("first.txt").write_text("1", encoding="utf-8")
+    Path("last.txt").write_text("1", encoding="utf-8")
+    with Repo() as repo:
+        repo.commit("made", force=True)
+    project = dvc_internals.Project()
+    [stage] = project.repo.index.stages
+    with project.lock:
+        assert project.key(stage, stale=False) and project.key(stage, stale=True)
+    Path("first.txt").unlink()
+    again = dvc_internals.Project()
+    [stage] = again.repo.index.stages
+    with again.lock:
+        assert not stage.changed_outs() and again.key(stage, stale=False) is again.key(stage, stale=True) is None

@@ -117,7 +117,7 @@ def test_a_damaged_file_is_a_sentence(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_folder_without_weights_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no .*safetensors file"):
+    with pytest.raises(InputError, match="holds no model.safetensors and no"):
         tensor_headers.component_bytes(tmp_path)
 
 

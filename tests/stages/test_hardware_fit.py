@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from tasks import hardware_fit
 from tasks.algorithms.errors import InputError
 from tasks.device_profiles import profiles, tables
 from tests.device_profiles.test_profiles import NAMES, PROFILES
-from tests.support.folder_of_zeros import folder_of_zeros
+from tests.support.folder_of_zeros import add, folder_of_zeros
 
 PARAMS = {"device": "siracusa", "context": 16, "batch": 1, "kv_bits": 16, "activation_bits": 16}
 
@@ -36,7 +35,7 @@ def test_the_stage_writes_its_verdict(make_stage, tmp_path: Path, capsys: pytest
     assert [row["device"] for row in result["all_devices"]] == NAMES
     own = next(row for row in result["all_devices"] if row["device"] == "siracusa")
     assert all(own[key] == result[key] for key in ("verdict", "limiting_term", "headroom_bytes", "tokens_per_second"))
-    assert result["stored_bytes"] == sum(path.stat().st_size for path in package.iterdir())
+    assert result["stored_bytes"] == sum(path.stat().st_size for path in package.rglob("*.*"))
     assert result["fetched"]["placement"][0]["items"]["weights"] == (20 * 8 + 12 * 8) * 2
     assert str(tmp_path) not in text
     table = rows(tmp_path / "out/devices.csv")
@@ -52,7 +51,7 @@ def test_the_stage_writes_its_verdict(make_stage, tmp_path: Path, capsys: pytest
 
 def test_does_not_fit_is_a_result(make_stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     package = folder_of_zeros(tmp_path / "package" / "model")
-    save_file({"padding": torch.zeros(2**10, 2**10, dtype=torch.float32)}, package / "more.safetensors")
+    add(package, {"padding": torch.zeros(2**10, 2**10, dtype=torch.float32)})
     hardware_fit.run(make_stage({"hardware_fit": PARAMS}, {"devices": PROFILES, "package/model": package}))
     result = json.loads((tmp_path / "out/fit.json").read_text(encoding="utf-8"))
     assert (result["verdict"], result["limiting_term"]) == ("DOES_NOT_FIT", "mram: weights")

@@ -21,7 +21,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 KILL, FULL = "SIGKILL", "full"
 FAULTS = ("ENOSPC", "EIO", "EACCES", "EINTR", KILL, FULL)
@@ -101,13 +101,14 @@ class Ended(NamedTuple):
     @property
     def told(self) -> bool:
         """Whether it did what it should, or said in a sentence why not."""
-        return self.code == 0 or ("error: " in self.said and "Traceback" not in self.said)
+        return self.code == 0 or ("error: " in self.said.lower() and "Traceback" not in self.said)
 
 
-def run(function: Callable[[], int | None], folder: Path, fault: str | None = None, number: int = 0) -> Ended:
+def run(function: Callable[[], Any], folder: Path, fault: str | None = None, number: int = 0) -> Ended:
     """Run a function in a process of its own, and let one of its calls below a folder fail.
 
     Args:
+        function: gives the exit code where it returns a number.
         fault: one of FAULTS; None: all succeed.
         number: of the call, from 0.
     """
@@ -133,7 +134,7 @@ def run(function: Callable[[], int | None], folder: Path, fault: str | None = No
     return Ended(os.waitstatus_to_exitcode(status), said, calls, hit)
 
 
-def _become(function: Callable[[], int | None], output: int, parent: socket.socket) -> None:
+def _become(function: Callable[[], Any], output: int, parent: socket.socket) -> None:
     """The child: hold its calls, then do as it is told; never returns."""
     code = 70
     try:
@@ -145,9 +146,10 @@ def _become(function: Callable[[], int | None], output: int, parent: socket.sock
         socket.send_fds(parent, [b"x"], [listener])
         os.close(listener)  # else it would wait for itself when it ends
         parent.close()
-        code = function() or 0
+        result = function()
+        code = result if isinstance(result, int) else 0
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
+        code = error.code if isinstance(error.code, int) else 1  # else a text
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tests.algorithms.device_fit.test_footprint import CONFIG
 
@@ -22,7 +23,8 @@ def folder_of_zeros(folder: Path, *, tied: bool = True, quantised: bool = False)
         tensors["model.layers.0.mlp.gate_proj.qweight"] = torch.zeros(1, 12, dtype=torch.int32)
         tensors["model.layers.0.mlp.gate_proj.scales"] = torch.zeros(1, 12, dtype=torch.float16)
         adapter = {"model.layers.0.mlp.gate_proj.lora_A.weight": torch.zeros(2, 8, dtype=torch.float16)}
-        save_file(adapter, folder / "adapter_model.safetensors")
+        (folder / "eora").mkdir()
+        save_file(adapter, folder / "eora/adapter_model.safetensors")
     else:
         tensors["model.layers.0.mlp.gate_proj.weight"] = torch.zeros(12, 8, dtype=torch.float32)
     if not tied:
@@ -31,3 +33,9 @@ def folder_of_zeros(folder: Path, *, tied: bool = True, quantised: bool = False)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "tokenizer.json").write_text("{}" * 50, encoding="utf-8")
     return folder
+
+
+def add(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """More tensors in its file."""
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | tensors, path, metadata={"format": "pt"})

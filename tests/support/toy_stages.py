@@ -107,7 +107,7 @@ class Toy:
         return {path.relative_to(self.path).as_posix(): path.read_text() for path in sorted(files)}
 
     def left(self) -> list[Path]:
-        return [path for path in (self.path / "data/.scratch").iterdir() if path.suffix != ".lock"]
+        return [path for path in (self.path / "data/.scratch").iterdir() if path.suffix not in (".lock", ".guard")]
 
 
 def create(path: Path) -> None:
