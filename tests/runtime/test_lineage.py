@@ -40,14 +40,13 @@ def test_record_says_who_when_and_with_what(recorded: Path) -> None:
     assert entry["machine"].keys() == {"platform", "cpus", "threads", "python"}
 
 
-def test_what_a_stage_took_is_read_back(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(recorded)
+def test_what_a_stage_took_is_read_back(repository: Path) -> None:
     with Repo() as repo:
         stage = repo.stage.load_one(name="train")
-        assert lineage.took(stage) == {"seconds": record(recorded, "train")["seconds"]}
+        assert lineage.took(stage) == {"seconds": record(repository, "train")["seconds"]}
         listed = lineage.link(stage)
-        assert listed["record"] == (recorded / "data/lineage/train.json").as_uri()
-        assert (record(recorded, "train")["code"] or "")[:12] == listed["code"]
+        assert listed["record"] == (repository / "data/lineage/train.json").as_uri()
+        assert (record(repository, "train")["code"] or "")[:12] == listed["code"]
         lineage.record_path(stage).write_text("{")
         assert lineage.link(stage) == {}
 
