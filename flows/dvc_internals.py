@@ -182,7 +182,7 @@ def _lock_written_at_once(plan: Collection[Stage] = ()) -> Iterator[None]:
 def _in_order(content: dict[str, Any], plan: Iterable[Stage], old: Collection[str]) -> None:
     """Bring the new entries of a dvc.lock, behind the old ones, into the order of the plan."""
     entries = content.get("stages", {})
-    for name in [stage.name for stage in plan if stage.name in entries and stage.name not in old]:
+    for name in [name for name in (stage.addressing for stage in plan) if name in entries and name not in old]:
         entries[name] = entries.pop(name)
 
 

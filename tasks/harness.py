@@ -53,7 +53,7 @@ def run(stage: Stage) -> None:
     """
     model_name, _, task_name = stage.item.partition("-")
     own, folder = stage.params.harness, stage.model_in
-    documents = _documents(stage.input("documents.jsonl"))
+    documents = _documents(stage.input("documents.jsonl"), task_name)
     task = load_task(stage.input(f"{task_name}.yaml"), documents)
     from lm_eval import evaluate
 
@@ -103,10 +103,10 @@ def load_task(path: Path, documents: Sequence[dict[str, Any]]) -> Task:
     return manager.load({"group": "edgepress", "task": [given]})["tasks"][path.stem]
 
 
-def _documents(path: Path) -> list[dict[str, Any]]:
+def _documents(path: Path, task_name: str) -> list[dict[str, Any]]:
     documents = [row for _, row in json_lines.rows(path)]
     if not documents:
-        raise InputError(f"task {path.stem} has no documents; switch harness_data on")
+        raise InputError(f"task {task_name} has no documents; switch harness_data on")
     return documents
 
 

@@ -49,7 +49,7 @@ def figures(evidence: Evidence) -> dict[str, float | int | str | bool]:
         found |= {f"package_{name}": int(ledger[name].sum()) for name in ("violations", "revived")}
     for scores in evidence.task_scores:
         task = f"{scores['model']}_{scores['task']}"
-        found |= {f"{task}_{name}": score["value"] for name, score in scores["metrics"].items()}
+        found |= {f"{task}_{name}": score["value"] for name, score in scores.get("metrics", {}).items()}
     if evidence.fit_checked:
         found["fits"] = evidence.fit["verdict"] in FITTING
         found["tokens_per_second_bound"] = evidence.fit["tokens_per_second"]["bound"]

@@ -31,7 +31,7 @@ def train(params, bpe, make_stage):
     """train() -> the model and its curve."""
 
     def trained():
-        tokens = perplexity.tokenise(bpe, list(sample("train", 20)))
+        tokens = perplexity.tokenise(bpe, list(sample("train", 20))).long()
         held_out = {name: perplexity.windows(tokens, 32, 32, 8) for name in ("calibration", "test")}
         model = LlamaForCausalLM(training.config(params, bpe))
         curve = training.train(model, tokens, held_out, params, make_stage({}, {}))

@@ -10,6 +10,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from tasks.algorithms.errors import InputError
 from tasks.nightly import records, worktree
 from tasks.parameters import schema
 from tasks.registry import overview, tags, versions
+from tasks.runtime import git
 from tests.support.nightly_project import NightlyProject, workspace
 from tests.support.paths import ROOT
 
@@ -252,14 +254,14 @@ def flow_run(project, run):
 def test_an_accepted_model_that_cannot_be_promoted_fails_the_night_and_the_next_one_promotes_it(project) -> None:
     sound(project, 0.003)
     following = f"v0.0.{len(overview.versions(project.path)) + 1}"
-    blocked = project.path / f".git/refs/tags/{tags.ARTIFACT}@{following}.lock"  # as of a git that was killed
-    blocked.parent.mkdir(parents=True, exist_ok=True)
-    blocked.touch()
+    blocked = project.path / f".git/refs/tags/{tags.ARTIFACT}@{following}"  # git makes no tag where a folder has some
+    blocked.mkdir(parents=True)
+    (blocked / "other").write_text(git.run(project.path, "rev-parse", "HEAD") + "\n", encoding="utf-8")
     before = versions.current(project.path)
     output = project.python(*ONCE, expect=1)
     assert re.search(r"error: night-\S+: ACCEPT, but not promoted: ", output)
     assert last(project).record["verdict"] == "ACCEPT" and versions.current(project.path) == before
-    blocked.unlink()
+    shutil.rmtree(blocked)
     assert f"{following} is promoted" in project.python(*ONCE)
 
 

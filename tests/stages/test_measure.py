@@ -133,7 +133,8 @@ def test_a_process_of_its_own_measures_a_model(model_folder: Path) -> None:
 
 def peak_of_imports() -> int:
     """Bytes at their most of a process that imports what loads a model in PyTorch, and no more."""
-    code = "import tasks.evaluation.measuring_process, tasks.runners.any_folder\n"
+    code = "from tasks.runtime import lean; lean.apply()\n"
+    code += "import tasks.evaluation.measuring_process, tasks.runners.any_folder\n"
     code += "from tasks.runtime import processes; print(processes.peak())"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(
