@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from tests.support import fault_cases, faults
 
-SAMPLE = {"stage": 60, "repro": 2, "promotion": 24, "update": 110, "night": 6, "first night": 2}
+SAMPLE = {"stage": 50, "repro": 2, "promotion": 22, "update": 120, "night": 6, "first night": 2}
 """Case: how many faults."""
 
 

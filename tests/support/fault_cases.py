@@ -14,6 +14,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from dvc.cli import main as dvc
 from safetensors.numpy import save_file
 
 from tasks.algorithms.errors import InputError
@@ -34,6 +34,7 @@ from tasks.runtime import stage as stages
 from tests.support import faults, toy_stages
 from tests.support.faults import Call, Ended
 from tests.support.nightly_project import NightlyProject
+from tests.support.project import clean_environment
 from tests.support.registry_project import Night
 
 PASSING = (
@@ -214,7 +215,7 @@ class Repro(Stage):
         """DVC does it itself."""
 
     def do(self) -> int | None:
-        return dvc(["repro", "toy"])
+        return subprocess.run([sys.executable, "-m", "dvc", "repro", "toy"], env=clean_environment()).returncode
 
     def mend(self) -> None:
         mend.mend()
@@ -280,9 +281,7 @@ class Bookkeeping(Case):
     def make(self) -> None:
         project = NightlyProject(Path.cwd())
         shutil.rmtree(".git/hooks")
-        (Path() / "flows").unlink()
-        (Path() / "tasks").unlink()
-        assert dvc(["repro", "-q"]) == 0
+        project.python("-m", "dvc", "repro", "-q")
         project.commit("made")
         if not self.first:
             assert self._night("night-1") == 0
@@ -338,12 +337,13 @@ def sample(calls: list[Call], count: int, seed: int = 0) -> list[tuple[str, int]
     Args:
         calls: of the undisturbed run.
     """
-    generator = random.Random(seed)
-    kinds: dict[tuple[str, str], list[int]] = {}
+    kinds: dict[str, list[int]] = {}
     for number, call in enumerate(calls):
-        kinds.setdefault((call.name, re.sub(r"[0-9a-f]{3,}|\d+", "", call.path)), []).append(number)
-    every = [[(fault, number) for fault in faults.FAULTS for number in numbers] for numbers in kinds.values()]
-    for pairs in every:
-        generator.shuffle(pairs)
-    generator.shuffle(every)
+        kind = re.sub(r"[0-9a-f]{2,}|\d|(?<=/)\.?tmp[^/]*|(?<=/)[^/]*\.tmp", "", call.path)
+        kinds.setdefault(f"{seed} {call.name} {kind}", []).append(number)
+    every = []
+    for kind in sorted(kinds, key=lambda kind: random.Random(kind).random()):  # one more kind leaves the others alone
+        pairs = [(fault, number) for number in kinds[kind] for fault in faults.FAULTS]
+        random.Random(kind).shuffle(pairs)
+        every.append(pairs)
     return [pair for turn in itertools.zip_longest(*every) for pair in turn if pair][:count]
