@@ -1,9 +1,9 @@
 """Stage baseline: what plain quantisation makes of as many bytes as the package has.
 
 The fetched model after the same recovery, nothing pruned, is quantised by GPTQ with the parameters of `gptq`, but with
-bits per linear chosen by measured sensitivity, so that its packed file is as large as it can be without being larger
-than the package's. Embedding, scales and file format are treated alike; there is no low-rank branch. A package that
-scores worse than this model is not worth its pruning, and the report says so.
+bits per linear chosen by what stage sensitivity measured, so that its packed file is as large as it can be without
+being larger than the package's. Embedding, scales and file format are treated alike; there is no low-rank branch. A
+package that scores worse than this model is not worth its pruning, and the report says so.
 
 Sizes are planned and then measured. The plan counts the scales that rounding to the nearest has, and is right to a few
 bytes; where the file came out larger than the limit all the same, or much smaller, the budget is moved by the
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from tasks.algorithms.model import checkpoints
 from tasks.algorithms.model.shape import shape_of_config
-from tasks.compression import block_quantisation
+from tasks.compression import block_quantisation, linear_quantisation
 from tasks.models import dense_folder, gptq_folder, model_files
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed import source_folder, writer
@@ -62,12 +62,11 @@ def run(stage: Stage) -> None:
         return skip(stage)
     dense, target = stage.model_in, stage.output("model")
     limit = shipped_bytes(stage.input("package/model"))
-    windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
-    block_quantisation.check_shapes(dense_folder.config(dense), chosen.group_size)
-    coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.params.device, stage.journal)
-    if start is None:
-        start = dense_folder.load_dense(dense).to(stage.params.device)
-    choices = block_quantisation.choices(stage, start, windows, {}, "dense")
+    coded = source_folder.read_codes(stage.input("sensitivity/embedding.safetensors"))
+    start = dense_folder.load_dense(dense).to(stage.params.device)
+    block_quantisation.place(start, coded)
+    harm = block_quantisation.read_harm(stage.input("sensitivity.csv"))
+    choices = block_quantisation.choices(harm, start, {}, "dense", chosen)
     widths = plan(stage, choices, start, coded, limit)
     del start
     widths = fit(stage, choices, coded, limit, widths)
@@ -200,7 +199,7 @@ def quantise(
         settings = block_quantisation.settings(stage.params.gptq, widths, stage.params.device)
         model = gptq_folder.load_for_quantisation(dense, settings)
         block_quantisation.place(model.model, coded)
-        block_quantisation.quantise_linears(stage, model, windows, {}, saved)
+        linear_quantisation.quantise_linears(stage, model, windows, {}, saved)
         folder, codes = Path(scratch) / "model", Path(scratch) / "embedding.safetensors"
         gptq_folder.save_quantised(model, dense, folder)
         block_quantisation.save_embedding(codes, coded, stage.params.gptq)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tasks.algorithms.quantisation import unpacking
-from tasks.compression import block_quantisation
+from tasks.compression import block_quantisation, linear_quantisation
 from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
 from tasks.runtime import files
 
@@ -51,11 +51,12 @@ def run(stage: Stage) -> None:
     block_quantisation.save_embedding(stage.output("embedding.safetensors"), coded, chosen)
     if widths is None:
         held = (keep, pattern) if chosen.masked else ({}, "dense")
-        widths = block_quantisation.choices(stage, start, windows, *held).within(chosen.budget_bytes)
+        harm = block_quantisation.measure_harm(stage, start, windows, held[0])
+        widths = block_quantisation.choices(harm, start, *held, chosen).within(chosen.budget_bytes)
     del start
     model = gptq_folder.load_for_quantisation(dense, block_quantisation.settings(chosen, widths, stage.params.device))
     block_quantisation.place(model.model, coded)
-    results = block_quantisation.quantise_linears(stage, model, windows, keep, stage.journal.part("gptq"))
+    results = linear_quantisation.quantise_linears(stage, model, windows, keep, stage.journal.part("gptq"))
     gptq_folder.save_quantised(model, dense, target)
     if chosen.joint:
         keep = {name: result.keep for name, result in results.items()}

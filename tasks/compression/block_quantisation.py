@@ -1,8 +1,9 @@
-"""What quantises a model's linears and tables, for every stage that does: gptq, and the plain model of equal size.
+"""What goes before GPTQ in every stage that quantises: settings, embedding and head, what the widths of linears cost.
 
 Settings of `params.gptq` in; embedding and head first, so that the linears are calibrated on what the model will
 compute; then bits per linear, where a budget of bytes is given, by what their quantisation does to the model's
-predictions; then GPTQ (`tasks.algorithms.quantisation.masked_gptq`). It writes no files but the embedding's codes.
+predictions. Then comes GPTQ (`tasks.compression.linear_quantisation`). It writes no files but the embedding's codes and
+what the widths cost.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -20,13 +22,14 @@ from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import (
     allocation,
     embedding,
-    masked_gptq,
+    gptqmodel_settings,
     masked_grid,
     packable,
     rounding,
     sensitivity,
 )
 from tasks.models import dense_folder, tensor_files
+from tasks.runtime import files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +51,7 @@ def settings(chosen: Gptq, widths: int | Mapping[str, int], device: str) -> Any:
     Args:
         widths: bits of all linears, or full module name -> bits.
     """
-    return masked_gptq.config(
+    return gptqmodel_settings.config(
         widths, chosen.group_size, chosen.symmetric, chosen.damp, chosen.act_order, chosen.mse, device=device
     )
 
@@ -170,31 +173,60 @@ class Choices(NamedTuple):
         return allocation.allocate(self.harm, self.sizes, budget)
 
 
-def choices(stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, Tensor], pattern: str) -> Choices:
-    """Measure every width of every linear.
+def measure_harm(
+    stage: Stage, model: nn.Module, windows: Tensor, keep: Mapping[str, Tensor]
+) -> dict[str, dict[int, float]]:
+    """Measure what every width of every linear does to the predictions: `Choices.harm`.
 
     Args:
         stage: for its progress, journal and `gptq` parameters.
         model: dense, 0 where pruned.
         windows: [windows, length]; the first `MEASURED` are used.
         keep: full module name -> bool [out_features, in_features]; of all linears, or of none.
-        pattern: of the masks.
     """
     chosen = stage.params.gptq
     config = settings(chosen, chosen.bits, stage.params.device)
-    weights = matrices.weights(model)
 
     def quantise(name: str, weight: Tensor, bits: int) -> Tensor:
         return masked_grid.nearest(weight, keep.get(name), config, bits, chosen.scale_steps)
 
-    with stage.progress("sensitivity", len(weights)) as progress:
+    with stage.progress("sensitivity", len(matrices.of_model(model))) as progress:
         saved = stage.journal.part("sensitivity")
-        harm = sensitivity.measure(model, windows[:MEASURED], quantise, packable.WIDTHS, progress.update, BATCH, saved)
+        return sensitivity.measure(model, windows[:MEASURED], quantise, packable.WIDTHS, progress.update, BATCH, saved)
+
+
+def write_harm(path: Path, harm: Mapping[str, Mapping[int, float]]) -> None:
+    """Write a row per linear and width, with every digit: what is chosen by it is what was measured."""
+    rows = [(name, bits, value) for name, values in harm.items() for bits, value in values.items()]
+    files.write_csv(path, pd.DataFrame(rows, columns=["linear", "bits", "sensitivity"]))
+
+
+def read_harm(path: Path) -> dict[str, dict[int, float]]:
+    """What `write_harm` wrote, in its order."""
+    found: dict[str, dict[int, float]] = {}
+    for row in pd.read_csv(path, float_precision="round_trip").itertuples():
+        found.setdefault(row.linear, {})[row.bits] = row.sensitivity
+    return found
+
+
+def choices(
+    harm: Mapping[str, dict[int, float]],
+    model: nn.Module,
+    keep: Mapping[str, Tensor],
+    pattern: str,
+    chosen: Gptq,
+) -> Choices:
+    """Count what every width of every linear of the model takes, beside the harm that it does.
+
+    Args:
+        model, keep: as `measure_harm` had them.
+        pattern: of the masks.
+    """
     sizes = {
         name: {bits: linear_bytes(weight, keep.get(name), pattern, bits, chosen) for bits in packable.WIDTHS}
-        for name, weight in weights.items()
+        for name, weight in matrices.weights(model).items()
     }
-    return Choices(harm, sizes)
+    return Choices(dict(harm), sizes)
 
 
 def distinct_scales(
@@ -243,38 +275,6 @@ def linear_bytes(weight: Tensor, keep: Tensor | None, pattern: str, bits: int, c
     zeros = 0 if chosen.symmetric else packing.digits_bytes(len(weight) * groups, 2**bits)
     order = packing.digits_bytes(cols, groups) if chosen.act_order == "descending" else 0
     return positions + packing.digits_bytes(kept, 2**bits) + scales + zeros + order
-
-
-def quantise_linears(
-    stage: Stage,
-    model: Any,
-    windows: Tensor,
-    keep: Mapping[str, Tensor],
-    saved: checkpoints.Saved = checkpoints.NOTHING,
-) -> dict[str, masked_gptq.LayerResult]:
-    """Quantise all linears of the blocks by GPTQ, with the stage's progress; say where more damping was needed.
-
-    Args:
-        model: gptqmodel's wrapper of the dense model (`gptq_folder.load_for_quantisation`); it is changed.
-        windows: [windows, length].
-        keep: full module name -> bool [out_features, in_features]; unused where `gptq.masked` is false.
-        saved: linears that it holds aren't quantised again.
-    """
-    chosen = stage.params.gptq
-    finished: list[str] = []
-    with stage.progress("gptq", len(matrices.of_model(model.model))) as progress:
-
-        def done(name: str, error: float) -> None:
-            finished.append(name)
-            progress.update(len(finished), error=error)
-
-        joint = (chosen.joint.keep, chosen.joint.of) if chosen.joint else None
-        led = masked_gptq.Settings(chosen.scale_steps, joint, chosen.descent_cycles)
-        results = masked_gptq.quantise(model, windows, keep if chosen.masked else {}, led, done, saved)
-    for name, result in results.items():
-        if result.damp > chosen.damp:
-            print(f"{name}: the Hessian needed damping {result.damp:.3g} instead of gptq.damp = {chosen.damp:.3g}")
-    return results
 
 
 def _tables(model: nn.Module) -> dict[str, nn.Parameter]:

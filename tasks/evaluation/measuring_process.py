@@ -137,7 +137,11 @@ def _import_engine(folder: Path) -> None:
         elif (folder / engines.GGUF).exists():
             llama_bindings.import_library()
         else:
+            from tasks.models import model_files
             from tasks.runners import any_folder  # noqa: F401
+
+            if model_files.is_quantised(folder):
+                from tasks.models import gptq_folder  # noqa: F401
 
 
 def _prompt(folder: Path, workload: Workload) -> Any:

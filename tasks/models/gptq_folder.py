@@ -1,4 +1,4 @@
-"""Read and write quantised model folders with gptqmodel; `load_model` reads dense ones too.
+"""Read and write quantised model folders with gptqmodel.
 
 Apart from `tasks.models.dense_folder` because gptqmodel takes seconds to import, and because the code of a stage that
 only knows dense models must not change with it.
@@ -24,9 +24,6 @@ from tasks.algorithms.quantisation import unpacking
 from tasks.models import dense_folder, generations, model_files, tensor_files
 from tasks.runtime import files
 
-QUANTISED = "quantize_config.json"
-"""gptqmodel writes this file beside the weights; a folder without it is dense."""
-
 _META = (
     "quantizer",
     "uri",
@@ -38,16 +35,6 @@ _META = (
     "mse",
 )
 """Of what gptqmodel notes about the quantisation: what had an effect on the weights."""
-
-
-def is_quantised(folder: Path) -> bool:
-    """Whether the folder holds a gptqmodel checkpoint."""
-    return (folder / QUANTISED).exists()
-
-
-def load_model(folder: Path) -> PreTrainedModel:
-    """Any model folder of the pipeline, on the CPU, in float32, to be evaluated: dense, or quantised with adapter."""
-    return load_quantised(folder) if is_quantised(folder) else dense_folder.load_dense(folder)
 
 
 def load_quantised(folder: Path, adapter: bool = True) -> PreTrainedModel:
@@ -107,11 +94,11 @@ def save_quantised(model: Any, dense: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, library.contained():
         model.save(scratch, max_shard_size=None)
         tensors = load_file(Path(scratch) / "model.safetensors")
-        quantisation = json.loads((Path(scratch) / QUANTISED).read_text(encoding="utf-8"))
+        quantisation = json.loads((Path(scratch) / model_files.QUANTISED[0]).read_text(encoding="utf-8"))
     tensors = {name: _half(name, tensor) for name, tensor in tensors.items()}
     tensor_files.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     quantisation["meta"] = {key: quantisation["meta"][key] for key in _META}
-    files.write_json(folder / QUANTISED, quantisation)
+    files.write_json(folder / model_files.QUANTISED[0], quantisation)
     described = dense_folder.config(dense) | {"dtype": "float16", "quantization_config": quantisation}
     files.write_json(folder / model_files.CONFIG, described)
     for name in (*model_files.TOKENIZER, model_files.GENERATION):

@@ -31,7 +31,7 @@ GENERATION = "generation_config.json"
 SMALL = tuple(sorted((CONFIG, GENERATION, *TOKENIZER)))
 """What a dense model has beside its weights."""
 QUANTISED = ("quantize_config.json", "quant_config.json")
-"""Files beside the weights of a quantised checkpoint."""
+"""Files beside the weights of a quantised checkpoint; the first is gptqmodel's."""
 PACKED = ("manifest.json", "model.json")
 """Files beside the weights of a packed model."""
 ADAPTER = "eora"
@@ -54,6 +54,11 @@ def weights(folder: Path) -> list[str]:
     if (folder / INDEX).exists():
         return _shards(folder)
     return [SINGLE] if (folder / SINGLE).exists() else []
+
+
+def is_quantised(folder: Path) -> bool:
+    """Whether gptqmodel wrote the folder."""
+    return (folder / QUANTISED[0]).exists()
 
 
 def tensors(folder: Path) -> list[Path]:

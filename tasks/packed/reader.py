@@ -36,7 +36,7 @@ GENERATION = "generation_config.json"
 def load_model(folder: Path) -> PreTrainedModel:
     """The model on the CPU in float32, in evaluation mode; block by block, so that little more than it is in memory.
 
-    Its logits are those of the folder that was packed, bit by bit, as `tasks.models.gptq_folder.load_model` loads it.
+    Its logits are those of the folder that was packed, bit by bit, as `tasks.models.gptq_folder.load_quantised` has it.
 
     Raises:
         InputError: a file is damaged, changed or of another version.

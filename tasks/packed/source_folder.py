@@ -53,10 +53,10 @@ def read(
         raise InputError(
             f"{folder} has a head of its own, but its config ties it to the embedding: one of them is wrong"
         )
-    coded = _coded(embedding)
+    coded = read_codes(embedding)
     return Model(
         config,
-        _Blocks(folder, shapes, tensors, _Masks(masks_file), _coded(adapter)),
+        _Blocks(folder, shapes, tensors, _Masks(masks_file), read_codes(adapter)),
         _matched(coded, "embedding", tensors.get(table, shapes.table)),
         None if shapes.tied else _matched(coded, "head", tensors.get(head, shapes.table)),
         {name: tensors.get(name, shape) for name, shape in shapes.rest.items()},
@@ -204,7 +204,7 @@ def _fields(words: Tensor, bits: int) -> np.ndarray:
     return packing.unpack_digits(data.view(np.uint8).reshape(-1), count, 2**bits).reshape(len(data), -1)
 
 
-def _coded(path: Path | None) -> dict[str, rounding.Coded]:
+def read_codes(path: Path | None) -> dict[str, rounding.Coded]:
     """Name -> Coded, of a file of `<name>.codes` and `<name>.scales`; groups follow from the numbers of both."""
     if path is None:
         return {}

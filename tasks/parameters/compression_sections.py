@@ -187,6 +187,12 @@ class BaselineLora(Section):
     enabled: bool
 
 
+class Sensitivity(Section):
+    """What each width of each of the plain model's linears costs, with the parameters of `gptq`."""
+
+    enabled: bool
+
+
 class Baseline(Section):
     """The plain model of the package's size, with the parameters of `gptq`."""
 

@@ -98,6 +98,7 @@ MEMORY: dict[str, Callable[[Params, ModelShape], int]] = {
     "eora": _eora_memory,
     "package": lambda params, model: 4 * model.in_blocks // model.layers + 4 * model.outside,  # block by block
     "baseline_lora": _lora_memory,
+    "sensitivity": lambda params, model: _dense(model) + _boundary(params, model),
     "baseline": _gptq_memory,
     "evaluate": _evaluate_memory,
     "measure": lambda params, model: _dense(model),  # its few tokens at batch 4 hardly count
@@ -124,6 +125,7 @@ DISK: dict[str, Callable[[Params, ModelShape], int]] = {
     "eora": _quantised,
     "package": _quantised,
     "baseline_lora": lambda params, model: _dense(model),
+    "sensitivity": lambda params, model: 2 * model.vocabulary * model.hidden,  # codes of embedding and head
     "baseline": _quantised,
 }
 """Bytes that a stage writes, at most; a stage that is switched off links its input."""

@@ -26,8 +26,8 @@ FETCHED = Path("data/fetch/model")
 """Where fetch puts a hub model; a local one is looked at where it is."""
 LARGEST_CONFIG = 2**20
 """Bytes of a config.json that are read; the folder is untrusted."""
-FOLLOWS = {"baseline_lora": "lora", "baseline": "gptq"}
-"""Stages that pass their input on where another one is switched off."""
+FOLLOWS = {"baseline_lora": ("lora",), "sensitivity": ("gptq", "baseline"), "baseline": ("gptq",)}
+"""Stages that do nothing where one of others is switched off."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -323,7 +323,7 @@ def _rank_too_high(key: str, rank: int, model: ModelShape, targets: str = "all-l
 
 def _enabled(params: Params, name: str) -> bool:
     """Whether a stage computes; the plain model has only what the compressed one has (`FOLLOWS`)."""
-    names = (name, FOLLOWS[name]) if name in FOLLOWS else (name,)
+    names = (name, *FOLLOWS.get(name, ()))
     return all(getattr(getattr(params, each), "enabled", True) for each in names)
 
 

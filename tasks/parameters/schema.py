@@ -25,6 +25,7 @@ from tasks.parameters.compression_sections import (
     Importance,
     Lora,
     Package,
+    Sensitivity,
     Vocabulary,
     Wanda,
 )
@@ -59,6 +60,7 @@ class Params(Section):
     eora: Eora
     package: Package
     baseline_lora: BaselineLora
+    sensitivity: Sensitivity
     baseline: Baseline
     evaluate: Evaluate
     measure: Measure
@@ -84,6 +86,8 @@ class Params(Section):
             raise ValueError("gptq.joint chooses the masks itself: switch wanda off")
         if self.eora.enabled and not self.gptq.enabled:
             raise ValueError("gptq is switched off, but eora compensates its error: switch eora off too")
+        if self.baseline.enabled and self.gptq.enabled and not self.sensitivity.enabled:
+            raise ValueError("sensitivity is switched off, but baseline chooses bits by it: switch baseline off too")
         if self.harness.enabled and not self.harness_data.enabled:
             raise ValueError("harness_data is switched off, but harness needs its documents: switch harness off too")
         if self.importance.enabled and self.importance.windows > self.calibrate.windows:

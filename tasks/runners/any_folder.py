@@ -1,7 +1,7 @@
 """Any model folder of the pipeline: dense, quantised by gptqmodel, or packed.
 
 Apart from `tasks.models.gptq_folder` because stages before `package` know no packed models and must not change with
-their code.
+their code. gptqmodel takes seconds to import, and only its own folders pay for it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tasks.algorithms.model import families
-from tasks.models import dense_folder, gptq_folder, tensor_headers
+from tasks.models import dense_folder, model_files, tensor_headers
 from tasks.packed import packed_folder, reader, sizes
 from tasks.packed.packed_linear import PackedLinear
 
@@ -24,7 +24,13 @@ def load_model(folder: Path) -> PreTrainedModel:
     Raises:
         InputError: a packed file is damaged.
     """
-    return reader.load_model(folder) if packed_folder.is_packed(folder) else gptq_folder.load_model(folder)
+    if packed_folder.is_packed(folder):
+        return reader.load_model(folder)
+    if model_files.is_quantised(folder):
+        from tasks.models import gptq_folder
+
+        return gptq_folder.load_quantised(folder)
+    return dense_folder.load_dense(folder)
 
 
 def config(folder: Path) -> dict[str, Any]:
@@ -39,8 +45,10 @@ def config(folder: Path) -> dict[str, Any]:
 def block_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Full module name -> float32 [out_features, in_features], dequantised, of the blocks; without adapter."""
     linears = families.block_linears(model)
-    if any(isinstance(linear, PackedLinear) for linear in linears.values()):
-        return {name: linear.weight.detach() for name, linear in linears.items()}
+    if all(isinstance(linear, (nn.Linear, PackedLinear)) for linear in linears.values()):
+        return {name: linear.weight.detach().float() for name, linear in linears.items()}
+    from tasks.models import gptq_folder
+
     return gptq_folder.block_weights(model)
 
 

@@ -61,7 +61,7 @@ def _loader(kind: str) -> Callable[[Path], Any]:
         return reader.load_model
     from tasks.models import gptq_folder
 
-    return gptq_folder.load_model
+    return gptq_folder.load_quantised
 
 
 def measure(folders: Mapping[str, Path], repetitions: int) -> dict[str, list[dict[str, float]]]:

@@ -35,6 +35,13 @@ def test_bytes_of_a_linear(pattern, symmetric, act_order):
     assert found == math.ceil(positions) + codes + 16 * 2 + (0 if symmetric else 16 * 4 / 8 + 64 / 8)
 
 
+def test_what_was_measured_is_read_back_to_the_last_bit(tmp_path):
+    harm = {f"linear{i}": {2: float(normal(1, seed=i)), 4: float(normal(1, seed=-i)) / 3} for i in range(1, 40)}
+    harm["tiny"] = {2: 5e-324, 4: 1 / 3}
+    block_quantisation.write_harm(tmp_path / "harm.csv", harm)
+    assert block_quantisation.read_harm(tmp_path / "harm.csv") == harm
+
+
 def test_calibration_sees_the_quantised_embedding(pruned):
     chosen = sections(embedding={"bits": 4, "group_size": 16, "method": "nearest"})["gptq"]
     coded, start = block_quantisation.compress_embedding(pruned.files["lora/model"], pruned.windows, chosen, "cpu")

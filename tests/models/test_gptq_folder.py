@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tasks.algorithms.quantisation import gptqmodel_library as library
-from tasks.algorithms.quantisation import masked_gptq
+from tasks.algorithms.quantisation import gptqmodel_settings, masked_gptq
 from tasks.models import dense_folder, gptq_folder
 from tests.support.gptq_oracle import SETTINGS
 from tests.support.pruned_model import inputs_of_the_stage
@@ -24,7 +24,9 @@ def pruned(tiny_llama, tmp_path_factory):
 
 
 def test_the_saved_weights_are_those_that_gptq_computed_with(pruned, tmp_path):
-    model = gptq_folder.load_for_quantisation(pruned.files["lora/model"], masked_gptq.config(**SETTINGS | {"bits": 3}))
+    model = gptq_folder.load_for_quantisation(
+        pruned.files["lora/model"], gptqmodel_settings.config(**SETTINGS | {"bits": 3})
+    )
     solved = {}
     solve = library.gptq.GPTQ.quantize
 
@@ -50,7 +52,7 @@ def test_no_dense_shard_stays_beside_the_quantised_file(pruned, tmp_path):
     (dense / "optimizer.pt").write_bytes(bytes(10_000))
     written = {}
     for source in (given, dense):
-        model = gptq_folder.load_for_quantisation(source, masked_gptq.config(**SETTINGS))
+        model = gptq_folder.load_for_quantisation(source, gptqmodel_settings.config(**SETTINGS))
         masked_gptq.quantise(model, pruned.windows, pruned.keep)
         gptq_folder.save_quantised(model, source, tmp_path / f"out/{source.name}")
         written[source.name] = {path.name: path.read_bytes() for path in (tmp_path / f"out/{source.name}").iterdir()}

@@ -22,7 +22,7 @@ from tests.support.packed_models import CASES, logits, random_dense
 def test_logits_are_those_of_gptqmodel_bit_by_bit(build, windows, case):
     made = build(case)
     assert is_packed(made.packed) and not is_packed(made.model)
-    loaded, expected = reader.load_model(made.packed), gptq_folder.load_model(made.model)
+    loaded, expected = reader.load_model(made.packed), gptq_folder.load_quantised(made.model)
     assert not loaded.training and {p.dtype for p in loaded.parameters()} == {torch.float32}
     for ids in (windows.long(), windows[:1, :7].long(), windows[:1, :1].long()):
         assert torch.equal(logits(loaded, ids), logits(expected, ids))
@@ -35,7 +35,7 @@ def test_logits_are_those_of_gptqmodel_bit_by_bit(build, windows, case):
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_those_of_gptqmodel_and_pruned_ones_zero(build, case):
     made = build(case)
-    expected = gptq_folder.block_weights(gptq_folder.load_model(made.model))
+    expected = gptq_folder.block_weights(gptq_folder.load_quantised(made.model))
     found = any_folder.block_weights(reader.load_model(made.packed))
     assert list(found) == list(expected)
     for name, weight in found.items():
@@ -50,7 +50,7 @@ def test_weights_are_those_of_gptqmodel_and_pruned_ones_zero(build, case):
         if made.keep:
             assert torch.equal(linear.keep, made.keep[name])
     assert dense_folder.parameter_count(reader.load_model(made.packed)) == dense_folder.parameter_count(
-        gptq_folder.load_model(made.model)
+        gptq_folder.load_quantised(made.model)
     )
 
 

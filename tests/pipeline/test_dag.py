@@ -155,6 +155,7 @@ REACH = {
     "tasks/algorithms/quantisation/masked_gptq.py": {"gptq", "baseline"},
     "tasks/algorithms/quantisation/sparsegpt.py": {"gptq", "baseline"},
     "tasks/algorithms/quantisation/descent.py": {"gptq", "baseline"},
+    "tasks/algorithms/quantisation/sensitivity.py": {"gptq", "sensitivity", "baseline"},
     "tasks/algorithms/quantisation/eora_ranks.py": {"eora"},
     "tasks/algorithms/pruning/wanda.py": {"wanda"},
     "tasks/algorithms/recovery/masked_lora.py": {"lora", "baseline_lora"},

@@ -14,7 +14,17 @@ pytestmark = pytest.mark.slow
 
 MODELS = ("fetch", "vocabulary", "depth_prune", "wanda", "lora", "gptq", "eora", "package", "baseline_lora", "baseline")
 EVALUATIONS = {f"evaluate@{name}" for name in MODELS}
-STAGES = {*MODELS, "overlap", "calibrate", "importance", "measure", "kv_cache", "hardware_fit", "report"} | EVALUATIONS
+STAGES = {
+    *MODELS,
+    "sensitivity",
+    "overlap",
+    "calibrate",
+    "importance",
+    "measure",
+    "kv_cache",
+    "hardware_fit",
+    "report",
+} | EVALUATIONS
 STAGES |= {"code", "harness_data@corpus", "harness@fetch-corpus"}
 BELOW_PACKAGE = {"baseline", "measure", "kv_cache", "hardware_fit", "report", "evaluate@package", "evaluate@baseline"}
 BELOW_PACKAGE |= {"harness@package-corpus", "harness@baseline-corpus"}

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tasks import baseline
+from tasks import baseline, sensitivity
 from tasks.models import dense_folder, tensor_files
 from tasks.packed import reader
 from tasks.packed.sizes import component_bytes
 from tasks.parameters import schema
 from tasks.runners import any_folder
 
+MEASURED = ("sensitivity.csv", "embedding.safetensors")
 GPTQ = {
     "enabled": True,
     "bits": 4,
@@ -58,8 +59,11 @@ def run(make_stage, given, tmp_path, monkeypatch):
         (package / "model.safetensors").write_bytes(b"\0" * (limit - 2))
         (package / "model.json").write_bytes(b"{}")
         (package / "manifest.json").write_bytes(b"\0" * 5000)  # is no part of what the model takes
-        files = {"baseline_lora/model": given.dense, "package/model": package, "windows.safetensors": given.windows}
-        baseline.run(make_stage({"gptq": schema.Gptq(**GPTQ | changed)}, files, out=out))
+        params = {"gptq": schema.Gptq(**GPTQ | changed), "baseline": schema.Baseline(enabled=True)}
+        files = {"baseline_lora/model": given.dense, "windows.safetensors": given.windows}
+        sensitivity.run(make_stage(params, files, out=f"sensitivity-{out}"))
+        measured = {f"sensitivity/{name}": tmp_path / f"sensitivity-{out}" / name for name in MEASURED}
+        baseline.run(make_stage(params, files | measured | {"package/model": package}, out=out))
         return tmp_path / out
 
     return run

@@ -13,7 +13,7 @@ from tasks import gptq
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.quantisation import gptqmodel_library as library
-from tasks.algorithms.quantisation import masked_gptq, rounding, unpacking
+from tasks.algorithms.quantisation import gptqmodel_settings, masked_gptq, rounding, unpacking
 from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
 from tests.support.matrices import normal
 
@@ -40,7 +40,7 @@ def files(tiny_llama, tmp_path_factory):
     windows = torch.randint(0, 257, (6, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     tensor_files.save_tensors(folder / "windows.safetensors", {"input_ids": windows}, {})
     (folder / "removed.json").write_text('{"kept": [0, 2, 3]}')
-    model = gptq_folder.load_for_quantisation(folder / "lora/model", masked_gptq.config(**SETTINGS))
+    model = gptq_folder.load_for_quantisation(folder / "lora/model", gptqmodel_settings.config(**SETTINGS))
     masked_gptq.quantise(model, windows, keep)
     gptq_folder.save_quantised(model, folder / "lora/model", folder / "gptq/model")
     names = ("gptq/model", "lora/model", "vocabulary/model", "removed.json", "windows.safetensors", "masks.safetensors")
@@ -129,7 +129,7 @@ def test_the_stage_brings_the_model_closer_to_its_teacher_and_gptqmodel_loads_it
     with torch.no_grad():
         target = wanted(input_ids=ids).logits
         before, after = (
-            float((gptq_folder.load_model(path)(input_ids=ids).logits - target).norm())
+            float((gptq_folder.load_quantised(path)(input_ids=ids).logits - target).norm())
             for path in (files["gptq/model"], folder / "model")
         )
     assert after < 0.9 * before
@@ -144,7 +144,7 @@ def test_the_loaded_adapter_is_the_branch_that_was_computed(run, files):
         a, b = factors[name]
         assert a.shape == (8, linear.in_features) and b.shape == (linear.out_features, 8)
     ids = load_file(files["windows.safetensors"])["input_ids"].long()
-    model = gptq_folder.load_model(folder)
+    model = gptq_folder.load_quantised(folder)
     with torch.no_grad():
         assert torch.allclose(model(input_ids=ids).logits, merged(files, folder)(input_ids=ids).logits, atol=1e-3)
     assert model.generate(ids[:1, :5], max_new_tokens=4, do_sample=False).shape == (1, 9)
@@ -163,7 +163,7 @@ def test_ranks_within_a_budget_differ_by_linear_and_gptqmodel_loads_them(run, fi
     }
     ids = load_file(files["windows.safetensors"])["input_ids"].long()
     with torch.no_grad():
-        logits = gptq_folder.load_model(folder)(input_ids=ids).logits
+        logits = gptq_folder.load_quantised(folder)(input_ids=ids).logits
         assert torch.allclose(logits, merged(files, folder)(input_ids=ids).logits, atol=1e-3)
 
 

@@ -112,7 +112,7 @@ def test_descent_lowers_the_error_of_what_is_saved(run, pruned, changed):
 def test_the_loaded_model_computes_in_float32_and_generates(run, pruned):
     folder = run(bits=8) / "model"
     ids = pruned.windows[:2].long()
-    loaded, plain = gptq_folder.load_model(folder), gptq_folder.load_dequantised(folder)
+    loaded, plain = gptq_folder.load_quantised(folder), gptq_folder.load_dequantised(folder)
     assert not unpacking.quantised_linears(plain)
     with torch.no_grad():
         logits, expected = loaded(input_ids=ids).logits, plain(input_ids=ids).logits
@@ -243,7 +243,7 @@ def test_the_embedding_holds_exactly_its_dequantised_values(run, pruned, method)
     coded = rounding.Coded(stored["embedding.codes"], stored["embedding.scales"], 4, 16)
     assert torch.equal(tensors["model.embed_tokens.weight"].float(), rounding.values(coded))
     assert "lm_head.weight" not in tensors and dense_folder.config(folder / "model")["tie_word_embeddings"] is True
-    loaded = gptq_folder.load_model(folder / "model")
+    loaded = gptq_folder.load_quantised(folder / "model")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     given = pruned.model.model.embed_tokens.weight.detach()
     assert 0 < (loaded.lm_head.weight - given).norm() / given.norm() < 0.2

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tasks.algorithms.quantisation import gptqmodel_library as library
-from tasks.algorithms.quantisation import masked_gptq
+from tasks.algorithms.quantisation import gptqmodel_settings, masked_gptq
 from tests.support.matrices import normal
 
 NamedModule = importlib.import_module("gptqmodel.looper.named_module").NamedModule  # after the library's own import
@@ -34,7 +34,7 @@ def library_gptq(weight, x, keep=None, blocksize=128, scale_steps=None, joint=No
         masked_gptq.MaskedGptq({} if keep is None else {NAME: keep}, settings).in_place() as results,
     ):
         gptq = library.gptq.GPTQ(
-            NamedModule(linear, "mlp.up_proj", NAME, 0), masked_gptq.config(**(SETTINGS | changed))
+            NamedModule(linear, "mlp.up_proj", NAME, 0), gptqmodel_settings.config(**(SETTINGS | changed))
         )
         gptq.quantizer.configure(perchannel=True)
         gptq.add_batch(x, None)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from tasks.algorithms.model import families
 from tasks.algorithms.model.shape import shape_of_config
-from tasks.algorithms.quantisation import masked_gptq, rounding
+from tasks.algorithms.quantisation import gptqmodel_settings, masked_gptq, rounding
 from tasks.models import gptq_folder, tensor_files
 from tasks.packed.layout import divisor
 from tasks.packed.stored_model import Linear, Model, zero_codes
@@ -103,7 +103,7 @@ def quantise(folder, windows, keep, settings, embedding=16, steps=None):
         names = [f"model.layers.{i}.{name}" for i in range(2) for name in families._LLAMA.linears]
         widths = settings.pop("widths") * len(names)
         settings["bits"] = dict(zip(names, widths, strict=False))
-    model = gptq_folder.load_for_quantisation(folder / "dense", masked_gptq.config(**settings))
+    model = gptq_folder.load_for_quantisation(folder / "dense", gptqmodel_settings.config(**settings))
     coded = {}
     if embedding < 16:
         tied = model.model.config.tie_word_embeddings

@@ -34,6 +34,7 @@ VARIANTS = {
     "eora": {},
     "eora within a budget": {"eora.rank": None, "eora.budget_bytes": 6000},
     "baseline_lora": {},
+    "sensitivity": {},
     "baseline": {},
     "evaluate@package": {},
 }

@@ -12,7 +12,7 @@ import torch
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import masks
 from tasks.algorithms.quantisation import gptqmodel_library as library
-from tasks.algorithms.quantisation import masked_gptq, output_error
+from tasks.algorithms.quantisation import gptqmodel_settings, masked_gptq, output_error
 from tasks.models import gptq_folder
 from tests.support.gptq_oracle import NAME, SETTINGS, inputs, library_gptq, naive_gptq, rounded_to_nearest
 from tests.support.matrices import normal, two_of_four
@@ -133,7 +133,7 @@ def test_the_library_is_put_back():
 @pytest.mark.parametrize("columns", [64, 256, 512])
 def test_the_number_of_threads_does_not_change_the_inverse_factor(columns):
     x = inputs(columns)
-    gptq = SimpleNamespace(qcfg=masked_gptq.config(**SETTINGS), name=NAME)
+    gptq = SimpleNamespace(qcfg=gptqmodel_settings.config(**SETTINGS), name=NAME)
     factors, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 4):
@@ -166,7 +166,7 @@ def test_a_hessian_that_can_not_be_inverted_is_no_silent_rounding(joint):
 def test_widths_of_single_linears_are_asked_for_by_their_whole_names(act_order):
     names = [f"model.layers.{i}.mlp.up_proj" for i in (1, 10, 11)]
     widths = dict(zip(names, (4, 2, 4), strict=True))
-    config = masked_gptq.config(**SETTINGS | {"bits": widths, "act_order": act_order})
+    config = gptqmodel_settings.config(**SETTINGS | {"bits": widths, "act_order": act_order})
     assert config.bits == 4
     assert [config.dynamic_get(name, "bits", config.bits) for name in names] == [4, 2, 4]
     assert config.dynamic_get("model.layers.10.mlp.up_project", "bits", 0) == 0
@@ -175,13 +175,13 @@ def test_widths_of_single_linears_are_asked_for_by_their_whole_names(act_order):
 
 
 def test_equal_widths_need_no_overrides():
-    config = masked_gptq.config(**SETTINGS | {"bits": {NAME: 3}})
+    config = gptqmodel_settings.config(**SETTINGS | {"bits": {NAME: 3}})
     assert config.bits == 3 and not config.dynamic
 
 
 def test_group_aware_without_groups_is_refused():
     with pytest.raises(InputError, match="group_size = -1"):
-        masked_gptq.config(**SETTINGS | {"act_order": "group_aware", "group_size": -1})
+        gptqmodel_settings.config(**SETTINGS | {"act_order": "group_aware", "group_size": -1})
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def pruned(tiny_llama, tmp_path_factory):
 
 
 def test_every_calibration_token_counts_once_in_the_given_order(pruned):
-    model = gptq_folder.load_for_quantisation(pruned.files["lora/model"], masked_gptq.config(**SETTINGS))
+    model = gptq_folder.load_for_quantisation(pruned.files["lora/model"], gptqmodel_settings.config(**SETTINGS))
     seen = []
     model.model.model.embed_tokens.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
     masked_gptq.quantise(model, pruned.windows, pruned.keep)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tasks.algorithms.quantisation import masked_gptq, masked_grid, output_error, rounding
+from tasks.algorithms.quantisation import gptqmodel_settings, masked_grid, output_error, rounding
 from tests.support.gptq_oracle import SETTINGS, inputs, library_gptq, rounded_to_nearest
 from tests.support.matrices import normal, two_of_four
 
@@ -19,7 +19,7 @@ def test_nearest_is_the_same_grid_without_a_hessian(bits, symmetric, mse, steps)
     weight = normal(8, 64)
     keep = two_of_four(weight)
     weight = weight * keep
-    settings = masked_gptq.config(**SETTINGS | {"symmetric": symmetric, "mse": mse, "bits": 8})
+    settings = gptqmodel_settings.config(**SETTINGS | {"symmetric": symmetric, "mse": mse, "bits": 8})
     found = masked_grid.nearest(weight, keep, settings, bits, steps)
     assert torch.allclose(found.double(), rounded_to_nearest(weight, bits, symmetric, mse, steps), atol=1e-6)
     assert settings.bits == 8

@@ -10,7 +10,7 @@ import torch
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.quantisation import gptqmodel_library as library
-from tasks.algorithms.quantisation import masked_gptq, packable, unpacking
+from tasks.algorithms.quantisation import gptqmodel_settings, packable, unpacking
 
 IN_USE, DEFAULT = "pack_original", "pack_block"
 NAME = "model.layers.0.mlp.up_proj"
@@ -49,7 +49,7 @@ def nothing_is_compiled(monkeypatch):
 
 
 def test_the_packer_in_use_is_the_one_that_is_asked_here():
-    chosen = masked_gptq.config(4, 32, symmetric=True, damp=0.05, act_order="none")
+    chosen = gptqmodel_settings.config(4, 32, symmetric=True, damp=0.05, act_order="none")
     assert chosen.pack_impl == IN_USE.removeprefix("pack_")
 
 
