@@ -79,16 +79,21 @@ def compensate(
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
         # Linear by linear, each on inputs that the compensated ones before it in the block produced.
-        for name, matrix in matrices.by_block(model)[index].items():
+        left = dict(matrices.by_block(model)[index])
+        known: dict[str, Tensor] = {}  # moments that are still those of the block as it is
+        for name in list(left):
             if before := saved.load(name):
                 branches[name] = _recalled(before)
             else:
-                moments = output_error.second_moments({name: matrix}, block, inputs)[name]
+                known = known if name in known else output_error.second_moments(left, block, inputs)
                 rank = size.rank if isinstance(size.rank, int) else size.rank[name]
-                branches[name] = _branch(name, matrix.weight, teacher[name], moments, rank, size.bits)
+                branches[name] = _branch(name, left[name].weight, teacher[name], known[name], rank, size.bits)
                 saved.save(name, *_noted(branches[name]))
-            # Later linears get the inputs of the compensated model; the caller stores the branch, not this sum.
-            matrix.weight.add_(branches[name].b.float() @ branches[name].a.float())
+            moments, matrix = known.pop(name, None), left.pop(name)
+            if len(branches[name].a):
+                # Later linears get the inputs of the compensated model; the caller stores the branch, not this sum.
+                matrix.weight.add_(branches[name].b.float() @ branches[name].a.float())
+                known = {other: each for other, each in known.items() if each is moments}  # of the same inputs
             if done:
                 done(name, branches[name].error_after)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tasks.algorithms.model import families
-from tasks.algorithms.quantisation import eora, eora_branches, rounding
+from tasks.algorithms.model import families, layers, matrices
+from tasks.algorithms.quantisation import eora, eora_branches, output_error, rounding
 from tests.support.matrices import rest
 
 
@@ -34,6 +34,36 @@ def test_each_branch_is_computed_on_inputs_of_compensated_linears(make_model, ma
     lost = left + branch.b.float() @ branch.a.float()
     assert branch.error_before == pytest.approx(float((x @ lost.double().T).norm() / whole), rel=1e-3)
     assert branch.error_after < branch.error_before
+
+
+@pytest.mark.parametrize(
+    "short", [(), ("k_proj",), ("o_proj", "up_proj"), ("q_proj", "down_proj"), ("v_proj", "gate_proj")]
+)
+def test_moments_serve_as_long_as_nothing_before_a_linear_has_changed(make_model, make_windows, monkeypatch, short):
+    """The naive loop: one look at the block per linear, at whatever ranks. The same bits, in fewer looks."""
+    wanted = {name: linear.weight.detach().clone() for name, linear in families.block_linears(make_model()).items()}
+    ranks = {name: 3 if name.endswith(short) and short else 0 for name in wanted}
+    student, windows, looks, look = make_model(seed=1), make_windows(4, 32), [], output_error.second_moments
+
+    def counted(*given):
+        looks.append(given)
+        return look(*given)
+
+    monkeypatch.setattr(output_error, "second_moments", counted)
+    branches = eora_branches.compensate(student, windows, wanted, eora_branches.Size(ranks))
+    # a look per block, and one after each change but that of the last linear; k and v have q's inputs
+    changes = sum(name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj") for name in short)
+    assert len(looks) == 4 * (1 + changes)
+    naive = make_model(seed=1)
+
+    def visit(index, block, inputs):
+        for name, matrix in matrices.by_block(naive)[index].items():
+            moments = look({name: matrix}, block, inputs)[name]
+            a, b = eora.factors(wanted[name] - matrix.weight, moments, ranks[name])
+            assert torch.equal(branches[name].a, a.half()) and torch.equal(branches[name].b, b.half())
+            matrix.weight.add_(b.half().float() @ a.half().float())
+
+    layers.walk(naive, windows, visit)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
