@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tasks.algorithms.model import families
 from tasks.algorithms.pruning import depth_prune, importance
-from tasks.models import dense_folder, tensor_files
+from tasks.models import dense_folder, streamed_folder, tensor_files
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -27,14 +27,16 @@ def run(stage: Stage) -> None:
     if not params.remove:
         print("remove = 0: the model is passed on")
         return skip(stage)
-    model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
     import pandas as pd
     import torch
 
+    model = streamed_folder.open_dense(stage.model_in, stage.params.device)
     scores = torch.tensor(pd.read_csv(stage.input("scores.csv"))[stage.params.importance.method].to_numpy(dtype=float))
     removed = SCHEDULES[params.schedule](stage, model, scores)
     smaller = depth_prune.without(model, removed)
-    dense_folder.save_dense(smaller, dense_folder.load_tokenizer(stage.model_in), stage.output("model"))
+    tokenizer = dense_folder.load_tokenizer(stage.model_in)
+    with streamed_folder.writing(smaller, tokenizer, stage.output("model")) as writer:
+        writer.copy()
     _record(stage, layers, removed)
     before, after = (sum(p.numel() for p in each.parameters()) for each in (model, smaller))
     print(f"removed layers {removed} of {layers} in this order, by {stage.params.importance.method}, {params.schedule}")
@@ -55,6 +57,8 @@ def _one_shot(stage: Stage, model: nn.Module, scores: Tensor) -> list[int]:
 
 def _greedy(stage: Stage, model: nn.Module, scores: Tensor) -> list[int]:
     params, scoring = stage.params.depth_prune, stage.params.importance
+    if scoring.method not in importance.BLOCKWISE:
+        model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
     input_ids = tensor_files.load_tensors(stage.input("windows.safetensors"))["input_ids"][: scoring.windows].long()
     with stage.progress("depth_prune", params.remove) as progress:
 

@@ -11,6 +11,7 @@ algorithms read and change weights between passes. from_pretrained's own offload
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,7 @@ class StoredBlock:
             yield
         finally:
             block.to("meta")
+            _return_freed()
 
 
 def open_dense(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -100,10 +102,11 @@ class Writer:
             tensors, source = self._sources[name]
             self._write(name, weight.to(tensor_files.DTYPES[tensors.entries[source].dtype]))
 
-    def copy(self, prefix: str) -> None:
-        """Write the weights whose names begin so as they are stored; one is in memory at a time."""
+    def copy(self) -> None:
+        """Write all blocks as they are stored; one tensor is in memory at a time."""
+        inside = f"{families.of_model(self._model).blocks}."
         for name, (tensors, source) in self._sources.items():
-            if name.startswith(prefix):
+            if name.startswith(inside):
                 self._write(name, tensors.read(source))
 
 
@@ -123,11 +126,10 @@ def writing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: 
     inside, sources = f"{families.of_model(model).blocks}.", _sources(model)
     entries = {name: tensors.entries[source] for name, (tensors, source) in sources.items()}
     with tensor_files.writing(folder / model_files.SINGLE, entries, {"format": "pt"}) as write:
-        writer = Writer(model, write)
-        for name in entries:
+        for name, (tensors, source) in sources.items():
             if not name.startswith(inside):
-                writer.copy(name)
-        yield writer
+                write(name, tensors.read(source))
+        yield Writer(model, write)
     model.save_pretrained(folder, state_dict={})  # its texts, as the library writes them, and no weights
     tokenizer.save_pretrained(folder)
     stored = tensor_files.DTYPES[entries[f"{families.of_model(model).embedding}.weight"].dtype]
@@ -151,6 +153,17 @@ def _sources(model: PreTrainedModel) -> Mapping[str, tuple[StoredTensors, str]]:
             source = tied[1]
         found[name] = tensors, source
     return found
+
+
+def _return_freed() -> None:
+    """Give freed memory back to the kernel.
+
+    glibc (2.36) keeps it: once a large piece has been freed, pieces up to that size come from its heap, where what a
+    block leaves is in pieces. 16 blocks of 9 MB took 52 MB more than 4 so, and 1 MB more with this.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none and keep nothing
+    if trim is not None:
+        trim(0)
 
 
 def _generation(folder: Path) -> GenerationConfig:

@@ -12,7 +12,7 @@ from tasks import depth_prune as stage_module
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.pruning import depth_prune, importance
-from tasks.models import dense_folder, tensor_files
+from tasks.models import dense_folder, streamed_folder, tensor_files
 
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
 MODELS = [
@@ -139,6 +139,28 @@ def test_the_stage_s_model_loads_with_stock_code(method, schedule, ready, model_
     expected = bypassed_logits(dense_folder.load_dense(model_folder), ids, record["removed"])
     assert torch.equal(model(input_ids=ids).logits, expected)
     assert f"removed layers {record['removed']} of 4" in capsys.readouterr().out
+
+
+def test_weights_keep_the_type_that_they_are_stored_in(ready, model_folder, tmp_path):
+    dense_folder.load_dense(model_folder, torch.bfloat16).save_pretrained(model_folder)
+    before = load_file(model_folder / "model.safetensors")
+    stage_module.run(ready(method="magnitude"))
+    kept = json.loads((tmp_path / "out/removed.json").read_text())["kept"]
+    written = load_file(tmp_path / "out/model/model.safetensors")
+    for name, weight in written.items():
+        parts = name.split(".")
+        source = ".".join([*parts[:2], str(kept[int(parts[2])]), *parts[3:]]) if "layers" in name else name
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, before[source])
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/model").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", importance.BLOCKWISE)
+def test_scores_of_one_block_at_a_time_are_those_of_the_model_in_memory(method, model_folder, make_windows):
+    whole, streamed = dense_folder.load_dense(model_folder), streamed_folder.open_dense(model_folder)
+    for removed in ([], [1], [0, 2]):
+        models = [depth_prune.without(model, removed) for model in (whole, streamed)]
+        scores = [importance.score(model, make_windows(3, 12), method) for model in models]
+        assert torch.equal(*scores) and len(scores[0]) == 4 - len(removed)
 
 
 def test_the_stored_weights_are_only_those_that_stay(ready, tmp_path):

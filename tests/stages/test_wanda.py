@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tasks import wanda as stage_module
 from tasks.algorithms.model import families
@@ -49,6 +50,16 @@ def test_the_stage_s_model_masks_and_table_agree(changes, pattern, fraction, inp
         assert row.zeros == row.rows * row.cols * fraction
     assert table["alpha"].notna().all() == (changes.get("method") == "wanda_alpha")
     assert f"zero fraction {fraction:.4f}" in capsys.readouterr().out
+
+
+def test_weights_that_stay_are_the_stored_ones_in_their_type(inputs, model_folder, make_stage, tmp_path):
+    dense_folder.load_dense(model_folder, torch.bfloat16).save_pretrained(model_folder)
+    stage_module.run(make_stage(params(), inputs))
+    before, keep = dense_folder.load_dense(model_folder), mask_files.load_masks(tmp_path / "out/masks.safetensors")[0]
+    written = load_file(tmp_path / "out/wanda/model/model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    for name, linear in families.block_linears(before).items():
+        assert torch.equal(written[f"{name}.weight"].float(), linear.weight * keep[name])
 
 
 def test_switched_off_it_passes_the_bytes_on(inputs, model_folder, make_stage, tmp_path):

@@ -14,7 +14,7 @@ Biases, norms and the embedding don't count. It decides nothing (`tasks.algorith
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,16 @@ def magnitude(
     """Sum |W| over each block's linears, float64 [blocks]; the windows play no part."""
     return torch.tensor(
         [
-            sum(float(matrix.weight.double().abs().sum()) for matrix in block.values())
-            for block in matrices.by_block(model)
+            _magnitude(block, inside)
+            for block, inside in zip(families.blocks(model), matrices.by_block(model), strict=True)
         ],
         dtype=torch.float64,
     )
+
+
+def _magnitude(block: nn.Module, inside: Mapping[str, matrices.Matrix]) -> float:
+    with layers.opened(block):
+        return sum(float(matrix.weight.double().abs().sum()) for matrix in inside.values())
 
 
 def taylor(
@@ -136,6 +141,8 @@ SCORES: dict[str, Score] = {
     "block_influence": block_influence,
 }
 COMPOUND = "compound"
+BLOCKWISE = ("magnitude", "block_influence")
+"""Scores that look at one block at a time: the model's blocks may be kept elsewhere. The others need all of them."""
 
 
 def score(
