@@ -24,7 +24,7 @@ def test_peaks_are_flat_in_the_number_of_blocks(model_folder, make_windows, tmp_
     folders = [peak_memory.large_llama(tmp_path / str(blocks), model_folder, blocks) for blocks in (4, 16)]
     (tmp_path / "scores.csv").write_text("layer,magnitude\n" + "".join(f"{index},{index}\n" for index in range(16)))
     names = ("corpora", "windows.safetensors", "scores.csv")
-    inputs = {f"stage/{name}": tmp_path / name for name in names}
+    inputs = {f"fetch/{name}": tmp_path / name for name in names}
     stages = [name for name in PARAMS if name != "importance"]
     # the first, tiny one pays for what is imported late
     _, few, many = peak_memory.measured(stages, PARAMS, inputs, [model_folder, *folders])
