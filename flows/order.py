@@ -73,10 +73,6 @@ class Order:
         for needs in self.waiting.values():
             needs.discard(name)
 
-    def stop(self) -> None:
-        """Start nothing any more."""
-        self.waiting.clear()
-
     def left(self, done: Mapping[str, float], pace: float = 1.0) -> float:
         """Seconds until the last stage ends.
 

@@ -28,8 +28,7 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed, Failed, State
 
-from flows import following
-from flows import stage as stage_command
+from flows import following, processes
 from flows.dvc_internals import Project
 from flows.foresight import Foresight
 from flows.order import MOST, Order
@@ -41,8 +40,6 @@ from tasks.runtime import lineage, locks, mend, warm
 LOGS = Path("logs")
 GRACE = 15.0
 """Seconds that a stage gets to put its previous outputs back when the flow is ended."""
-THREADS = "OMP_NUM_THREADS"
-"""Of torch and of every BLAS; the user's value wins."""
 
 
 class Reproduction:
@@ -130,7 +127,7 @@ class Reproduction:
     def _widen(self, order: Order) -> bool:
         """Set how many stages may run at once; returns False as long as the model's size is not known."""
         room: int | None = order.cores
-        fetched = not {"fetch"} & (order.waiting.keys() | order.running)
+        fetched = "fetch" not in order.waiting and "fetch" not in order.running
         with contextlib.suppress(InputError):  # the stage says what is wrong; or it is another project's dvc.yaml
             room = preflight.at_once(schema.load(), fetched)
         order.workers = min(order.cores, MOST, room or 1)
@@ -189,8 +186,8 @@ class Reproduction:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         found = {FLOW_RUN: str(flow_run.id), TASK_RUN: str(task_run.id), LOG: str(log.resolve())}
         found |= {"PATH": path} | self.warm.environment()  # a stage's `python` is this one, active or not
-        if threads and THREADS not in os.environ:
-            found[THREADS] = str(threads)
+        if threads and warm.THREADS not in os.environ:  # the user's value wins
+            found[warm.THREADS] = str(threads)
         if self.stopped.is_set():
             return "not started, since the flow was ended"
         parts, name = self.foresight.parts, stage.addressing
@@ -257,20 +254,14 @@ class Reproduction:
         told: set[int] = set()
         end = time.monotonic() + GRACE
         while count and time.monotonic() < end:
-            for child in psutil.Process().children():
-                if child.pid not in told and _is_stage(child):
-                    told.add(child.pid)
+            for process in processes.stages():
+                if process.pid not in told:
+                    told.add(process.pid)
                     with contextlib.suppress(psutil.Error):
-                        child.terminate()
+                        process.terminate()
             with contextlib.suppress(queue.Empty):
                 ends.get(timeout=0.1)
                 count -= 1
-
-
-def _is_stage(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return any(stage_command.__name__ in word for word in process.cmdline())
-    return False
 
 
 def _mend() -> None:

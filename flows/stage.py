@@ -16,6 +16,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from flows import processes
 from flows.server import settings
 from tasks.algorithms.errors import InputError
 from tasks.cli import dispatch
@@ -103,5 +104,5 @@ def _as_flow_run(address: str, execute: Callable[..., None]) -> None:
 
 
 if __name__ == "__main__":
-    code = warm.run("flows.stage")
+    code = warm.run(processes.STAGE)
     sys.exit(dispatch.main(["stage", *sys.argv[1:]]) if code is None else code)

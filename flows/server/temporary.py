@@ -22,6 +22,7 @@ from typing import IO
 
 import psutil
 
+from flows import processes
 from flows.server import settings
 from tasks.algorithms.errors import InputError
 from tasks.cli import dispatch
@@ -151,7 +152,7 @@ def _end_with(server: subprocess.Popen) -> None:
     """End this process when its server was killed: Prefect would ask it again and again, for minutes (3.8.8)."""
     server.wait()
     dispatch.print_error("the flow's Prefect server has ended; run again, finished stages stay as they are")
-    stages = psutil.Process().children()
+    stages = processes.stages()
     for stage in stages:
         stage.terminate()
     psutil.wait_procs(stages, timeout=GRACE)

@@ -111,10 +111,11 @@ def seconds(repo: Repo, name: str) -> dict[str, Any]:
     This machine's own are those of the run that computed the present outputs here.
     """
     stage = next((stage for stage in repo.index.stages if stage.addressing == name), None)
-    entry = stage and (lineage.local(stage) or lineage.find(stage))
+    own = stage and lineage.local(stage)
+    entry = own or (stage and lineage.find(stage))
     if not entry or not isinstance(entry.get("seconds"), int | float):
         return {"seconds": None, "seconds_by": None}
-    return {"seconds": entry["seconds"], "seconds_by": THIS_MACHINE if lineage.local(stage) else lineage.machine(entry)}
+    return {"seconds": entry["seconds"], "seconds_by": THIS_MACHINE if own else lineage.machine(entry)}
 
 
 def told(rows: Iterable[dict[str, Any]]) -> str:

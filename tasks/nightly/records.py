@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,20 +88,12 @@ def changed_parameters(top: Path, nights: list[Night]) -> dict[str, dict[str, An
     """Of every night the parameters in which the nights differ: name -> {"section.key": value}."""
     texts = {night.name: git.run(top, "show", f"{night.commit}:./params.yaml") for night in nights}
     flat = {
-        name: dict(_flatten(parameter_file.parse(text.encode(), f"params.yaml of {name}")))
+        name: dict(parameter_file.flat(parameter_file.parse(text.encode(), f"params.yaml of {name}")))
         for name, text in texts.items()
     }
     keys = sorted({key for values in flat.values() for key in values})
     differ = [key for key in keys if len({json.dumps(values.get(key)) for values in flat.values()}) > 1]
     return {name: {key: values.get(key) for key in differ} for name, values in flat.items()}
-
-
-def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key in value:
-            yield from _flatten(value[key], f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
 
 
 def apply(top: Path, name: str, force: bool = False) -> Night:

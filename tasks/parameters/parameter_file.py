@@ -7,6 +7,7 @@ a number, 10 and a text. It checks no value: that is the schema's part.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,15 @@ def parse(content: bytes, source: str) -> Any:
         raise InputError(_sentence(source, error)) from error
     except RecursionError as error:
         raise InputError(f"{source} is nested too deeply; a section holds values and small tables") from error
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(Dotted name, value) of all that a section or a whole file holds; an empty table is a value."""
+    if isinstance(value, dict) and value:
+        for key in value:
+            yield from flat(value[key], f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
 
 
 def told(error: BaseException) -> str | None:

@@ -20,6 +20,7 @@ from dvc.repo import Repo
 from dvc_data.hashfile.tree import Tree
 
 from tasks.algorithms.errors import InputError
+from tasks.parameters import parameter_file
 from tasks.runtime import code, lineage
 
 if TYPE_CHECKING:
@@ -236,9 +237,9 @@ def _details(stage: DvcStage) -> Iterator[str]:
     if first and own and first != own:
         yield f"made on {lineage.machine(first)}"
         yield f"and again here {own.get('started')}  {own.get('seconds')} s  on {lineage.machine(own)}"
-    flat = _flat(lineage.locked_parameters(stage))
+    flat = parameter_file.flat(lineage.locked_parameters(stage))
     section = f"{stage.addressing.partition('@')[0]}."
-    parameters = [f"{key.removeprefix(section)}={json.dumps(value)}" for key, value in flat if value is not None]
+    parameters = [f"{key.removeprefix(section)}={json.dumps(value)}" for key, value in flat if value not in (None, {})]
     if parameters:
         yield f"parameters {' '.join(parameters)}"
     for out in stage.outs:
@@ -262,14 +263,6 @@ def _stages(nodes: list[Node]) -> Iterator[DvcStage]:
 
     for node in nodes:
         yield from visit(node)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _relative(path: Path) -> str:

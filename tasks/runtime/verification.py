@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 from dvc_data.hashfile import load
+from dvc_data.hashfile.hash import file_md5
 from dvc_data.hashfile.hash_info import HashInfo
 
 from tasks.algorithms.errors import InputError
+from tasks.parameters import parameter_file
 from tasks.runtime import code, differences, files, git, lineage
 
 if TYPE_CHECKING:
@@ -134,7 +136,7 @@ def _parameters(stage: Stage, entry: dict[str, Any]) -> Iterator[str]:
         then |= values
     then, now = json.loads(json.dumps(then)), lineage.parameters(stage)
     for key in sorted(then.keys() | now.keys()):
-        old, new = dict(_flat(then.get(key), key)), dict(_flat(now.get(key), key))
+        old, new = (dict(parameter_file.flat(values.get(key), key)) for values in (then, now))
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
                 yield f"parameter {name} is {json.dumps(new.get(name))}, committed {json.dumps(old.get(name))}"
@@ -203,7 +205,7 @@ def _present(out: Output) -> dict[str, str]:
     """Name below the output ("" for a file) -> MD5."""
     top = Path(out.fs_path)
     paths = [path for path in top.rglob("*") if path.is_file()] if top.is_dir() else [top]
-    return {path.relative_to(top).as_posix() if path != top else "": _md5(path) for path in paths}
+    return {path.relative_to(top).as_posix() if path != top else "": file_md5(path) for path in paths}
 
 
 def _committed(out: Output, locked: str, revision: str, scratch: Path) -> dict[str, tuple[str, Path | None]] | None:
@@ -226,21 +228,8 @@ def _of_git(out: Output, revision: str, scratch: Path) -> dict[str, tuple[str, P
         path = scratch / str(number)
         with path.open("wb") as file:
             subprocess.run(["git", "cat-file", "blob", f"{revision}:./{name}"], cwd=root, stdout=file, check=True)
-        found[name.removeprefix(out.def_path).lstrip("/")] = (_md5(path), path)
+        found[name.removeprefix(out.def_path).lstrip("/")] = (file_md5(path), path)
     return found
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, each in value.items():
-            yield from _flat(each, f"{name}.{key}")
-    else:
-        yield name, value
 
 
 def _short(value: str) -> str:

@@ -35,6 +35,7 @@ SOCKET = "EDGEPRESS_WARM"
 CLIENT = "EDGEPRESS_CLIENT"
 """Set in a child: the process that asked for it, which stands for the stage wherever a process is named."""
 THREADS = "OMP_NUM_THREADS"
+"""Of torch and of every BLAS."""
 FREE = ("CUDA_", "DVC_", "EDGEPRESS_", "GIT_", "PREFECT_", "PYTEST_", "PYTORCH_", "TORCHINDUCTOR_")
 FREE_NAMES = (THREADS, "PATH", "PWD", "OLDPWD", "SHLVL", "_", "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY")
 """Variables that nothing reads before a stage begins; in all others client and server must agree."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 
 import pytest
@@ -25,13 +24,8 @@ def plain(tmp_path):
 @pytest.fixture
 def served(plain):
     """The project, with a server of its own."""
-    ui = plain.start("-m", "tasks", "ui", "0")
-    try:
-        assert ui.stdout.readline() and "Prefect UI" in ui.stdout.readline()
-        yield plain
-    finally:
-        ui.send_signal(signal.SIGTERM)
-        ui.wait(30)
+    with plain.served() as found:
+        yield found
 
 
 def last(project):

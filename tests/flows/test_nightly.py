@@ -39,14 +39,8 @@ CACHED = "0 of 8 stages ran"
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """The project, with a server of its own."""
-    found = NightlyProject(tmp_path_factory.mktemp("nightly"))
-    ui = found.start("-m", "tasks", "ui", "0")
-    try:
-        assert ui.stdout.readline() and "Prefect UI" in ui.stdout.readline()
+    with NightlyProject(tmp_path_factory.mktemp("nightly")).served() as found:
         yield found
-    finally:
-        ui.send_signal(signal.SIGTERM)
-        ui.wait(30)
 
 
 @pytest.fixture
@@ -354,9 +348,7 @@ def test_without_a_server_a_night_says_how_to_start_one(plain) -> None:
 def test_a_server_with_a_password_serves_those_alone_who_know_it(plain) -> None:
     secret = "name:plantedPassword"
     known = {"PREFECT_API_AUTH_STRING": secret}
-    ui = plain.start("-m", "tasks", "ui", "0", env=known | {"PREFECT_SERVER_API_AUTH_STRING": secret})
-    try:
-        assert ui.stdout.readline() and "Prefect UI" in ui.stdout.readline()
+    with plain.served(env=known | {"PREFECT_SERVER_API_AUTH_STRING": secret}):
         with pytest.raises(urllib.error.HTTPError, match="401"):
             ask(plain, "flow_runs/filter")
         refused = plain.python(*ONCE, expect=1)
@@ -368,9 +360,6 @@ def test_a_server_with_a_password_serves_those_alone_who_know_it(plain) -> None:
         hidden = [text.encode() for text in (secret, "plantedPassword", base64.b64encode(secret.encode()).decode())]
         written = [path for path in plain.path.rglob("*") if path.is_file()]
         assert len(written) > 50 and not [path for path in written if any(map(path.read_bytes().count, hidden))]
-    finally:
-        ui.send_signal(signal.SIGTERM)
-        ui.wait(30)
 
 
 def test_a_second_night_is_told_who_holds_the_lock_and_a_dead_one_holds_none(plain) -> None:

@@ -51,13 +51,6 @@ def test_nothing_joins_a_stage_that_measures_time() -> None:
     assert order.ready() == ["late"] and order.next() is None
 
 
-def test_nothing_starts_after_a_stop() -> None:
-    order = made({"a": [], "b": []})
-    order.next()
-    order.stop()
-    assert order.next() is None and order.running == {"a"}
-
-
 def test_one_lane_gets_all_cores() -> None:
     order = made({"a": [], "b": []}, workers=1, cores=3)
     assert order.next()[1] == 3 and order.next() is None

@@ -110,13 +110,16 @@ def test_a_failure_lets_end_what_runs_and_starts_nothing(tmp_path) -> None:
     assert "right" in yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_all_that_runs_in_peace(tmp_path, sent) -> None:
+@pytest.mark.parametrize(
+    ("sent", "shell"), [(signal.SIGTERM, "/bin/sh"), (signal.SIGINT, "/bin/sh"), (signal.SIGTERM, "/bin/bash")]
+)
+def test_a_signal_ends_all_that_runs_in_peace(tmp_path, sent, shell) -> None:
+    """DVC starts a stage by $SHELL: where that is dash it waits for the stage, bash becomes the stage."""
     folder = project(tmp_path / "flow", "wait", "wait")
     flow = subprocess.Popen(
         [sys.executable, "-c", TWO_CORES, json.dumps([""])],
         cwd=folder,
-        env=environment(folder),
+        env=environment(folder) | {"SHELL": shell},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

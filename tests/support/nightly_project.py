@@ -7,10 +7,14 @@ context above 1,000 does not fit.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +185,18 @@ class NightlyProject:
             stderr=subprocess.STDOUT,
             start_new_session=group,
         )
+
+    @contextlib.contextmanager
+    def served(self, env: dict[str, str] | None = None) -> Iterator[NightlyProject]:
+        """This project with a server of its own; `env` is the server's alone."""
+        ui = self.start("-m", "tasks", "ui", "0", env=env)
+        try:
+            assert ui.stdout.readline() and "Prefect UI" in ui.stdout.readline()
+            threading.Thread(target=ui.stdout.read, daemon=True).start()  # a full pipe would stop the server
+            yield self
+        finally:
+            ui.send_signal(signal.SIGTERM)
+            ui.wait(30)
 
     def run(self, *command: str, expect: int = 0, env: dict[str, str] | None = None) -> str:
         """What a command prints; it has to end with this code."""
