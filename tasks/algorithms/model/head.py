@@ -1,8 +1,8 @@
 """A model's head, applied to a few rows at a time: the logits of all tokens at once can take more than the model.
 
 Of 4,096 tokens they are 32 MiB at a vocabulary of 2,048 and 2 GiB at 128,256, and every loss makes copies of them. So
-the states after the final norm are computed first, then at most `LARGEST` logits at once. Chunks move rounding only,
-if anything: a row of a matrix product has the same bits in a larger one, but for products of a few rows.
+the states after the final norm are computed first, then a few rows of logits at once (`rows`). Chunks move rounding
+only, if anything: a row of a matrix product has the same bits in a larger one, but for products of a few rows.
 
 No family here changes its logits after the head (a soft cap, a scale): what the head gives is what the model says.
 """
@@ -15,15 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LARGEST = 2**23
-"""So many logits are held at once, 32 MiB in float32; with fewer in a batch there is one chunk."""
-
-
-def chunks(rows: int, vocabulary: int) -> list[slice]:
-    """Cut `rows` of logits into equal chunks of at most `LARGEST` values, one row at least; none for no rows."""
-    most = max(1, LARGEST // vocabulary)
-    size = -(-rows // -(-rows // most)) if rows else 1
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+from tasks.algorithms.model.rows import chunks
 
 
 def states(model: Any, input_ids: Tensor) -> Tensor:

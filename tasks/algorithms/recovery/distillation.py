@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.algorithms.model.head import chunks
+from tasks.algorithms.model.rows import chunks
 
 CHUNK = 2**18
 """A chunk of rows has at most so many logits, 1 MiB in float32: they stay in a core's cache. It moves rounding only."""

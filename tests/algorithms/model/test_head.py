@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.algorithms.model import families, head
+from tasks.algorithms.model import families, head, rows
 from tasks.algorithms.pruning import importance
 from tasks.algorithms.quantisation import eora_ranks
 from tasks.algorithms.recovery import masked_lora
@@ -19,12 +19,12 @@ SIZES = (1, 7 * 96, 2**23)
 
 @pytest.fixture(params=SIZES)
 def largest(request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(head, "LARGEST", request.param)
+    monkeypatch.setattr(rows, "LARGEST", request.param)
     return request.param
 
 
 @pytest.mark.parametrize(
-    ("rows", "vocabulary", "sizes"),
+    ("count", "vocabulary", "sizes"),
     [
         (0, 96, []),
         (4096, 2048, [4096]),  # a batch of the built-in model: one chunk
@@ -33,10 +33,10 @@ def largest(request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
         (4096, 128_256, [64] * 64),  # 65 would fit, and leave one
     ],
 )
-def test_rows_are_cut_into_equal_chunks(rows: int, vocabulary: int, sizes: list[int]) -> None:
-    found = head.chunks(rows, vocabulary)
+def test_rows_are_cut_into_equal_chunks(count: int, vocabulary: int, sizes: list[int]) -> None:
+    found = rows.chunks(count, vocabulary)
     assert [each.stop - each.start for each in found] == sizes
-    assert [place for each in found for place in range(each.start, each.stop)] == list(range(rows))
+    assert [place for each in found for place in range(each.start, each.stop)] == list(range(count))
 
 
 def test_nats_are_those_of_the_model_s_own_logits(largest: int, make_model: Any, make_windows: Any) -> None:
@@ -54,7 +54,7 @@ def test_gradients_are_those_of_the_whole_loss(largest: int, make_model: Any, ma
     weights = [linear.weight for linear in families.block_linears(model).values()]
     logits = model(input_ids=ids).logits.flatten(0, 1)
     expected = torch.autograd.grad(logits.square().sum(), weights)
-    head.backward(model, ids, lambda rows, each: each.square().sum())
+    head.backward(model, ids, lambda _, each: each.square().sum())
     for weight, gradient in zip(weights, expected, strict=True):
         torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-4)
 
@@ -64,7 +64,7 @@ def test_a_training_in_chunks_takes_the_same_steps(make_model: Any, monkeypatch:
     recipe = masked_lora.Recipe(**vars(RECIPE) | {"distillation": 0.5, "steps": 3})
     histories = []
     for size in SIZES:
-        monkeypatch.setattr(head, "LARGEST", size)
+        monkeypatch.setattr(rows, "LARGEST", size)
         student = make_model()
         adapted = attach(student, prune(student))
         histories.append(masked_lora.train(adapted, tokens, recipe, teacher=make_model(seed=1)))
@@ -88,8 +88,8 @@ ASKS = {
 def test_no_more_logits_are_made_at_once_than_allowed(
     name: str, make_model: Any, make_windows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "LARGEST", 5 * 96)
-    model, rows = make_model(), []
-    model.get_output_embeddings().register_forward_hook(lambda _, __, out: rows.append(out.numel() // out.shape[-1]))
+    monkeypatch.setattr(rows, "LARGEST", 5 * 96)
+    model, made = make_model(), []
+    model.get_output_embeddings().register_forward_hook(lambda _, __, out: made.append(out.numel() // out.shape[-1]))
     ASKS[name](model, make_windows(2, 16))
-    assert rows and max(rows) <= 5
+    assert made and max(made) <= 5

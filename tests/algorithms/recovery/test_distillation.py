@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.algorithms.model import head, layers
+from tasks.algorithms.model import layers, rows
 from tasks.algorithms.pruning import depth_prune
 from tasks.algorithms.recovery import distillation, masked_lora
 from tests.support.pruned_llama import RECIPE, attach, prune
@@ -43,7 +43,7 @@ def test_distillation_is_the_hand_computed_divergence():
 @pytest.mark.parametrize("largest", [1, 100, 2**23])
 def test_token_losses_and_their_gradient_are_autograds_of_the_plain_formula(weight, chunk, largest, monkeypatch):
     monkeypatch.setattr(distillation, "CHUNK", chunk)  # logits: one row, 3 rows, or all 15 at once
-    monkeypatch.setattr(head, "LARGEST", largest)  # one row, 5 rows, all
+    monkeypatch.setattr(rows, "LARGEST", largest)  # one row, 5 rows, all
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(13, (3, 5), generator=generator)
     student = (torch.randn(3, 5, 13, generator=generator) * 3).requires_grad_()
