@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, layers, matrices
 from tasks.algorithms.scoring import perplexity
-from tasks.models import dense_folder, tensor_files
+from tasks.models import dense_folder, streamed_folder, tensor_files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def run(stage: Stage) -> None:
         InputError: the calibration text has fewer windows than asked.
     """
     params = stage.params.calibrate
-    model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
+    model = streamed_folder.open_dense(stage.model_in, stage.params.device)
     tokenizer = dense_folder.load_tokenizer(stage.model_in)
     tokens = perplexity.tokenise(tokenizer, json_lines.documents(stage.input("fetch/corpora") / "calibration.jsonl"))
     input_ids = choose(tokens, params.windows, params.length, params.seed)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pandas as pd
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
-from tasks.algorithms.model import families, matrices
+from tasks.algorithms.model import families, layers, matrices
+from tasks.algorithms.model.matrices import Matrix
 from tasks.algorithms.pruning import wanda
-from tasks.models import dense_folder, mask_files, sparsity_ledger
+from tasks.models import dense_folder, mask_files, sparsity_ledger, streamed_folder
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -32,18 +33,33 @@ def run(stage: Stage) -> None:
         InputError: a linear's inputs aren't divisible by `of`, or a metric isn't finite.
     """
     chosen = stage.params.wanda
-    model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
+    model = streamed_folder.open_dense(stage.model_in, stage.params.device)
     input_ids = load_file(stage.input("windows.safetensors"))["input_ids"].long()
-    select = SELECTS[chosen.method, chosen.pattern](chosen)
-    with stage.progress("wanda", len(families.blocks(model))) as progress:
-        selections = wanda.prune(model, input_ids, select, BATCH, progress.update)
-    tokenizer = dense_folder.load_tokenizer(stage.model_in)
-    dense_folder.save_dense(model, tokenizer, stage.output("wanda/model"))
-    pattern = _pattern(chosen)
-    keep = {name: each.keep for name, each in selections.items()}
-    mask_files.save_masks(stage.output("masks.safetensors"), keep, pattern)
-    _ledger(stage, model, keep, pattern)
-    table = _table(model, selections)
+    pattern, rows, ledgers = _pattern(chosen), [], []
+    shapes = {name: matrix.shape for name, matrix in matrices.of_model(model).items()}
+    with (
+        stage.progress("wanda", len(families.blocks(model))) as progress,
+        mask_files.writing(stage.output("masks.safetensors"), shapes, pattern) as write_mask,
+        streamed_folder.writing(
+            model, dense_folder.load_tokenizer(stage.model_in), stage.output("wanda/model")
+        ) as writer,
+    ):
+
+        def pruned(index: int, block: Mapping[str, Matrix], selections: Mapping[str, wanda.Selection]) -> None:
+            weights = {name: matrix.weight for name, matrix in block.items()}
+            keep = {name: each.keep for name, each in selections.items()}
+            writer.block(index)
+            for name, mask in keep.items():
+                write_mask(name, mask)
+            ledgers.append(sparsity_ledger.ledger(weights, keep, pattern))
+            for name, each in selections.items():
+                rows.append((name, *shapes[name], int(weights[name].eq(0).sum()), each.alpha))
+            progress.update(index + 1)
+
+        select = SELECTS[chosen.method, chosen.pattern](chosen)
+        wanda.prune(model, input_ids, select, pruned, BATCH)
+    _ledger(stage, ledgers)
+    table = pd.DataFrame(rows, columns=COLUMNS).astype({"alpha": float})
     _write(stage, table)
     _print(table, pattern, chosen.method, input_ids.numel())
 
@@ -51,7 +67,12 @@ def run(stage: Stage) -> None:
 def skip(stage: Stage) -> None:
     """The depth-pruned model as it is, no masks."""
     stage.pass_on(stage.model_in, stage.output("wanda/model"))
-    _ledger(stage, dense_folder.load_dense(stage.model_in), {}, "dense")
+    model, ledgers = streamed_folder.open_dense(stage.model_in), []
+    for block, inside in zip(families.blocks(model), matrices.by_block(model), strict=True):
+        with layers.opened(block):
+            weights = {name: matrix.weight for name, matrix in inside.items()}
+            ledgers.append(sparsity_ledger.ledger(weights, {}, "dense"))
+    _ledger(stage, ledgers)
     mask_files.save_masks(stage.output("masks.safetensors"), {}, "dense")
     _write(stage, pd.DataFrame(columns=COLUMNS))
 
@@ -64,22 +85,14 @@ SELECTS = {
 """(method, pattern) -> from the parameters to what selects the weights that stay."""
 
 
-def _ledger(stage: Stage, model: nn.Module, keep: dict[str, Tensor], pattern: str) -> None:
-    table = sparsity_ledger.ledger(matrices.weights(model), keep, pattern)
+def _ledger(stage: Stage, blocks: list[pd.DataFrame]) -> None:
+    table = pd.concat(blocks, ignore_index=True)
     sparsity_ledger.check(table, "wanda", enforce=True)
     sparsity_ledger.write(table, stage.output("sparsity.csv"))
 
 
 def _pattern(chosen: Wanda) -> str:
     return f"{chosen.keep}:{chosen.of}" if chosen.pattern == "n_m" else chosen.pattern
-
-
-def _table(model: nn.Module, selections: dict[str, wanda.Selection]) -> pd.DataFrame:
-    weights = matrices.weights(model)
-    rows = [
-        (name, *weights[name].shape, int(weights[name].eq(0).sum()), each.alpha) for name, each in selections.items()
-    ]
-    return pd.DataFrame(rows, columns=COLUMNS).astype({"alpha": float})
 
 
 def _print(table: pd.DataFrame, pattern: str, method: str, tokens: int) -> None:

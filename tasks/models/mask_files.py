@@ -5,6 +5,8 @@ Which weights to keep is `tasks.algorithms.pruning`'s, how bits are packed `task
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -13,19 +15,34 @@ from torch import Tensor
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import masks
 from tasks.models import tensor_files
+from tasks.models.tensor_headers import Entry
 
 
-def save_masks(path: Path, keep: dict[str, Tensor], pattern: str) -> None:
+@contextlib.contextmanager
+def writing(path: Path, shapes: Mapping[str, tuple[int, int]], pattern: str) -> Iterator[Callable[[str, Tensor], None]]:
+    """Within this context (module name, keep mask) are written as packed bits, in any order; memory: one mask.
+
+    Args:
+        shapes: module name -> (rows, cols) of every mask that will be written.
+        pattern: "2:4" (kept : of), "unstructured" or "dense".
+    """
+    sizes = {name: -(-rows * cols // 8) for name, (rows, cols) in shapes.items()}
+    entries = {name: Entry("U8", [size], size) for name, size in sizes.items()}
+    metadata = {name: f"{rows},{cols}" for name, (rows, cols) in shapes.items()} | {"pattern": pattern}
+    with tensor_files.writing(path, entries, metadata) as write:
+        yield lambda name, mask: write(name, masks.pack(mask))
+
+
+def save_masks(path: Path, keep: Mapping[str, Tensor], pattern: str) -> None:
     """Write keep masks as packed bits.
 
     Args:
         keep: module name -> bool [rows, cols], True where the weight is kept. May be empty: nothing is pruned.
         pattern: "2:4" (kept : of), "unstructured" or "dense".
     """
-    shapes = {name: f"{mask.shape[0]},{mask.shape[1]}" for name, mask in keep.items()}
-    tensor_files.save_tensors(
-        path, {name: masks.pack(mask) for name, mask in keep.items()}, shapes | {"pattern": pattern}
-    )
+    with writing(path, {name: tuple(mask.shape) for name, mask in keep.items()}, pattern) as write:
+        for name, mask in keep.items():
+            write(name, mask)
 
 
 def load_masks(path: Path) -> tuple[dict[str, Tensor], str]:

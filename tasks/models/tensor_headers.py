@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,18 @@ class Entry(NamedTuple):
     dtype: str
     shape: list[int]
     size: int
+
+
+def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    """The start of a safetensors file up to its tensors, which lie in this order; as the library writes it."""
+    described: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    start = 0
+    for name, entry in entries.items():
+        described[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [start, start + entry.size]}
+        start += entry.size
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors begin at a multiple of 8
+    return struct.pack("<Q", len(text)) + text
 
 
 def header_text(path: Path, largest: int = LARGEST_HEADER) -> bytes:

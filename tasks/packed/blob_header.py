@@ -14,13 +14,8 @@ from tasks.packed.description import DESCRIPTION, LIMIT
 
 def header_bytes(sizes: Mapping[str, int], digest: str) -> bytes:
     """The safetensors header, length included, of blobs of these sizes; digest: sha256 of model.json."""
-    entries, start = {"__metadata__": {DESCRIPTION: digest}}, 0
-    for name, size in sizes.items():
-        entries[name] = {"dtype": "U8", "shape": [size], "data_offsets": [start, start + size]}
-        start += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
-    return len(text).to_bytes(8, "little") + text
+    entries = {name: tensor_headers.Entry("U8", [size], size) for name, size in sizes.items()}
+    return tensor_headers.header_bytes(entries, {DESCRIPTION: digest})
 
 
 def checked_sizes(path: Path, digest: str) -> dict[str, int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import transformers
 from transformers import PreTrainedModel
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.models import generations
+from tasks.models.skeleton import build
 
 UNSAFE = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation", "dtype", "torch_dtype")
 """Of a config: what would change how it is loaded."""
@@ -36,9 +36,7 @@ def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
         raise InputError(f"the config of a packed model has the entry {unsafe[0]!r}: the folder is damaged")
     try:
         kind = getattr(transformers, families.family(config).architecture)
-        with torch.device("meta"):
-            parsed = kind.config_class.from_dict(dict(config))
-            return transformers.AutoModelForCausalLM.from_config(parsed, dtype=torch.float32)
+        return build(kind.config_class.from_dict(dict(config)))
     except InputError:
         raise
     except Exception as error:  # a config can be wrong in as many ways as transformers reads it

@@ -12,7 +12,6 @@ unpacked to float32 once, at loading.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
+from tasks.models.skeleton import attach, compute_positions, missing
 from tasks.packed.decoder import Decoder
 from tasks.packed.description import read_bytes
 from tasks.packed.model_config import skeleton
@@ -50,13 +50,11 @@ def load_model(folder: Path) -> PreTrainedModel:
     model.get_submodule(described.head).weight = head
     for _, linears in decoder.blocks():
         for name, linear in linears.items():
-            _attach(model, name, module(linear))
+            attach(model, name, module(linear))
     for name, tensor in decoder.rest().items():
-        _attach(model, name, nn.Parameter(tensor.float(), requires_grad=False))
-    if described.rotary:  # its frequencies follow from the config
-        _attach(model, described.rotary, type(model.get_submodule(described.rotary))(config=model.config))
-    left = [name for name, t in itertools.chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
-    if left:
+        attach(model, name, nn.Parameter(tensor.float(), requires_grad=False))
+    compute_positions(model)
+    if left := missing(model):
         raise RuntimeError(f"the packed model has no {left[0]}: its family isn't described fully")
     if (folder / GENERATION).exists():
         model.generation_config = _generation(folder)
@@ -98,8 +96,3 @@ def _generation(folder: Path) -> transformers.GenerationConfig:
         raise InputError(
             f"{folder / GENERATION} can't be read ({str(error)[:200]}): remove it or copy it again"
         ) from error
-
-
-def _attach(model: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, value)

@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, snapshot_download
 from tasks.algorithms.errors import InputError
 from tasks.models import model_files
 from tasks.models.model_files import INDEX, QUANTISED, SINGLE, SMALL
+from tasks.models.stored_tensors import some
 from tasks.parameters import preflight
 from tasks.parameters.source_sections import CorpusSource, ModelSource
 from tasks.sources import hub
@@ -115,12 +116,6 @@ def origin(source: ModelSource) -> dict[str, Any]:
         return {"kind": "local", "path": source.path}
     extra = {"config": source.config, "split": source.split} if isinstance(source, CorpusSource) else {}
     return {"kind": "hub", "hub": source.hub, "revision": source.revision} | extra
-
-
-def some(names: list[str], most: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _no_weights(source: ModelSource, folder: Path) -> str:

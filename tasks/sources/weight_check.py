@@ -6,28 +6,23 @@ be finite. No code of the model is run, and nothing is loaded as a model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families
-from tasks.models import model_files
+from tasks.models import model_files, skeleton, stored_tensors
+from tasks.models.stored_tensors import some
 from tasks.sources import hub
-from tasks.sources.model_source import some
 
 if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
 
 DTYPES = ("F64", "F32", "F16", "BF16")
-NOT_WEIGHTS = "rotary_emb.inv_freq"
-"""Old Llama checkpoints store this buffer; transformers computes it."""
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_weights(folder: Path, stage: Stage) -> int:
@@ -55,7 +50,7 @@ def check_weights(folder: Path, stage: Stage) -> int:
             if bad:
                 broken.append(f"{name} ({bad} of {tensor.numel()} values)")
             progress.update(len(shapes))
-    _compare(shapes, expected, tied)
+    stored_tensors.compare(shapes, expected, tied)
     if broken:
         raise InputError(f"the weights hold NaN or infinity in {some(broken)}; fetch or train the model again")
     if len(tables) > 1 and not _same(*tables):
@@ -66,18 +61,14 @@ def check_weights(folder: Path, stage: Stage) -> int:
     return len(shapes)
 
 
-def _expected(folder: Path) -> tuple[Shapes, tuple[str, ...]]:
+def _expected(folder: Path) -> tuple[stored_tensors.Shapes, tuple[str, ...]]:
     """Names and shapes that the config calls for; embedding and head where they are one matrix, else nothing."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):  # sizes alone, no memory
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = skeleton.build(config)
     except Exception as error:  # any entry of an untrusted config can be wrong in its own way
         raise InputError(f"transformers can't build the model of config.json: {hub.line(error)}") from error
-    family = families.of_model(model)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    names = (f"{family.embedding}.weight", f"{family.head}.weight")
-    return expected, names if config.tie_word_embeddings else ()
+    return skeleton.shapes(model), skeleton.tied(model)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -99,29 +90,6 @@ def _tensors_of(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, file.get_tensor(name)
 
 
-def _compare(shapes: Shapes, expected: Shapes, tied: tuple[str, ...]) -> None:
-    """Refuse names and shapes that differ.
-
-    Args:
-        tied: embedding and head where they are one matrix; one copy serves both, under either name.
-    """
-    extra = [name for name in shapes if name not in expected and not name.endswith(NOT_WEIGHTS)]
-    stored = any(name in shapes for name in tied)
-    _refuse_names("lack", [name for name in expected if name not in shapes and not (stored and name in tied)])
-    _refuse_names("have unexpected", extra)
-    for name, sizes in expected.items():
-        if shapes.get(name, sizes) != sizes:
-            raise InputError(
-                f"the weights' {name} is {list(shapes[name])}, config.json makes it {list(sizes)};"
-                " weights and config don't belong together"
-            )
-
-
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     wider = torch.promote_types(one.dtype, other.dtype)
     return torch.equal(one.to(wider), other.to(wider))
-
-
-def _refuse_names(verb: str, names: list[str]) -> None:
-    if names:
-        raise InputError(f"the weights {verb} {some(names)}; weights and config.json don't belong together")

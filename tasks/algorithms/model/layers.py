@@ -1,7 +1,8 @@
 """The one walk that carries calibration activations from block to block; every algorithm that needs them visits it.
 
 Only the activations at one block boundary are held: [windows, length, hidden]. It does not run the final norm and head,
-and computes no gradients.
+and computes no gradients. A model may keep its blocks elsewhere (`tasks.models.streamed_folder`: on disk). Such a block
+has its weights while it is open, and whoever reads them, forward passes too, opens it; the walk does so for its visits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,15 @@ from tasks.algorithms.model.matrices import Matrix
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a block after its hidden states: masks, position embeddings, …"""
+
+STORED = "stored"
+"""The attribute of a block whose weights are kept elsewhere: called with the block, a context in which it has them."""
+
+
+def opened(block: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Within this context the block has its weights; that of an ordinary model always has them."""
+    stored = getattr(block, STORED, None)
+    return contextlib.nullcontext() if stored is None else stored(block)
 
 
 @dataclass
@@ -78,7 +88,7 @@ def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> T
     Args:
         model: a causal language model of a supported family, in evaluation mode.
         input_ids: [windows, length], all tokens count (no padding).
-        visit: called with (index, block, inputs); it may change the block's weights.
+        visit: called with (index, block, inputs), the block open; it may change the block's weights.
         batch: windows per forward pass; no effect on the result beyond rounding.
 
     Returns:
@@ -90,10 +100,11 @@ def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> T
     hidden, calls = _enter(model, input_ids, batch)
     for index, block in enumerate(families.blocks(model)):
         inputs = BlockInputs(hidden, calls[index], batch)
-        visit(index, block, inputs)
-        # after the visit, so that the next block gets what the changed weights give; [batch, length, hidden]
-        for where, output in inputs.outputs(block):
-            hidden[where] = output
+        with opened(block):
+            visit(index, block, inputs)
+            # after the visit, so that the next block gets what the changed weights give; [batch, length, hidden]
+            for where, output in inputs.outputs(block):
+                hidden[where] = output
     return hidden
 
 

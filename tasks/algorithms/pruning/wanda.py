@@ -9,7 +9,7 @@ Ties: of equal metrics the lower input index stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import layers, matrices
+from tasks.algorithms.model.matrices import Matrix
 from tasks.algorithms.pruning import n_m as patterns
 
 # rows = out_features, cols = in_features
@@ -36,6 +37,8 @@ class Selection(NamedTuple):
 
 Select = Callable[[Tensor], Selection]
 """From a metric [rows, cols] to what stays."""
+Pruned = Callable[[int, Mapping[str, Matrix], Mapping[str, Selection]], None]
+"""(index of a block, its matrices, pruned, and what stayed of each), by full names in running order."""
 
 
 def metric(weight: Tensor, norm: Tensor) -> Tensor:
@@ -106,37 +109,31 @@ def cumulative(values: Tensor, sparsity: float) -> Selection:
     return Selection(_keep_largest(values, pruned(low)), low)
 
 
-def prune(
-    model: nn.Module, input_ids: Tensor, select: Select, batch: int = 1, done: Callable[[int], None] = lambda _: None
-) -> dict[str, Selection]:
+def prune(model: nn.Module, input_ids: Tensor, select: Select, pruned: Pruned, batch: int = 1) -> None:
     """Prune all linears of all blocks in place.
 
     Args:
         model: of a supported family, in evaluation mode.
         input_ids: calibration windows [windows, length].
         select: what stays, from a metric.
+        pruned: called after each block, while its weights are in memory.
         batch: windows per forward pass.
-        done: called with the number of finished blocks.
-
-    Returns:
-        Module name -> selection, in running order.
 
     Raises:
         InputError: a metric isn't finite, or a matrix doesn't suit the pattern.
     """
     by_block = matrices.by_block(model)
-    selections: dict[str, Selection] = {}
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
         statistics = layers.input_statistics(by_block[index], block, inputs)
+        selections = {}
         for name, matrix in by_block[index].items():
             selections[name] = _select(name, metric(matrix.weight, statistics[name].norm), select)
             # The block's other linears are rated by the same dense forward; the walk runs the block again afterwards.
             matrix.weight.masked_fill_(~selections[name].keep, 0)
-        done(index + 1)
+        pruned(index, by_block[index], selections)
 
     layers.walk(model, input_ids, visit, batch)
-    return selections
 
 
 def _select(name: str, values: Tensor, select: Select) -> Selection:

@@ -90,8 +90,14 @@ def test_a_matrix_of_zeros_does_not_break_the_search():
 def test_blocks_are_pruned_on_the_activations_of_the_pruned_ones_before_them(architecture, make_model, make_windows):
     model, naive, ids = make_model(architecture), make_model(architecture), make_windows(3, 20)
     dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    done = []
-    found = wanda.prune(model, ids, lambda values: wanda.n_m(values, 2, 4), batch=2, done=done.append)
+    done, found = [], {}
+
+    def pruned(index, block, selections):
+        assert list(block) == list(selections)
+        done.append(index)
+        found.update(selections)
+
+    wanda.prune(model, ids, lambda values: wanda.n_m(values, 2, 4), pruned, batch=2)
     for linears in families.linears_by_block(naive):
         seen = {}
         handles = [
@@ -107,7 +113,7 @@ def test_blocks_are_pruned_on_the_activations_of_the_pruned_ones_before_them(arc
             best = scores.reshape(-1, 4).topk(2, dim=-1).indices
             keep = torch.zeros(best.shape[0], 4, dtype=torch.bool).scatter_(1, best, True).reshape(scores.shape)
             linear.weight.data *= keep
-    assert done == [1, 2, 3, 4]
+    assert done == [0, 1, 2, 3]
     pruned = families.block_linears(model)
     assert list(found) == list(pruned)
     for name, linear in families.block_linears(naive).items():
@@ -121,11 +127,11 @@ def test_blocks_are_pruned_on_the_activations_of_the_pruned_ones_before_them(arc
 def test_inputs_that_do_not_divide_name_the_linear(make_model, make_windows):
     model = make_model(intermediate_size=50)
     with pytest.raises(InputError, match=r"mlp.down_proj: 50 inputs are not divisible by of = 4"):
-        wanda.prune(model, make_windows(1, 8), lambda values: wanda.n_m(values, 2, 4))
+        wanda.prune(model, make_windows(1, 8), lambda values: wanda.n_m(values, 2, 4), lambda *_: None)
 
 
 def test_nan_is_refused(make_model, make_windows):
     model = make_model()
     families.blocks(model)[1].self_attn.q_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match=r"layers.1.self_attn.q_proj.*not finite"):
-        wanda.prune(model, make_windows(1, 8), lambda values: wanda.n_m(values, 2, 4))
+        wanda.prune(model, make_windows(1, 8), lambda values: wanda.n_m(values, 2, 4), lambda *_: None)

@@ -1,0 +1,164 @@
+"""A dense model folder as a model whose blocks stay on disk until they are asked for, and the same written.
+
+Embedding, head, final norm and what else is outside of the blocks are in memory, in float32. A block's weights are read
+from safetensors within `layers.opened(block)` and dropped afterwards: memory is that of one block, however many there
+are. What is written is an ordinary checkpoint, block by block, in the types that the folder's tensors have.
+
+accelerate's hooks don't serve here: they bring weights for a forward pass and drop them with all changes, and
+algorithms read and change weights between passes. from_pretrained's own offloading copies to disk what isn't float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tasks.algorithms.model import families, layers
+from tasks.models import dense_folder, generations, model_files, skeleton, stored_tensors, tensor_files
+from tasks.models.stored_tensors import StoredTensors
+from tasks.runtime import files
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class StoredBlock:
+    """A block's weights in a folder; within a call they are in the block, in float32.
+
+    Changes are gone afterwards: what is to stay is written within the call.
+
+    Attributes:
+        tensors: those of the folder.
+        prefix: the block's full name there, such as "model.layers.3".
+        device: where the weights are put.
+    """
+
+    def __init__(self, tensors: StoredTensors, prefix: str, device: torch.device | str) -> None:
+        self.tensors, self.prefix, self.device = tensors, prefix, device
+
+    @contextlib.contextmanager
+    def __call__(self, block: nn.Module) -> Iterator[None]:
+        if not skeleton.missing(block):  # opened already, further out
+            yield
+            return
+        names = list(block.state_dict())
+        found = {name: self.tensors.read(f"{self.prefix}.{name}", torch.float32).to(self.device) for name in names}
+        block.load_state_dict(found, assign=True)
+        del found
+        try:
+            yield
+        finally:
+            block.to("meta")
+
+
+def open_dense(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The model of a dense folder, in evaluation mode, with its blocks on disk; it computes as `load_dense`'s does.
+
+    Raises:
+        InputError: tensors are missing, unexpected or of another shape than the config calls for, a file is damaged, a
+            text is larger than any model's, or the folder holds two sets of weights.
+    """
+    from transformers import AutoConfig
+
+    model_files.check_sizes(folder)
+    model_files.check_unambiguous(folder)
+    model = skeleton.build(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    tensors = StoredTensors(folder)
+    stored_tensors.compare(tensors.shapes, skeleton.shapes(model), skeleton.tied(model))
+    inside = f"{families.of_model(model).blocks}."
+    for index, block in enumerate(families.blocks(model)):
+        setattr(block, layers.STORED, StoredBlock(tensors, f"{inside}{index}", device))
+    outside = {}
+    for name, (_, source) in _sources(model).items():
+        if not name.startswith(inside):
+            outside[name] = tensors.read(source, torch.float32).to(device)
+    model.load_state_dict(outside, strict=False, assign=True)
+    model.tie_weights()
+    skeleton.compute_positions(model, device)
+    model.generation_config = _generation(folder)
+    left = [name for name in skeleton.missing(model) if not name.startswith(inside)]
+    if left:
+        raise RuntimeError(f"the streamed model has no {left[0]}: its family isn't described fully")
+    return model.eval()
+
+
+class Writer:
+    """Writes the blocks of a model into a file that has all else already, in any order."""
+
+    def __init__(self, model: PreTrainedModel, write: Callable[[str, Tensor], None]) -> None:
+        self._model, self._write, self._sources = model, write, _sources(model)
+
+    def block(self, index: int) -> None:
+        """Write an open block's weights as they are now."""
+        prefix = f"{families.of_model(self._model).blocks}.{index}."
+        for name, weight in families.blocks(self._model)[index].state_dict(prefix=prefix).items():
+            tensors, source = self._sources[name]
+            self._write(name, weight.to(tensor_files.DTYPES[tensors.entries[source].dtype]))
+
+    def copy(self, prefix: str) -> None:
+        """Write the weights whose names begin so as they are stored; one is in memory at a time."""
+        for name, (tensors, source) in self._sources.items():
+            if name.startswith(prefix):
+                self._write(name, tensors.read(source))
+
+
+@contextlib.contextmanager
+def writing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Iterator[Writer]:
+    """Write an ordinary checkpoint, as `dense_folder.save_dense`; within this context its blocks are written.
+
+    All of it is in one file, and each weight in the type that it had in the folder that the model was opened from.
+
+    Args:
+        model: from `open_dense`, or that with blocks left out.
+
+    Raises:
+        RuntimeError: a block has not been written; then the file isn't there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    inside, sources = f"{families.of_model(model).blocks}.", _sources(model)
+    entries = {name: tensors.entries[source] for name, (tensors, source) in sources.items()}
+    with tensor_files.writing(folder / model_files.SINGLE, entries, {"format": "pt"}) as write:
+        writer = Writer(model, write)
+        for name in entries:
+            if not name.startswith(inside):
+                writer.copy(name)
+        yield writer
+    model.save_pretrained(folder, state_dict={})  # its texts, as the library writes them, and no weights
+    tokenizer.save_pretrained(folder)
+    stored = tensor_files.DTYPES[entries[f"{families.of_model(model).embedding}.weight"].dtype]
+    files.write_json(folder / model_files.CONFIG, dense_folder.config(folder) | {"dtype": str(stored).split(".")[1]})
+    generations.rewrite(folder)
+
+
+def _sources(model: PreTrainedModel) -> Mapping[str, tuple[StoredTensors, str]]:
+    """Name of each weight -> the folder's tensors, and its name there. A tied matrix is listed as the embedding."""
+    blocks, inside = families.blocks(model), f"{families.of_model(model).blocks}."
+    tensors, tied = getattr(blocks[0], layers.STORED).tensors, skeleton.tied(model)
+    found = {}
+    for name in skeleton.shapes(model):
+        if name in tied[1:]:
+            continue
+        source = name
+        if name.startswith(inside):
+            index, _, rest = name.removeprefix(inside).partition(".")
+            source = f"{getattr(blocks[int(index)], layers.STORED).prefix}.{rest}"
+        elif name in tied and name not in tensors.entries:
+            source = tied[1]
+        found[name] = tensors, source
+    return found
+
+
+def _generation(folder: Path) -> GenerationConfig:
+    """The folder's settings for generation as `from_pretrained` finds them: in their own file, or in the config."""
+    from transformers import GenerationConfig
+
+    if (folder / model_files.GENERATION).exists():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_pretrained(
+        folder, config_file_name=model_files.CONFIG, local_files_only=True, _from_model_config=True
+    )
