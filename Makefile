@@ -4,7 +4,8 @@
 # make nightly  serve the nightly deployment by the cron of params.yaml; needs `make ui` running
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= 4200
-JOBS ?= 2# test processes; a file's tests share one
+JOBS ?= $(shell expr $$(nproc) + 1)# test processes; a file's tests share one, and some of them wait
+PYTEST = .venv/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -26,10 +27,10 @@ install-dev: .venv/installed-dev
 	touch $@
 
 test: install-dev lint
-	.venv/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	$(PYTEST)
 
 test-fast: install-dev
-	.venv/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 lint: install-dev
 	.venv/bin/ruff check .

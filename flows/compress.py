@@ -6,6 +6,7 @@ stages that ran cost is printed (`flows.costs`).
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from pathlib import Path
 
 from flows.server import settings
@@ -17,7 +18,7 @@ from dvc.repo import Repo  # noqa: E402
 from prefect import flow  # noqa: E402  the settings must be in the environment before Prefect is imported
 from prefect.states import Completed, Failed, State  # noqa: E402
 
-from flows import artifacts, costs  # noqa: E402
+from flows import artifacts, costs, prefect_internals  # noqa: E402
 from flows.reproduction import Reproduction  # noqa: E402
 from flows.server import dead_runs  # noqa: E402
 from tasks.algorithms.errors import InputError  # noqa: E402
@@ -25,16 +26,21 @@ from tasks.cli import console  # noqa: E402
 from tasks.parameters import schema  # noqa: E402
 from tasks.runtime import mend  # noqa: E402
 
+prefect_internals.apply()
 REPORT = Path("data/report/report.html")
+AHEAD: ContextVar[Reproduction | None] = ContextVar("AHEAD", default=None)
+"""One that has looked, with the arguments of the next run, while a server started."""
 
 
 @flow(name="compress", persist_result=False, validate_parameters=False)
 def compress(targets: list[str] | None = None, force: bool = False) -> State:
     """Bring every stage up to date; a failing stage fails the run with the stage's own sentence."""
     dead_runs.sign()
-    if hindrance := problem(targets):
-        return Failed(message=hindrance)
-    reproduction = Reproduction()
+    reproduction = AHEAD.get()
+    if reproduction is None:
+        if hindrance := problem(targets):
+            return Failed(message=hindrance)
+        reproduction = Reproduction()
     failure = reproduction.run(targets, force)
     rows = reproduction.rows
     counts = [row["why"] for row in rows]

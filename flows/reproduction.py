@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import sys
@@ -61,38 +62,66 @@ class Reproduction:
         self.failure: str | None = None
         self.stopped = threading.Event()
         self.warm = warm.Server()
+        self.mended: list[str] = []
+        self.keys: dict[str, str | None] = {}
+        self.open = contextlib.ExitStack()
+        self.looked = False
+
+    def __enter__(self) -> Reproduction:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the folder to others, and end what runs for the stages."""
+        self.warm.close()
+        self.open.close()
+
+    def look(self, targets: list[str] | None, force: bool) -> None:
+        """Take the folder, mend, plan `targets` (all stages if None), and see what is up to date.
+
+        It needs no flow run, so it can be done while a server starts. What hinders it is what `run` then fails with.
+        """
+        self.looked = True
+        try:
+            self.open.enter_context(locks.held(locks.FLOW, "another flow already runs in this folder"))
+            self.mended = _mend()
+            if found := locks.holder(locks.DVC_LOCK):
+                _logger().warning("waiting for DVC's lock, which is held by %s", found)
+            self.open.enter_context(self.project.planned(targets))
+            stale: set[str] = set()
+            for stage, upstream in self.project.plan.items():
+                below = any(other.addressing in stale for other in upstream)
+                if force or below or self.project.changed(stage):
+                    stale.add(stage.addressing)
+                else:
+                    self.keys[stage.addressing] = self.project.key(stage, False)
+        except (DvcException, InputError) as error:
+            self.failure = _line(error)
 
     def run(self, targets: list[str] | None, force: bool) -> str | None:
         """Reproduce `targets` (all stages if None); returns the failure's sentence, or None."""
         self.began = time.monotonic()
         try:
-            with locks.held(locks.FLOW, "another flow already runs in this folder"):
-                _mend()
-                if found := locks.holder(locks.DVC_LOCK):
-                    get_run_logger().warning("waiting for DVC's lock, which is held by %s", found)
-                with self.project.planned(targets):
+            with self:
+                if not self.looked:
+                    self.look(targets, force)
+                for sentence in self.mended:
+                    get_run_logger().warning("%s", sentence)
+                if self.failure is None:
                     self._reproduce(force)
         except (DvcException, InputError) as error:
             return _line(error)
-        finally:
-            self.warm.close()
         return self.failure
 
     def _reproduce(self, force: bool) -> None:
         """Bring the planned stages up to date; what is already, first."""
-        stale: dict[str, Stage] = {}
-        seconds: dict[str, float] = {}
-        for stage, upstream in self.project.plan.items():
-            below = any(other.addressing in stale for other in upstream)
-            if force or below or self.project.changed(stage):
-                stale[stage.addressing] = stage
-                if known := lineage.took(stage).get("seconds"):
-                    seconds[stage.addressing] = known
-            else:
-                self._end(stage, self._task(stage, False, force)(return_state=True, wait_for=self._parents(stage)))
+        plan = self.project.plan
+        stale = {stage.addressing: stage for stage in plan if stage.addressing not in self.keys}
+        for stage in plan:
+            if stage.addressing in self.keys:
+                self._cached(stage, self.keys[stage.addressing], force)
         if not stale:
             return
-        plan = self.project.plan
+        seconds = {name: known for name, stage in stale.items() if (known := lineage.took(stage).get("seconds"))}
         waits_for = {name: [other.addressing for other in plan[stage]] for name, stage in stale.items()}
         alone = [name for name, stage in stale.items() if (stage.meta or {}).get("alone")]
         cores = len(os.sched_getaffinity(0))
@@ -139,23 +168,27 @@ class Reproduction:
         try:
             with self.project.lock:
                 stale = force or self.project.changed(stage)
-                step = self._task(stage, stale, force, threads)
+                key = self.project.key(stage, stale)
         except DvcException as error:
             self.failure = self.failure or _line(error)
             order.end(name)
             return
         if not stale:
-            self._end(stage, step(return_state=True, wait_for=self._parents(stage)))
+            self._cached(stage, key, force)
             order.end(name)
             return
         self.foresight.begin(name)
         self.begun[name] = time.monotonic()
-        future = step.submit(wait_for=self._parents(stage))
+        future = self._task(stage, True, key, force, threads).submit(wait_for=self._parents(stage))
         future.add_done_callback(lambda ended: ends.put((name, ended)))  # its state needs this thread's settings
 
-    def _task(self, stage: Stage, stale: bool, force: bool, threads: int | None = None) -> Task:
-        """The stage as a task, whose key is read now; needs the lock."""
-        key = self.project.key(stage, stale)
+    def _cached(self, stage: Stage, key: str | None, force: bool) -> None:
+        """A stage that is up to date as a task run, in this thread."""
+        state = self._task(stage, False, key, force)(return_state=True, wait_for=self._parents(stage))
+        self._end(stage, state)
+
+    def _task(self, stage: Stage, stale: bool, key: str | None, force: bool, threads: int | None = None) -> Task:
+        """The stage as a task; `key` is DVC's in its run cache."""
 
         def body() -> str | State:
             failure = self._run(stage, force, threads) if stale else None
@@ -264,11 +297,16 @@ class Reproduction:
                 count -= 1
 
 
-def _mend() -> None:
-    """Put right what a killed run left; where DVC is at work, its lock is waited for instead."""
+def _mend() -> list[str]:
+    """Put right what a killed run left, and say what; where DVC is at work, its lock is waited for instead."""
     with contextlib.suppress(InputError):
-        for sentence in mend.mend():
-            get_run_logger().warning("%s", sentence)
+        return mend.mend()
+    return []
+
+
+def _logger() -> logging.Logger | logging.LoggerAdapter:
+    """The flow run's; Prefect's where there is none yet."""
+    return get_run_logger() if flow_run.id else logging.getLogger("prefect")
 
 
 def _line(error: BaseException) -> str:

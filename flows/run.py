@@ -7,10 +7,13 @@ running server (`edgepress ui`) it starts one that ends with it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import subprocess
 
 from flows.server import settings, temporary
 from tasks.algorithms.errors import InputError
+from tasks.runtime import lean
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,13 +32,13 @@ def main(given: argparse.Namespace) -> None:
     configured = os.environ.get("PREFECT_API_URL")
     if configured and not settings.running_server():
         raise InputError(f"no Prefect server answers at {configured}: start it, or unset PREFECT_API_URL to do without")
-    if not configured:
-        temporary.new_log()
-    from flows.compress import REPORT, makes_report, problem  # imports Prefect, whose settings are set by now
+    with contextlib.nullcontext() if configured else temporary.begun() as server:
+        with lean.uncollected():
+            from flows.compress import REPORT, makes_report, problem  # imports Prefect, whose settings are set by now
 
-    if not configured and (sentence := problem(given.targets)):  # no server that should hear of it: none is started
-        raise InputError(sentence)
-    message = _run(given.targets or None, given.force, configured)
+        if server and (sentence := problem(given.targets)):  # nobody should hear of it: no server is started
+            raise InputError(sentence)
+        message = _run(given.targets or None, given.force, server)
     if not makes_report(given.targets):
         print(message)
         return
@@ -44,19 +47,24 @@ def main(given: argparse.Namespace) -> None:
     console.show("", *report.shown(), "", f"{message}; report: {REPORT.resolve()}")
 
 
-def _run(targets: list[str] | None, force: bool, configured: str | None) -> str:
-    """The flow run, on the configured server or on one of its own; returns its last sentence."""
+def _run(targets: list[str] | None, force: bool, server: subprocess.Popen | None) -> str:
+    """The flow run, on the configured server or on the one that was begun; returns its last sentence."""
     from prefect.exceptions import TerminationSignal
     from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
-    from flows.compress import compress, counted
+    from flows.compress import AHEAD, compress, counted
+    from flows.reproduction import Reproduction
     from flows.server import dead_runs
 
     try:
-        url = None if configured else temporary.start_temporary()
-        with temporary_settings({PREFECT_API_URL: f"{url}/api", PREFECT_UI_URL: url} if url else {}):
-            dead_runs.sweep()
-            state = compress(targets, force, return_state=True)
+        with Reproduction() if server else contextlib.nullcontext() as ahead:
+            if ahead:
+                ahead.look(targets, force)
+                AHEAD.set(ahead)
+            url = temporary.start_temporary(server) if server else None
+            with temporary_settings({PREFECT_API_URL: f"{url}/api", PREFECT_UI_URL: url} if url else {}):
+                dead_runs.sweep()
+                state = compress(targets, force, return_state=True)
     except (KeyboardInterrupt, TerminationSignal):
         sentence = "interrupted; finished stages stay as they are, and the next run goes on from there"
         raise KeyboardInterrupt(sentence) from None

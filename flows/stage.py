@@ -20,7 +20,7 @@ from flows import processes
 from flows.server import settings
 from tasks.algorithms.errors import InputError
 from tasks.cli import dispatch
-from tasks.runtime import warm
+from tasks.runtime import lean, warm
 
 if TYPE_CHECKING:
     from prefect import State
@@ -40,7 +40,8 @@ def main(given: argparse.Namespace) -> None:
     Raises:
         InputError: what a user can mend, each line with the stage's name.
     """
-    from tasks.runtime.execution import execute  # imports DVC, which a client of the warm process does without
+    with lean.uncollected():
+        from tasks.runtime.execution import execute  # imports DVC, which a client of the warm process does without
 
     settings.apply()
     _redirect()

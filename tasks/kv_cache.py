@@ -71,7 +71,7 @@ def run(stage: Stage) -> None:
                 score = likelihood.score(cached, prepared, saved=stage.journal.part(f"{context}-{width}"))
                 reference = reference or score
                 if not cached.cache.get_seq_length():  # all windows were in the journal
-                    cached(prepared.ids[0][None, :context])
+                    cached.base_model(prepared.ids[0][None, :context])
                 rows.append({"context": context, "bits": width, **_row(score, reference), **_held(cached, context)})
                 progress.update(len(rows), perplexity=score.perplexity)
     import pandas as pd

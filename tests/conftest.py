@@ -20,6 +20,13 @@ from tests.support import project
 
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes begin: the last ones to end are short, and no process is left alone with a long one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 pytest_plugins = ["tests.support.fetch_stage", "tests.support.model_hub"]
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -26,7 +26,7 @@ from flows import processes
 from flows.server import settings
 from tasks.algorithms.errors import InputError
 from tasks.cli import dispatch
-from tasks.runtime import failures
+from tasks.runtime import lean
 
 HOST = "127.0.0.1"
 LOG = "server.log"
@@ -44,21 +44,26 @@ def serve(listener: socket.socket, started: Callable[[str], None], until: IO | N
 
     Args:
         started: called with the server's URL (without /api) when it answers.
-        until: a stream; its end ends the server.
+        until: a stream; its first line lets the server open its database, its end ends it.
     """
     url = f"http://{HOST}:{listener.getsockname()[1]}"
     os.environ["PREFECT_API_URL"] = f"{url}/api"
     os.environ["PREFECT_SERVER_UI_API_URL"] = f"{url}/api"  # otherwise the browser asks port 4200 (3.8.8)
 
-    import uvicorn
-    from prefect.server.api.server import create_app
+    with lean.uncollected():
+        import uvicorn
+        from prefect.server.api.server import create_app
+
+        app = create_app(final=True)
+    if until and not until.readline():
+        return
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             started(url)
 
-    server = Server(uvicorn.Config(create_app(final=True), log_level="warning"))
+    server = Server(uvicorn.Config(app, log_level="warning"))
 
     def wait() -> None:
         until.read()
@@ -105,34 +110,50 @@ def new_log() -> Path:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_bytes(b"")
     except OSError as error:
+        from tasks.runtime import failures  # imports DVC, for which neither a server nor its start waits
+
         why = failures.DISK.get(error.errno, error.strerror)
         raise InputError(f"cannot write {log.parent}, where Prefect keeps its state: {why}") from error
     return log
 
 
-def start_temporary() -> str:
-    """Start a server that ends with this process, with the project's state; returns its URL (without /api).
+@contextlib.contextmanager
+def begun() -> Iterator[subprocess.Popen]:
+    """Within it `start_temporary` may start a server; its process imports Prefect meanwhile, and opens nothing yet.
 
-    It can't be ended earlier: Prefect sends its last log lines and events when the interpreter ends. What it says
-    itself goes to LOG.
+    A server that was started ends with this process, no earlier: Prefect sends its last log lines and events when the
+    interpreter ends. What it says goes to LOG.
+
+    Raises:
+        InputError: Prefect's folder can't be written.
+    """
+    with new_log().open("wb") as words:
+        process = subprocess.Popen(  # in a session of its own: Ctrl-C is for the flow
+            [sys.executable, "-m", "flows.server.temporary"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            text=True,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        if process not in _started:
+            process.kill()
+
+
+def start_temporary(process: subprocess.Popen) -> str:
+    """Start the server of `begun`, with the project's state; returns its URL (without /api).
 
     Raises:
         InputError: it does not start; says why, as far as that can be known.
     """
-    log = new_log()
-    command = [sys.executable, "-m", "flows.server.temporary"]
     mend_database()
-    with log.open("wb") as words:
-        process = subprocess.Popen(  # in a session of its own: Ctrl-C is for the flow
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, text=True, start_new_session=True
-        )
-    try:
-        url = process.stdout.readline().strip()
-    except BaseException:  # Ctrl-C: left alone, it would find out when it has started
-        process.kill()
-        raise
-    if not url:
-        raise InputError(f"the Prefect server did not start: {_why(log)}")
+    with contextlib.suppress(BrokenPipeError):  # it has ended
+        print("go", file=process.stdin, flush=True)
+    if not (url := process.stdout.readline().strip()):
+        raise InputError(f"the Prefect server did not start: {_why(Path(os.environ['PREFECT_HOME']) / LOG)}")
     _started.append(process)
     threading.Thread(target=_end_with, args=(process,), daemon=True).start()
     return url

@@ -1,6 +1,6 @@
 """`edgepress mend`: put right what a kill, a full disk or a failing one left behind, so that the next run goes on.
 
-    edgepress mend            DVC's list of readers and writers, and dvc.lock
+    edgepress mend            DVC's list of readers and writers, dvc.lock, its run cache, what it noted of an edit
     edgepress mend --cache    hash every byte of DVC's cache and of the outputs, too
 
 It prints a sentence for each thing that it did. What is wrong and how it is mended: `tasks.runtime.mend`.

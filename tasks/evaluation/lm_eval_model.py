@@ -8,23 +8,32 @@ what is saved. That belongs to one model, one code and one set of libraries (`ta
 `HFLM` shares logits between requests of equal inputs (`logits_cache`): where the scored parts are of unequal length it
 takes the wrong ones, so that is off. It adds a bos token where the tokenizer does, as lm_eval's command; never in front
 of a document that is scored whole, which has it as its prefix already.
+
+`HFLM` makes the logits of all tokens of a batch, and its batches of texts scored as a whole follow the texts' order.
+Here batches are made by length, the longest first (`tasks.algorithms.scoring.batches`), and logits for the scored
+tokens alone, a few rows at a time: memory follows the length of the documents, not the model's context.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+from lm_eval import utils
 from lm_eval.models.huggingface import HFLM
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import checkpoints
+from tasks.algorithms.model import checkpoints, head
+from tasks.algorithms.scoring import batches
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
+Scored = tuple[Any, list[int], list[int]]
+"""A request in tokens: what lm_eval calls it, its context, its continuation."""
 CHUNK = 64
 """Requests that are asked and noted together."""
 
@@ -76,7 +85,7 @@ class Model(HFLM):
         """Of each text: nats of all its tokens, in windows of the model's context."""
         before, self.add_bos_token = self.add_bos_token, False
         try:
-            return self._answered("loglikelihood_rolling", super().loglikelihood_rolling, requests)
+            return self._answered("loglikelihood_rolling", self._rolling, requests)
         finally:
             self.add_bos_token = before
 
@@ -90,24 +99,79 @@ class Model(HFLM):
                     f" {how['max_gen_toks']} new tokens; take another task or model"
                 )
             self.truncated += len(self.tok_encode(context)) > room
-        return self._answered("generate_until", super().generate_until, requests)
+        return self._answered("generate_until", self._generated, requests)
 
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> Any:
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+    def _rolling(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[float]:
+        cut = [
+            [
+                (None, *utils.make_disjoint_window(window))
+                for window in utils.get_rolling_token_windows(
+                    self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+                )
+            ]
+            for request in requests
+        ]
+        answers = iter(self._loglikelihood_tokens([window for windows in cut for window in windows]))
+        return [sum(next(answers)[0] for _ in windows) for windows in cut]
+
+    def _generated(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
+        lengths = []
+        for context, how in (request.args for request in requests):
+            new = how["max_gen_toks"]
+            lengths.append(min(len(self.tok_encode(context)), self.max_length - new) + new)
+        answers: dict[int, str] = {}
+        for batch in batches.by_length(lengths, self.batch_size):
+            several = [requests[at] for at in batch]
+            answers |= zip(batch, super().generate_until(several, disable_tqdm=True), strict=True)
+        return [answers[at] for at in range(len(requests))]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Scored], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Of each continuation: nats, and whether it is the greedy one; what is too long is cut from the left."""
+        tokens = [[*before, *after][-(self.max_length + 1) :] for _, before, after in requests]
+        answers: dict[int, tuple[float, bool]] = {}
+        for batch in batches.by_length([len(each) - 1 for each in tokens], self.batch_size):
+            scored = [len(requests[at][2]) for at in batch]
+            answers |= zip(batch, self._scored([tokens[at] for at in batch], scored), strict=True)
+        return [answers[at] for at in range(len(requests))]
+
+    @torch.no_grad()
+    def _scored(self, tokens: Sequence[list[int]], scored: Sequence[int]) -> Iterator[tuple[float, bool]]:
+        """Answers of a batch whose first text is the longest; of each the last `scored` tokens count."""
+        inputs = torch.zeros(len(tokens), len(tokens[0]) - 1, dtype=torch.int64)  # [batch, length], padded at the end
+        for row, text in zip(inputs, tokens, strict=True):
+            row[: len(text) - 1] = torch.tensor(text[:-1])
+        hidden = head.states(self.model, inputs.to(self.device)).unflatten(0, inputs.shape)  # [batch, length, hidden]
+        ends = [len(text) - 1 for text in tokens]
+        parts = [one[end - count : end] for one, end, count in zip(hidden, ends, scored, strict=True)]
+        wanted = torch.tensor([token for text, count in zip(tokens, scored, strict=True) for token in text[-count:]])
+        nats, greedy = [], []  # of all scored tokens, in order
+        for rows, logits in head.logits(self.model, torch.cat(parts)):
+            logs, target = logits.float().log_softmax(dim=-1), wanted[rows].to(self.device)
+            nats.append(logs.gather(1, target[:, None]).squeeze(1).cpu())
+            greedy.append((logs.argmax(dim=-1) == target).cpu())
+        counts = list(scored)
+        for one, same in zip(torch.cat(nats).split(counts), torch.cat(greedy).split(counts), strict=True):
+            yield float(one.sum()), bool(same.all())
 
     def _answered(self, kind: str, ask: Callable[..., list[Any]], requests: Sequence[Instance]) -> list[Any]:
-        """The answers in the order of the requests, from what is saved as far as it goes."""
-        answers: list[Any] = []
+        """The answers in the order of the requests, from what is saved as far as it goes.
+
+        Of the chunks that with the longest request is asked first.
+        """
+        chunks = [requests[start : start + CHUNK] for start in range(0, len(requests), CHUNK)]
+        longest = [max(len("".join(map(str, request.args))) for request in chunk) for chunk in chunks]
+        answers: dict[int, list[Any]] = {}
         with self.progress(kind, len(requests)) as bar:
-            for start in range(0, len(requests), CHUNK):
-                chunk = requests[start : start + CHUNK]
-                described = json.dumps([kind, self.batch_size, [request.args for request in chunk]], sort_keys=True)
+            for at in sorted(range(len(chunks)), key=lambda at: -longest[at]):
+                described = json.dumps([kind, self.batch_size, [each.args for each in chunks[at]]], sort_keys=True)
                 key = hashlib.sha256(described.encode()).hexdigest()
                 known = self.saved.load(key)
                 if known is None:
-                    self.asked += len(chunk)
-                    found = ask(chunk, disable_tqdm=True)
+                    self.asked += len(chunks[at])
+                    found = ask(chunks[at], disable_tqdm=True)
                     self.saved.save(key, {}, found)
-                answers += found if known is None else known.values
-                bar.update(len(answers))
-        return answers
+                answers[at] = found if known is None else known.values
+                bar.update(sum(map(len, answers.values())))
+        return [answer for at in range(len(chunks)) for answer in answers[at]]

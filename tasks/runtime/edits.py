@@ -110,7 +110,7 @@ def misnoted(repo: Repo) -> Iterator[Misnoted]:
     for path in sorted(CLAIMS.glob("*.json")):
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
-            stage = repo.stage.load_one(name=path.stem)
+            stage = lineage.stage_of(repo, path.stem)
             outputs = {lineage.name(out): out.hash_info.value for out in stage.outs}
             if outputs != said["outputs"]:  # DVC didn't note these outputs, or not yet
                 continue

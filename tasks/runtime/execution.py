@@ -133,7 +133,7 @@ class _Attempt:
 def _load(address: str) -> Stage:
     try:
         repo = Repo()
-        lineage.keep_inputs(repo.stage.load_one(name=address))  # before the stage looks at what it begins with
+        lineage.keep_inputs(lineage.stage_of(repo, address))  # before the stage looks at what it begins with
         return Stage(address, repo)
     except DvcException as error:  # no such stage, no DVC project, dvc.yaml broken
         raise InputError(parameter_file.told(error) or " ".join(str(error).split())) from error

@@ -23,6 +23,7 @@ DISK = {
     errno.EACCES: "permission is denied; make it yours or change its permissions (`ls -ld`, `chmod`)",
     errno.EDQUOT: "the disk quota is used up; free some space, then run again",
     errno.EFBIG: "the largest file size allowed here is too small (`ulimit -f`); raise it, then run again",
+    errno.EINTR: "the system interrupted it; run again",
     errno.EIO: "the disk does not work; use another one",
     errno.ENOSPC: "the disk is full; free some space, then run again",
     errno.EPERM: "it is not permitted; make it yours or change its attributes (`lsattr`, `chattr`)",

@@ -29,6 +29,7 @@ from tasks.runtime import code, files, git
 
 if TYPE_CHECKING:
     from dvc.output import Output
+    from dvc.repo import Repo
     from dvc.stage import Stage as DvcStage
     from dvc_data.hashfile.obj import HashFile
 
@@ -60,6 +61,16 @@ PACKAGES = (
 
 FIGURES = ("seconds", "start_up_seconds", "computing_seconds", "cpu_seconds")
 """Of a record: from the stage's first line to its record; from the process's start to `run`; of `run`; of all cores."""
+
+
+def stage_of(repo: Repo, address: str) -> DvcStage:
+    """The stage of this address, by DVC's index: `load_one` would read dvc.yaml and dvc.lock again (3.67.1).
+
+    Raises:
+        DvcException: no such stage, or dvc.yaml is broken.
+    """
+    found = next((stage for stage in repo.index.stages if stage.addressing == address), None)
+    return found or repo.stage.load_one(name=address)  # which says what is wrong
 
 
 def took(stage: DvcStage) -> dict[str, float]:
@@ -127,7 +138,7 @@ def keep_inputs(stage: DvcStage) -> None:
     for dep in inputs(stage):
         path = Path(dep.fs_path)
         if path.parent == Path(stage.repo.root_dir) / RECORDS:
-            keep(stage.repo.stage.load_one(name=path.stem))
+            keep(stage_of(stage.repo, path.stem))
 
 
 def find(stage: DvcStage) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Put right what a kill, a full disk or a failing one left behind, so that the next run goes on.
 
-    edgepress mend            DVC's list of readers and writers, dvc.lock, and what DVC noted of an edit
+    edgepress mend            DVC's list of readers and writers, dvc.lock, its run cache, what it noted of an edit
     edgepress mend --cache    hash every byte of DVC's cache and of the outputs, too
 
 DVC (3.67.1) writes dvc.lock and `.dvc/tmp/rwlock` in place. A kill meanwhile leaves half of them, and then every
@@ -12,10 +12,13 @@ computes what is missing. Nothing that is whole is removed, and nothing is compu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,9 @@ DAMAGED = ".damaged"
 GUARD = locks.DVC_USERS.with_suffix(".lock")
 """DVC holds this lock while it edits its list."""
 HASH = re.compile(r"[0-9a-f]{32}(\.dir)?")
+SETTLED, SETTLED_SHARED = 0.5, 60
+"""Seconds in which DVC ends what it began in its run cache, many times over: here, where its lock is held and only a
+night's worktree can be at it, and in a cache that other folders pull to over a network, too."""
 AT_WORK = "DVC is working in this folder"
 
 
@@ -66,7 +72,7 @@ def mend() -> list[str]:
     if not locks.DVC_LOCK.parent.is_dir():
         return []
     with locks.held(locks.DVC_LOCK, AT_WORK), locks.held(GUARD, AT_WORK):
-        return [*_mend_users(), *_mend_lock(), *_mend_notes()]
+        return [*_mend_users(), *_mend_lock(), *_mend_notes(), *_mend_runs()]
 
 
 def refuse_conflicts() -> None:
@@ -126,6 +132,45 @@ def _mend_notes() -> Iterator[str]:
     for stage, differences in found:
         what = " and ".join(differences)
         yield f"{stage.addressing} was noted by DVC with an edit that came after it ({what}): it runs again"
+
+
+def _mend_runs() -> Iterator[str]:
+    """Remove what DVC (3.67.1) began in its run cache and never ended: it takes that for what a run of a stage gave.
+
+    A folder with nothing in it makes it fail with a TypeError in each later run of that stage.
+    """
+    try:
+        with Repo() as repo:
+            runs, own = Path(repo.stage_cache.cache_dir).resolve(), Path(repo.dvc_dir).resolve()
+    except (DvcException, sqlite3.Error, OSError):  # said when DVC is used
+        return
+    settled = SETTLED if own in runs.parents else SETTLED_SHARED
+    if settled == SETTLED and any(age < settled for _, age in _begun(runs).values()):
+        time.sleep(settled)
+    for folder, (unfinished, age) in _begun(runs).items():
+        if age < settled:
+            continue
+        try:
+            for path in unfinished:
+                path.unlink()
+            if not os.listdir(folder):
+                folder.rmdir()
+        except OSError:  # another user's, or another process was quicker
+            continue
+        yield f"{folder} of DVC's run cache had something begun and never ended: it was removed"
+
+
+def _begun(runs: Path) -> dict[Path, tuple[list[Path], float]]:
+    """Folders of the run cache with unfinished files, or with nothing -> these files, seconds since the last write."""
+    found = {}
+    for folder in runs.glob("??/*"):
+        with contextlib.suppress(OSError):  # another user's, or just removed
+            names = os.listdir(folder)
+            unfinished = [folder / name for name in names if name.endswith(".tmp")]
+            if unfinished or not names:
+                written = max(path.stat().st_mtime for path in (folder, *unfinished))
+                found[folder] = unfinished, time.time() - written
+    return found
 
 
 def _kept(committed: str) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tasks.parameters import schema
-from tasks.runtime import edits
+from tasks.runtime import edits, lineage
 from tasks.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Stage(Inputs):
     """
 
     def __init__(self, address: str, repo: Repo) -> None:
-        self.dvc = repo.stage.load_one(name=address)
+        self.dvc = lineage.stage_of(repo, address)
         self.start = edits.Start(self.dvc)
         files = [_relative(dep) for dep in self.dvc.deps if not getattr(dep, "params", ())]
         super().__init__(address, {path: path for path in files})  # one corpus may serve as two

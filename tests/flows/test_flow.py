@@ -59,8 +59,10 @@ def toy():
     runs.append({"rows": reproduction.rows, "failure": failure, "last": last})
     return Failed(message=failure) if failure else Completed()
 
-import os
-url = os.environ.get("PREFECT_API_URL") or temporary.start_temporary() + "/api"
+import contextlib, os
+url = os.environ.get("PREFECT_API_URL")
+with contextlib.nullcontext() if url else temporary.begun() as server:
+    url = url or temporary.start_temporary(server) + "/api"
 with temporary_settings({PREFECT_API_URL: url}):
     for text in json.loads(sys.argv[1]):
         Path("value.yaml").write_text(text)

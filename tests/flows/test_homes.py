@@ -84,7 +84,7 @@ def test_the_server_s_password_is_the_flow_s_too_unless_the_server_is_another(en
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """server(text): what `start_temporary` starts is this shell script, and no server."""
+    """server(text): what `begun` starts is this shell script, and no server."""
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "home"))
 
     def become(text: str) -> None:
@@ -96,10 +96,15 @@ def server(tmp_path, monkeypatch):
     return become
 
 
+def start() -> str:
+    with temporary.begun() as process:
+        return temporary.start_temporary(process)
+
+
 def test_a_server_that_does_not_start_gives_its_last_words_and_not_its_traceback(server, capfd, tmp_path) -> None:
     server("echo Traceback >&2; echo 'Error: no such thing' >&2; exit 3")
     with pytest.raises(InputError) as error:
-        temporary.start_temporary()
+        start()
     log = tmp_path / "home/server.log"
     assert str(error.value) == (f"the Prefect server did not start: Error: no such thing; all that it said is in {log}")
     assert log.read_text() == "Traceback\nError: no such thing\n" and capfd.readouterr() == ("", "")
@@ -112,7 +117,7 @@ def test_a_server_without_room_names_the_disk(server, tmp_path, monkeypatch, nam
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4096 if path.name == name else 2**30))
     with pytest.raises(InputError, match=f"the disk of {tmp_path / name} is full; free some space, then run again"):
-        temporary.start_temporary()
+        start()
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
@@ -123,7 +128,7 @@ def test_a_checkout_that_may_only_be_read_is_told_before_a_server_starts(server,
     server("exit 3")
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(InputError, match=r"cannot write .*home, where Prefect keeps its state: "):
-        temporary.start_temporary()
+        start()
 
 
 def test_ctrl_c_while_the_server_starts_ends_it_without_a_word(server, capfd, tmp_path) -> None:
@@ -136,7 +141,7 @@ def test_ctrl_c_while_the_server_starts_ends_it_without_a_word(server, capfd, tm
     try:
         signal.setitimer(signal.ITIMER_REAL, 1)
         with pytest.raises(KeyboardInterrupt):
-            temporary.start_temporary()
+            start()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -21,6 +21,7 @@ from tests.support.toy_stages import OUTPUTS, Toy, raising, write
 TELLING = {
     "full disk": (OSError(errno.ENOSPC, "x"), "cannot read or write the outputs of stage toy: the disk is full; free"),
     "the file that is meant": (PermissionError(errno.EACCES, "x", "a", None, "b"), "cannot read or write b: permiss"),
+    "a signal": (InterruptedError(errno.EINTR, "x", "a"), "cannot read or write a: the system interrupted it; run"),
     "safetensors": (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
     "tokenizers": (Exception("Read-only file system (os error 30)"), "the folder is read-only"),
     "copytree": (OSError([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")]), "the disk is full"),

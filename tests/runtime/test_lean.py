@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from tasks.models import dense_folder
+from tasks.runtime import lean
 from tests.support.paths import ROOT
 
 CODE = """
@@ -39,3 +41,21 @@ def test_it_computes_the_same_without_them_and_gives_them_to_who_asks(model_fold
     with torch.no_grad():
         logits = dense_folder.load_dense(model_folder)(input_ids=torch.arange(12).unsqueeze(0)).logits
     assert (tmp_path / "logits").read_bytes() == logits.numpy().tobytes()
+
+
+def test_imports_collect_no_garbage_and_later_looks_leave_them_out() -> None:
+    before, looks = gc.get_freeze_count(), []
+    gc.callbacks.append(lambda phase, _: looks.append(phase))
+    try:
+        with lean.uncollected():
+            kept = [[] for _ in range(100_000)]
+        assert not looks and gc.isenabled()
+        assert gc.get_freeze_count() - before >= len(kept)
+        gc.disable()
+        with lean.uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.callbacks.pop()
+        gc.enable()
+        gc.unfreeze()

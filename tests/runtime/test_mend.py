@@ -208,3 +208,60 @@ def test_git_s_conflict_marks_are_told_and_nothing_is_moved(made, capsys, name: 
     assert (code, out) == (1, "") and f"error: {name} has git's conflict marks (line 2): " in errors
     assert ("`git checkout --ours dvc.lock` (or --theirs)" in errors) == (name == "dvc.lock")
     assert Path(name).read_bytes() == before and not Path(f"{name}.damaged").exists()
+
+
+def a_run() -> Path:
+    """The folder of the run cache for stage last."""
+    runs = Path(".dvc/cache/runs").glob("??/*")
+    (found,) = (path for path in runs if "cat d/a" in next(path.iterdir()).read_text())
+    return found.resolve()
+
+
+def aged(*paths: Path, seconds: float = 100) -> None:
+    for path in paths:
+        os.utime(path, (path.stat().st_mtime - seconds,) * 2)
+
+
+@pytest.mark.parametrize("left", [[], [".x.tmp"], [".x.tmp", "whole"]])
+def test_a_run_that_dvc_began_to_note_is_forgotten(made, left):
+    run = a_run()
+    (noted,) = run.iterdir()
+    whole = noted.read_bytes()
+    noted.unlink()
+    for name in left:
+        (run / name).write_bytes(whole if name == "whole" else whole[: whole.index(b"outs")])
+    Path("dvc.lock").unlink()
+    Path(mend.KEPT).unlink()
+    if "whole" not in left:
+        assert "ERROR" in dvc("repro", check=False)  # DVC's own mistake: once it is gone, so can this be
+    assert [sentence.split(" of DVC's")[0] for sentence in mend.mend()] == [str(run)]
+    assert (os.listdir(run) == ["whole"]) if "whole" in left else not run.exists()
+    assert mend.mend() == []
+    dvc("repro")
+    assert results()["last"] == "first\n1"
+
+
+def test_what_another_folder_s_dvc_writes_just_now_to_a_shared_cache_stays(made, tmp_path):
+    for run in (tmp_path / "shared/runs/ab/empty", tmp_path / "shared/runs/ab/pulled"):
+        run.mkdir(parents=True)
+    unfinished = tmp_path / "shared/runs/ab/pulled/.x.tmp"
+    unfinished.touch()
+    dvc("cache", "dir", str(tmp_path / "shared"))
+    aged(unfinished.parent)
+    assert mend.mend() == [] and unfinished.exists()
+    aged(unfinished, tmp_path / "shared/runs/ab/empty")
+    assert len(mend.mend()) == 2 and not os.listdir(tmp_path / "shared/runs/ab")
+
+
+def test_a_run_that_is_being_noted_here_stays(made, monkeypatch):
+    """A night's worktree writes to this cache, too."""
+    (begun := a_run().with_name("begun")).mkdir()
+    monkeypatch.setattr(mend.time, "sleep", lambda _: (begun / "whole").touch())
+    assert mend.mend() == [] and os.listdir(begun) == ["whole"]
+
+
+def test_another_user_s_part_of_a_shared_run_cache_is_passed_over(made, monkeypatch):
+    (theirs := a_run().with_name("theirs")).mkdir()
+    aged(theirs)
+    monkeypatch.setattr(Path, "rmdir", lambda _: os.rmdir("/proc"))
+    assert mend.mend() == [] and theirs.exists()

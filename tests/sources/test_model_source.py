@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from dvc.repo import Repo
 from huggingface_hub import constants
 
 from tasks import fetch
@@ -130,10 +131,22 @@ def test_telemetry_is_off() -> None:
     assert constants.HF_HUB_DISABLE_TELEMETRY
 
 
-def test_a_link_of_dvc_s_is_told_with_dvc_s_way_out(make_fetch, model_folder: Path, tmp_path: Path) -> None:
-    stored = tmp_path / ".dvc/cache/files/md5/ab" / ("c" * 30)
-    stored.parent.mkdir(parents=True)
-    (model_folder / "config.json").rename(stored)
-    (model_folder / "config.json").symlink_to(stored)
-    said = refusal(make_fetch())
-    assert "is a link out of the model folder" in said and re.search(r"; `dvc unprotect \S*/model` makes it one$", said)
+@pytest.mark.parametrize("kind", ["symlink", "hardlink", "copy"])
+def test_a_model_that_dvc_has_is_taken_or_told_with_dvc_s_way_out(
+    make_fetch, model_folder: Path, tmp_path: Path, monkeypatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Repo.init(no_scm=True) as repo, repo.config.edit("repo") as config:
+        config["cache"]["type"] = [kind]
+    with Repo() as repo:
+        repo.add("model")
+        weights = Path("model/model.safetensors")
+        assert (weights.is_symlink(), weights.stat().st_nlink) == (kind == "symlink", 1 + (kind == "hardlink"))
+        if kind == "symlink":
+            way_out = re.search(
+                r"link out of the model folder, not a file; `dvc unprotect (\S*)`", refusal(make_fetch())
+            )
+            repo.unprotect(way_out[1])
+    stage = make_fetch()
+    fetch.run(stage)
+    assert (stage.output("model") / "model.safetensors").stat().st_nlink == 1

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tasks import harness
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import head
 from tasks.algorithms.scoring import likelihood, protocols
 from tasks.algorithms.text import task_documents, triviaqa
 from tasks.models import dense_folder
@@ -247,16 +248,14 @@ def test_a_packed_model_has_the_scores_of_its_original(make, folder: Path, tmp_p
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Forward passes of lm_eval, by their number of rows."""
-    from lm_eval.models.huggingface import HFLM
+    """Forward passes of scored texts, by their number of rows."""
+    made, ask = [], head.states
 
-    made, ask = [], HFLM._model_call
+    def counted(model, input_ids):
+        made.append(len(input_ids))
+        return ask(model, input_ids)
 
-    def counted(self, inps, *more, **named):
-        made.append(len(inps))
-        return ask(self, inps, *more, **named)
-
-    monkeypatch.setattr(HFLM, "_model_call", counted)
+    monkeypatch.setattr(head, "states", counted)
     return made
 
 
@@ -275,6 +274,23 @@ def test_a_repeated_run_asks_the_model_nothing(make, calls: list[int], tmp_path:
     assert len(calls) == 2 * asked
 
 
+def test_the_longest_are_asked_first_and_only_what_is_scored_has_logits(make, folder: Path, monkeypatch) -> None:
+    """The last document is the longest: 99 characters, of which no logits are made."""
+    shapes, rows, ask = [], [], head.states
+    monkeypatch.setattr(head, "states", lambda model, ids: shapes.append(tuple(ids.shape)) or ask(model, ids))
+    from tasks.runners import any_folder
+
+    model = dense_folder.load_dense(folder)
+    model.get_output_embeddings().register_forward_hook(lambda _, __, out: rows.append(len(out)))
+    monkeypatch.setattr(any_folder, "load_model", lambda _: model)
+    documents = [*MANY, HELLASWAG[0] | {"query": ("pump " * 20).strip(), "endings": ["x"] * 4}]
+    written(make("hellaswag", documents, batch=4))
+    assert shapes[0] == (4, 100)  # the choice's last character is no input
+    assert rows[0] == 4 * len(" x")
+    lengths = [width for _, width in shapes]
+    assert lengths[:9] == sorted(lengths[:9], reverse=True)  # the last 36 of 164 requests, in batches of 4
+
+
 def test_another_limit_asks_for_the_rest_alone(make, calls: list[int], tmp_path: Path) -> None:
     whole = written(make("hellaswag", MANY, out="whole"))
     calls.clear()
@@ -285,20 +301,18 @@ def test_another_limit_asks_for_the_rest_alone(make, calls: list[int], tmp_path:
 
 
 def test_a_killed_run_goes_on_where_it_was(make, calls: list[int], tmp_path: Path, monkeypatch) -> None:
-    from lm_eval.models.huggingface import HFLM
-
     plain = make("hellaswag", MANY, out="plain")
     written(plain)
     calls.clear()
-    ask = HFLM._model_call
+    ask = head.states
 
-    def killed(self, *given, **named):
+    def killed(*given):
         if sum(calls) >= 100:
             raise KeyboardInterrupt
-        return ask(self, *given, **named)
+        return ask(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(HFLM, "_model_call", killed)
+        patch.setattr(head, "states", killed)
         with pytest.raises(KeyboardInterrupt):
             harness.run(make("hellaswag", MANY, answers=Journal(tmp_path / "answers", 0)))
     calls.clear()

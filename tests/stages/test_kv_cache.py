@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tasks import kv_cache
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import head
 from tasks.algorithms.model.shape import shape_of_model
 from tasks.algorithms.scoring import kv_cache as algorithm
 from tasks.algorithms.scoring import perplexity
@@ -34,9 +35,13 @@ def ids(make_windows: Any) -> Tensor:
     return make_windows(1, LENGTH)
 
 
+def logits_of(cached: algorithm.Cached, ids: Tensor) -> Tensor:
+    return torch.cat([logits for _, logits in head.logits(cached, head.states(cached, ids))])
+
+
 def read(model: Any, bits: int, ids: Tensor, group: int | None = None, piece: int = PIECE) -> Tensor:
     with torch.no_grad():
-        return algorithm.Cached(model, bits, group, piece)(ids).logits[0]
+        return logits_of(algorithm.Cached(model, bits, group, piece), ids)
 
 
 def quantised(x: Tensor, bits: int, group: int) -> Tensor:
@@ -122,7 +127,7 @@ def test_16_bits_are_the_ordinary_forward_pass_but_for_float16(model: Any, ids: 
 
 def test_pieces_are_decoding_token_by_token_with_the_library_s_residual(model: Any, ids: Tensor) -> None:
     cached = algorithm.Cached(model, 4, None, PIECE)
-    expected, cache = cached(ids).logits, cached.empty()
+    expected, cache = logits_of(cached, ids), cached.empty()
     with torch.no_grad():  # the library quantises what comes first at once, however short
         logits = [model(ids[:, :PIECE], past_key_values=cache).logits]
         logits += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(PIECE, LENGTH)]
@@ -143,7 +148,7 @@ def test_fewer_bits_are_further_from_16(model: Any, ids: Tensor) -> None:
 def test_bytes_are_those_of_arithmetic(model: Any, ids: Tensor, bits: int, group: int | None, length: int) -> None:
     cached = algorithm.Cached(model, bits, group, PIECE)
     with torch.no_grad():
-        cached(ids[:, :length])
+        cached.base_model(ids[:, :length])
     shape = shape_of_model(model)
     assert (shape.layers, shape.kv_heads, shape.head_dim) == (2, 2, 8)
     found = algorithm.held_bytes(cached.cache)

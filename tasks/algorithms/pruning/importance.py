@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import checkpoints, families, layers, matrices
+from tasks.algorithms.model import checkpoints, families, head, layers, matrices
 from tasks.algorithms.model.device import beside
 from tasks.algorithms.pruning import depth_prune
 from tasks.algorithms.scoring.perplexity import perplexity as perplexity_of
@@ -68,7 +68,7 @@ def taylor(
             weight.grad = begun.tensors[str(place)].to(weight.device)
         first = begun.values if begun else 0
         for done, ids in enumerate(input_ids.split(batch)[first:], start=first + 1):
-            _loss(model, beside(model, ids), predictions=input_ids[:, 1:].numel()).backward()
+            _add_gradients(model, beside(model, ids).long(), predictions=input_ids[:, 1:].numel())
             if saved.due():
                 saved.save("gradients", {str(place): weight.grad for place, weight in enumerate(weights)}, done)
         # |L(W = 0) - L(W)| to first order, weight by weight: |dL/dW * W|.
@@ -171,8 +171,12 @@ def score(
     return values
 
 
-def _loss(model: nn.Module, ids: Tensor, predictions: int) -> Tensor:
-    """Compute the batch's share of the mean loss: the sum over its own tokens by the predictions of all windows."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # [batch, length - 1, vocabulary]
-    targets = ids[:, 1:].long().flatten()  # [batch * (length - 1)], the token after each
-    return nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum") / predictions
+def _add_gradients(model: nn.Module, ids: Tensor, predictions: int) -> None:
+    """Add the gradients of the batch's share of the mean loss: its sum over the predictions of all windows."""
+    following = nn.functional.pad(ids[:, 1:], (0, 1), value=-1).flatten()  # -1: nothing follows a window's last token
+
+    def loss(rows: slice, logits: Tensor) -> Tensor:
+        summed = nn.functional.cross_entropy(logits.float(), following[rows], ignore_index=-1, reduction="sum")
+        return summed / predictions
+
+    head.backward(model, ids, loss)

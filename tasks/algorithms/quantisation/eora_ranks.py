@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms.model import checkpoints, layers, matrices
+from tasks.algorithms.model import checkpoints, head, layers, matrices
 from tasks.algorithms.quantisation import eora, output_error
 
 Done = Callable[[str, float], None]
@@ -44,13 +44,17 @@ def curvature(model: nn.Module, input_ids: Tensor, saved: checkpoints.Saved = ch
         generator.set_state(begun.tensors["generator"])
     with _watching_gradients(model, squares), torch.enable_grad():
         for done, ids in enumerate(input_ids.split(1)[first:], start=first + 1):
-            logits = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)  # [length, vocabulary]
-            # Fisher information is E[g g^T] over labels y ~ p(y | x), g the gradient of -log p(y | x).
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)  # [length]
-            nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+            head.backward(model, ids, lambda _, logits: _own_loss(logits.float(), generator))
             if saved.due():
                 saved.save("curvature", {"generator": generator.get_state()}, [done, squares])
     return {name: square / input_ids.numel() for name, square in squares.items()}
+
+
+def _own_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the summed loss of labels that the logits [rows, vocabulary] draw themselves."""
+    # Fisher information is E[g g^T] over labels y ~ p(y | x), g the gradient of -log p(y | x).
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)  # [rows]
+    return nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
 @contextlib.contextmanager

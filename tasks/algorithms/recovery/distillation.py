@@ -4,7 +4,9 @@ The distribution's is the distillation of Hinton et al. 2015 (arXiv:1503.02531) 
 logits z, teacher logits v and a temperature T, q_i = exp(z_i / T) / sum_j exp(z_j / T) (their eq. 1), p likewise from
 v, and the loss is T^2 * KL(p || q), since its gradient shrinks as 1 / T^2 (their section 2). Both losses are computed
 here with their gradient, a few rows of the logits at a time, in the forward pass: written with autograd they make a
-dozen tensors of [positions, vocabulary], which took 30 % of a training step on a CPU with a vocabulary of 2048.
+dozen tensors of [positions, vocabulary], which took 30 % of a training step on a CPU with a vocabulary of 2048. The
+logits themselves, student's and teacher's, are made chunk by chunk (`tasks.algorithms.model.head`) and dropped: what
+stays for the backward pass is the gradient of the head's inputs, [positions, hidden].
 
 The blocks' is the relative squared error ||student - teacher||^2 / ||teacher||^2. Blocks' outputs come from hooks,
 because the last of transformers' `output_hidden_states` is the one after the final norm. The module trains nothing.
@@ -19,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tasks.algorithms.model.rows import chunks
 
 CHUNK = 2**18
 """A chunk of rows has at most so many logits, 1 MiB in float32: they stay in a core's cache. It moves rounding only."""
@@ -38,58 +42,80 @@ class Losses(NamedTuple):
     distilled: Tensor
 
 
+class Said(NamedTuple):
+    """What a model says of some positions: its head's inputs [positions, hidden], and the head, which isn't trained."""
+
+    states: Tensor
+    head: nn.Module
+
+
 def token_losses(
-    logits: Tensor, ids: Tensor, teacher: Tensor | None = None, weight: float = 0.0, temperature: float = 1.0
+    student: Said, ids: Tensor, teacher: Said | None = None, weight: float = 0.0, temperature: float = 1.0
 ) -> Losses:
     """Return the causal-LM loss, mixed with the distillation of the teacher's logits.
 
     Args:
-        logits: the student's [batch, length, vocabulary].
+        student: of batch * length positions; only its states get a gradient.
         ids: int64 [batch, length].
-        teacher: the teacher's logits, of the same shape as the student's.
+        teacher: of the same positions and vocabulary.
         weight: the distillation's share, 0 to 1.
         temperature: T; T^2 keeps the gradient's size independent of it.
     """
-    if teacher is not None:
-        teacher = teacher.detach().flatten(0, 1)
-    else:
+    if teacher is None:
         weight = 0.0
     following = F.pad(ids[:, 1:], (0, 1), value=-1).flatten()  # -1: nothing follows a window's last token
-    return Losses(*_TokenLosses.apply(logits.flatten(0, 1), following, teacher, weight, temperature))
+    return Losses(*_TokenLosses.apply(student.states, student.head, following, teacher, weight, temperature))
 
 
 class _TokenLosses(torch.autograd.Function):
-    """The losses of logits [positions, vocabulary] and their following tokens int64 [positions], -1 for none.
+    """The losses of the head's inputs [positions, hidden] and their following tokens int64 [positions], -1 for none.
 
     The gradient is made beside the loss, in one pass over the rows, and kept for `backward`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, following: Tensor, teacher: Tensor | None, weight: float, temperature: float
+        ctx: Any,
+        states: Tensor,
+        head: nn.Module,
+        following: Tensor,
+        teacher: Said | None,
+        weight: float,
+        temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None  # d loss / d logits
+        ctx.gradient = torch.empty_like(states)  # d loss / d states
         predictions = int((following >= 0).sum())
-        causal, distilled = logits.new_zeros((), dtype=torch.float64), logits.new_zeros((), dtype=torch.float64)
-        rows = max(1, CHUNK // logits.shape[1])
-        for start in range(0, len(logits), rows):
-            part = slice(start, start + rows)  # logits[part]: [rows, vocabulary]
-            gradient = torch.zeros_like(logits[part]) if ctx.gradient is None else ctx.gradient[part]
-            causal += _causal(logits[part], following[part], (1 - weight) / predictions, gradient)
-            if teacher is not None:
-                scale = weight * temperature / len(logits)  # T^2 of the loss times 1 / T of Hinton et al.'s eq. 2
-                distilled += _distilled(logits[part], teacher[part], temperature, scale, gradient)
+        causal, distilled = states.new_zeros((), dtype=torch.float64), states.new_zeros((), dtype=torch.float64)
+        causal_scale = (1 - weight) / predictions
+        distilled_scale = weight * temperature / len(states)  # T^2 of the loss times 1 / T of Hinton et al.'s eq. 2
+        for at in chunks(len(states), head.out_features):
+            with torch.enable_grad():
+                inputs = states[at].detach().requires_grad_()
+                logits = head(inputs)  # [rows, vocabulary]
+            target = None if teacher is None else teacher.head(teacher.states[at])
+            gradient = torch.empty_like(logits)  # d loss / d logits
+            for part in _cached_rows(logits):
+                causal += _causal(logits[part].detach(), following[at][part], causal_scale, gradient[part])
+                if target is not None:
+                    both = logits[part].detach(), target[part]
+                    distilled += _distilled(*both, temperature, distilled_scale, gradient[part])
+            (ctx.gradient[at],) = torch.autograd.grad(logits, inputs, gradient)
         causal = causal / predictions
-        distilled = distilled * (temperature**2 / len(logits) if teacher is not None else torch.nan)
+        distilled = distilled * (temperature**2 / len(states) if teacher is not None else torch.nan)
         loss = (1 - weight) * causal + weight * distilled if weight else causal
-        values = tuple(value.to(logits.dtype) for value in (loss, causal, distilled))
+        values = tuple(value.to(states.dtype) for value in (loss, causal, distilled))
         ctx.mark_non_differentiable(*values[1:])
         return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient, ctx.gradient = ctx.gradient, None  # scaled in place: it serves one backward pass
-        return gradient.mul_(gradients[0]), None, None, None, None
+        return gradient.mul_(gradients[0]), None, None, None, None, None
+
+
+def _cached_rows(logits: Tensor) -> Iterator[slice]:
+    rows = max(1, CHUNK // logits.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(logits), rows))
 
 
 def _causal(logits: Tensor, following: Tensor, scale: float, gradient: Tensor) -> Tensor:

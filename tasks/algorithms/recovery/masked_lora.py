@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import checkpoints, families, layers, masks, matrices
+from tasks.algorithms.model import checkpoints, families, head, layers, masks, matrices
 from tasks.algorithms.quantisation import eora, output_error
 from tasks.algorithms.recovery import distillation
 
@@ -347,13 +347,12 @@ def _losses(
         theirs = [blocks[index] for index in (range(len(ours)) if kept is None else kept)]
     if teacher is not None:
         with torch.no_grad(), distillation.outputs_of(theirs) as wanted:  # inference_mode's can't be part of a loss
-            if recipe.distillation:
-                target = teacher(input_ids=ids, use_cache=False).logits  # [batch, length, vocabulary]
-            else:  # without the head
-                teacher.base_model(input_ids=ids, use_cache=False)
+            states = head.states(teacher, ids)  # [batch * length, hidden]
+        if recipe.distillation:
+            target = distillation.Said(states, teacher.get_output_embeddings())
     with distillation.outputs_of(ours) as outputs:
-        logits = model(input_ids=ids, use_cache=False).logits
-    loss, causal, distilled = distillation.token_losses(logits, ids, target, recipe.distillation, recipe.temperature)
+        said = distillation.Said(head.states(model.model, ids), model.model.get_output_embeddings())
+    loss, causal, distilled = distillation.token_losses(said, ids, target, recipe.distillation, recipe.temperature)
     hidden = torch.tensor(math.nan)
     if recipe.hidden:
         hidden = distillation.hidden_loss(outputs, wanted)  # of [batch, length, hidden] per block

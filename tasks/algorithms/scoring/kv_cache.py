@@ -69,7 +69,7 @@ class _Layer(QuantizedLayer):
 
 
 class Cached:
-    """A model that reads a text through a cache; a call returns `.logits` [1, length, vocabulary].
+    """A model that reads a text through a cache, as `tasks.algorithms.model.head` asks one.
 
     Args:
         model: one of transformers', with full attention.
@@ -105,12 +105,17 @@ class Cached:
         return _Quantised(layers=[_Layer(self.bits, axis, axis, self.group_size, self.residual) for _ in plain])
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, use_cache: bool = True) -> Any:
-        """Return the logits of one text [1, length], read through an empty cache; `self.cache` then holds it."""
-        self.cache, logits = self.empty(), []
+    def base_model(self, input_ids: Tensor, use_cache: bool = True) -> Any:
+        """Return `.last_hidden_state` of a text [1, length], read through an empty cache; `self.cache` then has it."""
+        self.cache, states = self.empty(), []
         for piece in beside(self.model, input_ids).split(self.residual, dim=1):  # [1, residual]
-            logits.append(self.model(input_ids=piece, past_key_values=self.cache, use_cache=True).logits)
-        return SimpleNamespace(logits=torch.cat(logits, dim=1))
+            seen = self.model.base_model(input_ids=piece, past_key_values=self.cache, use_cache=True)
+            states.append(seen.last_hidden_state)
+        return SimpleNamespace(last_hidden_state=torch.cat(states, dim=1))
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the model's own head."""
+        return self.model.get_output_embeddings()
 
 
 def held_bytes(cache: Cache) -> dict[str, int]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import checkpoints
+from tasks.algorithms.model import checkpoints, head
 from tasks.algorithms.model.device import beside
 from tasks.algorithms.scoring import perplexity, protocols, token_bytes
 from tasks.algorithms.scoring.protocols import Protocol, Window
@@ -127,7 +127,7 @@ def score(
     """Score prepared documents: the nats of each prediction that counts.
 
     Args:
-        model: anything whose call returns `.logits` [batch, length, vocabulary].
+        model: as for `tasks.algorithms.model.head.states`.
         batch: windows per forward pass; no effect on the result beyond rounding.
         saved: what it holds of an interrupted run with the same arguments is taken up.
     """
@@ -136,12 +136,11 @@ def score(
     if begun := saved.load("nll"):
         counts = [prepared.windows[at].stop - prepared.windows[at].first for at in order[: begun.values]]
         nll = dict(zip(order, begun.tensors["nll"].split(counts), strict=False))
-    with torch.no_grad():
-        for start in range(len(nll), len(order), batch):
-            part = order[start : start + batch]
-            nll |= zip(part, _nll(model, prepared, [prepared.windows[at] for at in part]), strict=True)
-            if saved.due():
-                saved.save("nll", {"nll": torch.cat(list(nll.values()))}, len(nll))
+    for start in range(len(nll), len(order), batch):
+        part = order[start : start + batch]
+        nll |= zip(part, _nll(model, prepared, [prepared.windows[at] for at in part]), strict=True)
+        if saved.due():
+            saved.save("nll", {"nll": torch.cat(list(nll.values()))}, len(nll))
     return Score(
         prepared.label,
         torch.cat([nll[at] for at in range(len(order))]),
@@ -159,10 +158,8 @@ def _nll(model: nn.Module, prepared: Prepared, windows: Sequence[Window]) -> lis
         row[: _width(window)] = prepared.ids[window.text][window.start : window.stop]
     ids = beside(model, ids)
     inputs = ids[:, : prepared.length]  # the last token of a window with a prefix is no input
-    logits = model(input_ids=inputs, use_cache=False).logits[:, : width - 1]  # [batch, width - 1, vocabulary]
-    # log p(x_t | x_<t): the logits at t - 1 predict the token at t; [batch, width - 1]
-    chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-    nll = -chosen.double().cpu()
+    # -log p(x_t | x_<t): the logits at t - 1 predict the token at t; [batch, width - 1], or a column that none reads
+    nll = head.nats(model, inputs, ids.roll(-1, dims=1)[:, : prepared.length]).double().cpu()
     # column k holds the token start + 1 + k: from `first` on they count, the padding behind `stop` doesn't
     return [row[w.first - w.start - 1 : w.stop - w.start - 1] for row, w in zip(nll, windows, strict=True)]
 

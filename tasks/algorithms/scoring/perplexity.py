@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import head
 from tasks.algorithms.model.device import beside
 from tasks.algorithms.scoring import token_stream
 
@@ -65,7 +66,7 @@ def token_nll(model: nn.Module, input_ids: Tensor, batch: int = 1) -> Tensor:
     """Return the negative log-likelihood (nats) of each predicted token.
 
     Args:
-        model: anything whose call returns `.logits` [batch, length, vocabulary].
+        model: as for `tasks.algorithms.model.head.states`.
         input_ids: [windows, length].
         batch: windows per forward pass; no effect on the result beyond rounding.
 
@@ -73,12 +74,9 @@ def token_nll(model: nn.Module, input_ids: Tensor, batch: int = 1) -> Tensor:
         float64 [windows, length - 1].
     """
     losses = []
-    with torch.no_grad():
-        for ids in beside(model, input_ids).split(batch):
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [batch, length - 1, vocabulary]
-            # log p(x_t | x_<t): the logits at t - 1 predict the token at t; [batch, length - 1, 1]
-            chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 1:].long().unsqueeze(-1))
-            losses.append(-chosen.squeeze(-1).double().cpu())
+    for ids in beside(model, input_ids).long().split(batch):
+        # -log p(x_t | x_<t): the logits at t - 1 predict the token at t, those of the last one nothing that is known
+        losses.append(head.nats(model, ids, ids.roll(-1, dims=1))[:, :-1].double().cpu())
     return torch.cat(losses)
 
 

@@ -10,10 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.algorithms.model import layers
+from tasks.algorithms.model import layers, rows
 from tasks.algorithms.pruning import depth_prune
 from tasks.algorithms.recovery import distillation, masked_lora
 from tests.support.pruned_llama import RECIPE, attach, prune
+from tests.support.stand_in import Says
+
+
+def said(logits: Tensor) -> distillation.Said:
+    return distillation.Said(logits.flatten(0, 1), Says(logits.shape[-1]))
 
 
 def test_distillation_is_the_hand_computed_divergence():
@@ -24,19 +29,21 @@ def test_distillation_is_the_hand_computed_divergence():
     root = math.sqrt(3.0)
     first = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     second = 0.5 * math.log(0.5 / (root / (1 + root))) + 0.5 * math.log(0.5 / (1 / (1 + root)))
-    got = distillation.token_losses(student, ids, teacher, 1.0, 2.0)
+    got = distillation.token_losses(said(student), ids, said(teacher), 1.0, 2.0)
     assert float(got.distilled) == float(got.loss) == pytest.approx(4 * (first + second) / 2, rel=1e-6)
     assert float(got.causal) == pytest.approx(math.log(2.0), rel=1e-6)
-    same = distillation.token_losses(teacher, ids, teacher, 0.5, 3.0)
+    same = distillation.token_losses(said(teacher), ids, said(teacher), 0.5, 3.0)
     assert float(same.distilled) == pytest.approx(0.0, abs=1e-7)
-    alone = distillation.token_losses(student, ids, None, 0.5, 3.0)
+    alone = distillation.token_losses(said(student), ids, None, 0.5, 3.0)
     assert float(alone.loss) == float(alone.causal) and math.isnan(alone.distilled)
 
 
 @pytest.mark.parametrize("weight", [None, 0.0, 0.3, 1.0])
 @pytest.mark.parametrize("chunk", [1, 40, 2**18])
-def test_token_losses_and_their_gradient_are_autograds_of_the_plain_formula(weight, chunk, monkeypatch):
+@pytest.mark.parametrize("largest", [1, 100, 2**23])
+def test_token_losses_and_their_gradient_are_autograds_of_the_plain_formula(weight, chunk, largest, monkeypatch):
     monkeypatch.setattr(distillation, "CHUNK", chunk)  # logits: one row, 3 rows, or all 15 at once
+    monkeypatch.setattr(rows, "LARGEST", largest)  # one row, 5 rows, all
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(13, (3, 5), generator=generator)
     student = (torch.randn(3, 5, 13, generator=generator) * 3).requires_grad_()
@@ -49,7 +56,7 @@ def test_token_losses_and_their_gradient_are_autograds_of_the_plain_formula(weig
         divergence = 1.7**2 * (p * (p / q).log()).sum(-1).mean()
         expected = (1 - weight) * causal + weight * divergence
     (2.5 * expected).backward()
-    got = distillation.token_losses(student, ids, teacher, weight or 0.0, 1.7)
+    got = distillation.token_losses(said(student), ids, None if teacher is None else said(teacher), weight or 0.0, 1.7)
     (2.5 * got.loss).backward()
     torch.testing.assert_close(got.loss.double(), expected.detach(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(got.causal.double(), causal.detach(), rtol=1e-6, atol=1e-7)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.scoring import likelihood, perplexity, protocols
 from tasks.models import dense_folder
 from tests.support.paths import ROOT, SHARED, STORIES, STORIES_TEXT
+from tests.support.stand_in import StandIn
 
 BUILT_IN = ROOT / "data/base_model/model"
 DOCUMENTS = ["The pump must stop.", "", "x", "It rained all day, and then some more.", "naïve 😀", "End"]
@@ -97,7 +97,7 @@ def test_joined_is_what_it_always_was(stride: int, loaded: tuple[Any, Any]) -> N
 
 @pytest.mark.parametrize("name", protocols.NAMES)
 def test_a_model_that_knows_nothing_has_the_vocabulary_s_size(name: str, loaded: tuple[Any, Any]) -> None:
-    uniform = lambda input_ids, use_cache: SimpleNamespace(logits=torch.zeros(*input_ids.shape, 96))  # noqa: E731
+    uniform = StandIn(96, lambda input_ids: torch.zeros(*input_ids.shape, 96))
     score = likelihood.score(uniform, likelihood.prepare(own(name), loaded[1], ["the tin " * 9]), 2)
     assert score.perplexity == pytest.approx(96, rel=1e-6)
     assert score.bits_per_byte == pytest.approx(math.log2(96), rel=1e-6)  # a token is a byte

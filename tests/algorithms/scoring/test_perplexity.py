@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +10,11 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.scoring import perplexity
 from tasks.models import dense_folder
 from tests.support.paths import STORIES, STORIES_TEXT
+from tests.support.stand_in import StandIn
 
 
 def uniform(vocabulary):
-    return lambda input_ids, use_cache: SimpleNamespace(logits=torch.full((*input_ids.shape, vocabulary), 0.7))
+    return StandIn(vocabulary, lambda input_ids: torch.full((*input_ids.shape, vocabulary), 0.7))
 
 
 @pytest.mark.parametrize("vocabulary", [2, 96, 50257])
@@ -23,10 +23,7 @@ def test_uniform_logits_give_the_vocabulary_size(vocabulary, make_windows):
 
 
 def test_a_model_that_knows_the_next_token_has_perplexity_one():
-    def oracle(input_ids, use_cache):
-        following = input_ids.roll(-1, dims=1)
-        return SimpleNamespace(logits=1000.0 * torch.nn.functional.one_hot(following, 96))
-
+    oracle = StandIn(96, lambda input_ids: 1000.0 * torch.nn.functional.one_hot(input_ids.roll(-1, dims=1), 96))
     assert perplexity.perplexity(oracle, torch.arange(40).reshape(2, 20)) == 1
 
 
@@ -77,7 +74,7 @@ def test_a_text_shorter_than_a_window_is_refused_with_both_counts():
 
 
 def test_nan_is_refused(make_windows):
-    broken = lambda input_ids, use_cache: SimpleNamespace(logits=torch.full((*input_ids.shape, 96), math.nan))  # noqa: E731
+    broken = StandIn(96, lambda input_ids: torch.full((*input_ids.shape, 96), math.nan))
     with pytest.raises(InputError, match="not finite"):
         perplexity.perplexity(broken, make_windows(1, 4))
 

@@ -1,0 +1,63 @@
+"""A model's head, applied to a few rows at a time: the logits of all tokens at once can take more than the model.
+
+Of 4,096 tokens they are 32 MiB at a vocabulary of 2,048 and 2 GiB at 128,256, and every loss makes copies of them. So
+the states after the final norm are computed first, then a few rows of logits at once (`rows`). Chunks move rounding
+only, if anything: a row of a matrix product has the same bits in a larger one, but for products of a few rows.
+
+No family here changes its logits after the head (a soft cap, a scale): what the head gives is what the model says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tasks.algorithms.model.rows import chunks
+
+
+def states(model: Any, input_ids: Tensor) -> Tensor:
+    """Return the head's inputs, [batch * length, hidden], for input_ids [batch, length].
+
+    Args:
+        model: a causal language model of transformers, or what has its `base_model` and `get_output_embeddings()`.
+    """
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def logits(model: Any, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, their logits [rows, vocabulary]) of the head's inputs [n, hidden], from the first to the last."""
+    head = model.get_output_embeddings()
+    for rows in chunks(len(hidden), head.out_features):
+        yield rows, head(hidden[rows])
+
+
+def nats(model: Any, input_ids: Tensor, following: Tensor) -> Tensor:
+    """Return the negative log-likelihood of the token that follows each, in float32: [batch, length].
+
+    Args:
+        model: as for `states`.
+        input_ids: int64 [batch, length].
+        following: int64 [batch, length].
+    """
+    targets, found = following.flatten().unsqueeze(1), []  # [batch * length, 1]
+    with torch.no_grad():
+        for rows, each in logits(model, states(model, input_ids)):
+            found.append(-torch.log_softmax(each.float(), dim=-1).gather(1, targets[rows]).squeeze(1))
+    return torch.cat(found).view(following.shape)
+
+
+def backward(model: nn.Module, input_ids: Tensor, loss: Callable[[slice, Tensor], Tensor]) -> None:
+    """Add the gradients of a loss that is a sum over rows to the weights (not to the head's), as `loss.backward()`.
+
+    Args:
+        input_ids: int64 [batch, length].
+        loss: called with rows of [batch * length] and their logits [rows, vocabulary]; returns the rows' share.
+    """
+    hidden = states(model, input_ids)
+    inputs = hidden.detach().requires_grad_()
+    for rows, each in logits(model, inputs):
+        loss(rows, each).backward()
+    hidden.backward(inputs.grad)
