@@ -1,6 +1,6 @@
 """How much memory and disk each stage needs: estimated from parameters and a model's sizes.
 
-In bytes; fp32 = 4 bytes per parameter, and each dense stage works in fp32:
+In bytes; fp32 = 4 bytes per parameter, and each dense stage works in fp32, with all of a model or block by block:
     memory of a stage = the libraries' own + the models it holds + its activations (`MEMORY`, one row per stage)
     disk = what the stages still to run write, twice: in the workspace and in DVC's cache (`DISK`)
 """
@@ -34,6 +34,16 @@ def problems(params: Params, model: ModelShape, todo: list[str]) -> Iterator[str
 def _dense(model: ModelShape) -> int:
     """Bytes of all weights in fp32."""
     return 4 * (model.in_blocks + model.outside)
+
+
+def _streamed(model: ModelShape) -> int:
+    """Bytes of a model whose blocks are in memory one at a time, in fp32."""
+    return 4 * (model.in_blocks // model.layers + model.outside)
+
+
+def _stored(model: ModelShape) -> int:
+    """Bytes of all weights as the checkpoint has them."""
+    return model.stored * (model.in_blocks + model.outside)
 
 
 def _backward(model: ModelShape, tokens: int) -> int:
@@ -82,21 +92,27 @@ def _eora_memory(params: Params, model: ModelShape) -> int:
     return 2 * _dense(model) + 2 * _boundary(params, model) + 4 * 8 * model.widest**2  # float64 eigenvectors
 
 
+def _depth_prune_memory(params: Params, model: ModelShape) -> int:
+    if params.depth_prune.schedule == "one_shot":
+        return _streamed(model)
+    return _dense(model) + _backward(model, params.calibrate.length)  # at most: some scores go block by block
+
+
 def _wanda_memory(params: Params, model: ModelShape) -> int:
-    return _dense(model) + _boundary(params, model) + 24 * model.hidden * model.mlp  # scores, sorted, their indices
+    return _streamed(model) + _boundary(params, model) + 24 * model.hidden * model.mlp  # scores, sorted, their indices
 
 
 MEMORY: dict[str, Callable[[Params, ModelShape], int]] = {
     "fetch": lambda params, model: 2 * model.stored * model.vocabulary * model.hidden,  # the embedding and a head
     "vocabulary": lambda params, model: _dense(model) + 3 * 4 * PROBE * model.vocabulary,
-    "calibrate": lambda params, model: _dense(model) + _boundary(params, model),
+    "calibrate": lambda params, model: _streamed(model) + _boundary(params, model),
     "importance": lambda params, model: 2 * _dense(model) + _backward(model, params.calibrate.length),  # and gradients
-    "depth_prune": lambda params, model: _dense(model) + _backward(model, params.calibrate.length),
+    "depth_prune": _depth_prune_memory,
     "wanda": _wanda_memory,
     "lora": _lora_memory,
     "gptq": _gptq_memory,
     "eora": _eora_memory,
-    "package": lambda params, model: 4 * model.in_blocks // model.layers + 4 * model.outside,  # block by block
+    "package": lambda params, model: _streamed(model),
     "baseline_lora": _lora_memory,
     "sensitivity": lambda params, model: _dense(model) + _boundary(params, model),
     "baseline": _gptq_memory,
@@ -116,10 +132,10 @@ def _quantised(params: Params, model: ModelShape) -> int:
 
 
 DISK: dict[str, Callable[[Params, ModelShape], int]] = {
-    "fetch": lambda params, model: model.stored * (model.in_blocks + model.outside),
-    "vocabulary": lambda params, model: model.stored * (model.in_blocks + model.outside),
-    "depth_prune": lambda params, model: _dense(model),
-    "wanda": lambda params, model: _dense(model),
+    "fetch": lambda params, model: _stored(model),
+    "vocabulary": lambda params, model: _stored(model),
+    "depth_prune": lambda params, model: _stored(model),
+    "wanda": lambda params, model: _stored(model),
     "lora": lambda params, model: _dense(model),
     "gptq": _quantised,
     "eora": _quantised,
