@@ -11,12 +11,12 @@ own. It judges nothing: limits and comparisons are the report's.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import checkpoints, masks
+from tasks.algorithms.model import checkpoints, layers, masks
 from tasks.algorithms.scoring import generation_failures, likelihood, protocols
 from tasks.models import dense_folder, model_files
 from tasks.runners import any_folder
@@ -44,7 +44,7 @@ TOGETHER = 8
 def run(stage: Stage) -> None:
     """Write metrics.json, documents.csv and completions.json."""
     folder, p = stage.model_in, stage.params.evaluate
-    model, tokenizer = any_folder.load_model(folder).to(stage.params.device), dense_folder.load_tokenizer(folder)
+    model, tokenizer = any_folder.load_or_stream(folder, stage.params.device), dense_folder.load_tokenizer(folder)
     protocol = protocols.protocol(p.protocol, p.length, p.stride)
     protocols.check_context(protocol, getattr(model.config, "max_position_embeddings", None))
     metrics = {
@@ -54,7 +54,7 @@ def run(stage: Stage) -> None:
         "perplexity": {},
         "bits_per_byte": {},
         "predictions": {},
-        **sparsity(any_folder.block_weights(model)),
+        **sparsity(weight for _, weight in any_folder.block_weights(model)),
         "parameters": dense_folder.parameter_count(model),
         "bytes": sizes(folder),
     }
@@ -100,18 +100,22 @@ def sizes(folder: Path) -> dict[str, int]:
     return {"total": model_files.stored_bytes(folder), **any_folder.component_bytes(folder)}
 
 
-def sparsity(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+def sparsity(weights: Iterable[torch.Tensor]) -> dict[str, Any]:
     """Zeros of the blocks' matrices, and how dense their densest group of consecutive inputs is.
 
     Args:
-        weights: module name -> [out_features, in_features].
+        weights: [out_features, in_features] each; one is looked at a time.
     """
-    parameters = sum(weight.numel() for weight in weights.values())
-    zeros = sum(int((weight == 0).sum()) for weight in weights.values())
-    densest = {}
-    for of in GROUPS:
-        fits = all(weight.shape[1] % of == 0 for weight in weights.values())
-        densest[str(of)] = max(masks.densest_group(weight, of) for weight in weights.values()) if fits else None
+    parameters, zeros, densest = 0, 0, dict.fromkeys(map(str, GROUPS), 0)
+    for weight in weights:
+        parameters += weight.numel()
+        zeros += int((weight == 0).sum())
+        for of in GROUPS:
+            before = densest[str(of)]
+            if before is None or weight.shape[1] % of:
+                densest[str(of)] = None
+            else:
+                densest[str(of)] = max(before, masks.densest_group(weight, of))
     return {"block_parameters": parameters, "zeros": zeros, "zero_fraction": zeros / parameters, "max_kept": densest}
 
 
@@ -161,7 +165,7 @@ def _continued(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: i
     # padded on the left and masked there, so that all continue in the same column; [prompts, width]
     ids = torch.tensor([[padding] * (width - len(one)) + one for one in given])
     mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in given])
-    with torch.no_grad():
+    with torch.no_grad(), layers.opening_themselves(model):
         full = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 
+from tasks.algorithms.model import streaming
 from tasks.algorithms.model.shape import ModelShape
 from tasks.algorithms.scoring import protocols
 from tasks.parameters import machine
@@ -71,7 +72,9 @@ def protocol(params: Params) -> protocols.Protocol:
 
 def _evaluate_memory(params: Params, model: ModelShape) -> int:
     tokens = params.evaluate.batch * protocol(params).length
-    return _dense(model) + 3 * 4 * tokens * model.vocabulary  # logits, their log-softmax, a copy
+    whole = _dense(model) <= streaming.WHOLE
+    weights = _dense(model) if whole else _streamed(model) + 4 * streaming.STATES
+    return weights + 3 * 4 * tokens * model.vocabulary  # logits, their log-softmax, a copy
 
 
 def _kv_cache_memory(params: Params, model: ModelShape) -> int:

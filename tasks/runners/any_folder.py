@@ -6,14 +6,16 @@ their code. gptqmodel takes seconds to import, and only its own folders pay for 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tasks.algorithms.model import families
-from tasks.models import dense_folder, model_files, tensor_headers
+from tasks.algorithms.model import families, layers, streaming
+from tasks.models import dense_folder, model_files, streamed_folder, tensor_headers
 from tasks.packed import packed_folder, reader, sizes
 from tasks.packed.packed_linear import PackedLinear
 
@@ -33,6 +35,19 @@ def load_model(folder: Path) -> PreTrainedModel:
     return dense_folder.load_dense(folder)
 
 
+def load_or_stream(folder: Path, device: str) -> PreTrainedModel:
+    """The model as `load_model` gives it, on a device; blocks of a dense one above `streaming.WHOLE` stay on disk.
+
+    Raises:
+        InputError: a file is damaged, or a dense model's weights aren't those of its config.
+    """
+    if not packed_folder.is_packed(folder) and not model_files.is_quantised(folder):
+        weights = sum(math.prod(entry.shape) for entry in tensor_headers.entries(folder).values())
+        if 4 * weights > streaming.WHOLE:
+            return streamed_folder.open_dense(folder, device)
+    return load_model(folder).to(device)
+
+
 def config(folder: Path) -> dict[str, Any]:
     """The model's config.json, wherever the folder has it.
 
@@ -42,14 +57,17 @@ def config(folder: Path) -> dict[str, Any]:
     return packed_folder.config(folder) if packed_folder.is_packed(folder) else dense_folder.config(folder)
 
 
-def block_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Full module name -> float32 [out_features, in_features], dequantised, of the blocks; without adapter."""
-    linears = families.block_linears(model)
-    if all(isinstance(linear, (nn.Linear, PackedLinear)) for linear in linears.values()):
-        return {name: linear.weight.detach().float() for name, linear in linears.items()}
+def block_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(full module name, float32 [out_features, in_features]) of the blocks' linears, dequantised, without adapter."""
+    linears = families.linears_by_block(model)
+    if all(isinstance(linear, (nn.Linear, PackedLinear)) for block in linears for linear in block.values()):
+        for block, inside in zip(families.blocks(model), linears, strict=True):
+            with layers.opened(block):
+                yield from ((name, linear.weight.detach().float()) for name, linear in inside.items())
+        return
     from tasks.models import gptq_folder
 
-    return gptq_folder.block_weights(model)
+    yield from gptq_folder.block_weights(model).items()
 
 
 def component_bytes(folder: Path) -> dict[str, int]:

@@ -86,7 +86,7 @@ def counted(chain: Chain, stage: str, ours: Chain) -> Mapping[str, Any]:
     """Counts of a stage's model against wanda's masks of `ours`, and its perplexities."""
     folder = chain.output(stage)
     keep, pattern = mask_files.load_masks(ours.output("wanda") / "masks.safetensors")
-    weights = any_folder.block_weights(any_folder.load_model(folder / "model"))
+    weights = dict(any_folder.block_weights(any_folder.load_model(folder / "model")))
     perplexity = chain.perplexity(stage)
     return {
         **count(weights, keep, pattern),
@@ -110,7 +110,7 @@ def zeroed(ours: Chain) -> Mapping[str, Any]:
     folder = ours.derive("stock-gptq-zeroed", {"model": source, "masks": mask_file}, make)
     perplexity = ours.measure(folder)
     return {
-        **count(any_folder.block_weights(dense_folder.load_dense(folder)), keep, pattern),
+        **count(dict(any_folder.block_weights(dense_folder.load_dense(folder))), keep, pattern),
         "ppl_test": perplexity["test"],
         "ppl_ood": perplexity["test_ood"],
     }

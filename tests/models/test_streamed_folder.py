@@ -92,6 +92,16 @@ def test_a_block_is_in_memory_while_it_is_open_and_no_longer(model_folder):
         assert torch.equal(matrix.weight, before) and before.any()
 
 
+def test_blocks_that_open_themselves_serve_the_models_own_forward(model_folder, make_windows):
+    whole, streamed = dense_folder.load_dense(model_folder), streamed_folder.open_dense(model_folder)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with layers.opening_themselves(whole), layers.opening_themselves(streamed):
+        texts = [model.generate(make_windows(2, 6), **options).tolist() for model in (whole, streamed)]
+    assert texts[0] == texts[1]
+    assert len(skeleton.missing(streamed)) == 4 * 9
+    assert not any("forward" in vars(block) for block in families.blocks(streamed))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_is_the_stored_model(kind, make_folder, tmp_path):
     folder, out = make_folder(**KINDS[kind]), {name: tmp_path / name for name in ("opened", "copied", "stock")}

@@ -96,7 +96,7 @@ def test_it_fills_the_bytes_of_the_package(run, limit, changed):
 def test_nothing_is_pruned_and_the_embedding_is_coded(run, given):
     folder = run(60_000)
     dense, plain = dense_folder.load_dense(given.dense), any_folder.load_model(folder / "model")
-    for name, weight in any_folder.block_weights(plain).items():
+    for name, weight in any_folder.block_weights(plain):
         original = dense.get_submodule(name).weight.detach()
         assert float((weight - original).norm() / original.norm()) < 0.6
     assert all(linear.keep is None for _, block in reader.stream(folder / "model") for linear in block.values())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tasks import evaluate
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families
+from tasks.algorithms.model import families, streaming
 from tasks.algorithms.scoring import generation_failures
 from tasks.models import dense_folder, model_files, tensor_headers
 from tasks.models.tokenizer_files import copy_tokenizer
@@ -134,7 +134,7 @@ def test_sparsity_as_a_loop_counts_it(columns: int, measured: tuple[int, ...]) -
     draw = torch.Generator().manual_seed(columns)
     weights = {name: torch.rand(5, columns, generator=draw) for name in "ab"}
     weights = {name: weight * (torch.rand(5, columns, generator=draw) < 0.3) for name, weight in weights.items()}
-    found = evaluate.sparsity(weights)
+    found = evaluate.sparsity(weights.values())
     zeros = sum(value == 0 for weight in weights.values() for row in weight.tolist() for value in row)
     assert (found["block_parameters"], found["zeros"]) == (2 * 5 * columns, zeros)
     assert found["zero_fraction"] == zeros / (10 * columns)
@@ -145,8 +145,8 @@ def test_sparsity_as_a_loop_counts_it(columns: int, measured: tuple[int, ...]) -
 
 def test_sparsity_of_a_2_of_4_pattern_and_of_a_dense_matrix() -> None:
     two_of_four = torch.ones(3, 8) * torch.tensor([1.0, 0, 0, 1] * 2)
-    assert evaluate.sparsity({"a": two_of_four})["max_kept"]["4"] == 2
-    assert evaluate.sparsity({"a": two_of_four, "b": torch.ones(3, 8)})["max_kept"]["4"] == 4
+    assert evaluate.sparsity([two_of_four])["max_kept"]["4"] == 2
+    assert evaluate.sparsity([two_of_four, torch.ones(3, 8)])["max_kept"]["4"] == 4
 
 
 def test_completions_are_the_greedy_ones(model_folder: Path) -> None:
@@ -250,3 +250,21 @@ def test_a_packed_model_is_measured_as_its_original(stage, model_folder: Path, t
     found, expected = (json.loads(each.output("metrics.json").read_text()) for each in (other, stage))
     assert found.pop("bytes")["total"] == on_disk(folder)
     assert {**expected, "model": "package", "bytes": None} == {**found, "bytes": None}
+
+
+@pytest.mark.parametrize("protocol", [{}, {"stride": 5}, {"protocol": "rolling"}])
+@pytest.mark.parametrize("states", [2**26, 2 * 2 * 16 * 32, 1])  # all batches at once, two, one
+def test_a_model_that_stays_on_disk_has_the_same_bytes(
+    protocol, states, stage, make_stage, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "STATES", states)
+    settings = json.loads((model_folder / "tokenizer_config.json").read_text())
+    (model_folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "\n"}))  # rolling begins so
+    params = {"evaluate": {**PARAMS, "max_windows": 7, **protocol}}
+    written = []
+    for out, largest in (("whole", 2**31), ("streamed", 0)):
+        monkeypatch.setattr(streaming, "WHOLE", largest)
+        each = make_stage(params, stage.places, out=out, item="wanda")
+        evaluate.run(each)
+        written.append({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()})
+    assert len(written[0]) == 3 and written[0] == written[1]

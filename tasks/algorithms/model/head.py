@@ -9,12 +9,13 @@ No family here changes its logits after the head (a soft cap, a scale): what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tasks.algorithms.model import families, layers
 from tasks.algorithms.model.rows import chunks
 
 
@@ -25,6 +26,16 @@ def states(model: Any, input_ids: Tensor) -> Tensor:
         model: a causal language model of transformers, or what has its `base_model` and `get_output_embeddings()`.
     """
     return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def states_of(model: Any, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield `states` of each batch; a model whose blocks are kept elsewhere opens each block once for all batches."""
+    if not layers.kept_elsewhere(model):
+        yield from (states(model, input_ids) for input_ids in batches)
+        return
+    norm = model.get_submodule(families.of_model(model).final_norm)
+    for hidden in layers.carry(model, batches):
+        yield norm(hidden).flatten(0, 1)
 
 
 def logits(model: Any, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -42,11 +53,17 @@ def nats(model: Any, input_ids: Tensor, following: Tensor) -> Tensor:
         input_ids: int64 [batch, length].
         following: int64 [batch, length].
     """
-    targets, found = following.flatten().unsqueeze(1), []  # [batch * length, 1]
-    with torch.no_grad():
-        for rows, each in logits(model, states(model, input_ids)):
+    return next(nats_of(model, [(input_ids, following)]))
+
+
+@torch.no_grad()
+def nats_of(model: Any, batches: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """Yield `nats` of each (input_ids, following); where blocks are kept elsewhere, each is opened once for all."""
+    for said, (_, following) in zip(states_of(model, [ids for ids, _ in batches]), batches, strict=True):
+        targets, found = following.flatten().unsqueeze(1), []  # [batch * length, 1]
+        for rows, each in logits(model, said):
             found.append(-torch.log_softmax(each.float(), dim=-1).gather(1, targets[rows]).squeeze(1))
-    return torch.cat(found).view(following.shape)
+        yield torch.cat(found).view(following.shape)
 
 
 def backward(model: nn.Module, input_ids: Tensor, loss: Callable[[slice, Tensor], Tensor]) -> None:

@@ -8,7 +8,7 @@ has its weights while it is open, and whoever reads them, forward passes too, op
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from tasks.algorithms.model.matrices import Matrix
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a block after its hidden states: masks, position embeddings, …"""
 
-STORED = "stored"
+STORED = "stored_weights"
 """The attribute of a block whose weights are kept elsewhere: called with the block, a context in which it has them."""
 
 
@@ -30,6 +30,34 @@ def opened(block: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within this context the block has its weights; that of an ordinary model always has them."""
     stored = getattr(block, STORED, None)
     return contextlib.nullcontext() if stored is None else stored(block)
+
+
+def kept_elsewhere(model: Any) -> bool:
+    """Whether a block of the model has to be opened for a forward pass."""
+    return isinstance(model, nn.Module) and any(hasattr(module, STORED) for module in model.modules())
+
+
+@contextlib.contextmanager
+def opening_themselves(model: nn.Module) -> Iterator[None]:
+    """Within this context the model's own forward opens each block when it comes to it: all of them for each token."""
+    kept = [module for module in model.modules() if hasattr(module, STORED)] if kept_elsewhere(model) else []
+
+    def opening(block: nn.Module) -> Callable[..., Any]:
+        own = block.forward
+
+        def forward(*positional: Any, **named: Any) -> Any:
+            with opened(block):
+                return own(*positional, **named)
+
+        return forward
+
+    try:
+        for block in kept:
+            block.forward = opening(block)
+        yield
+    finally:
+        for block in kept:
+            vars(block).pop("forward", None)
 
 
 @dataclass
@@ -97,14 +125,38 @@ def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> T
     Raises:
         InputError: the model's family isn't supported.
     """
-    hidden, calls = _enter(model, input_ids, batch)
+    entered, calls = _enter(model, input_ids.split(batch))
+    hidden = torch.cat(entered)
+    del entered
     for index, block in enumerate(families.blocks(model)):
-        inputs = BlockInputs(hidden, calls[index], batch)
+        inputs = BlockInputs(hidden, {windows: call for (windows, _), call in calls[index].items()}, batch)
         with opened(block):
             visit(index, block, inputs)
             # after the visit, so that the next block gets what the changed weights give; [batch, length, hidden]
             for where, output in inputs.outputs(block):
                 hidden[where] = output
+    return hidden
+
+
+def carry(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+    """Run all batches through one block after another, so that each block is opened once.
+
+    Args:
+        model: as for `walk`.
+        batches: token ids [batch, length], each of its own size.
+
+    Returns:
+        The last block's outputs of each, [batch, length, hidden], before the final norm.
+
+    Raises:
+        InputError: the model's family isn't supported.
+    """
+    hidden, calls = _enter(model, batches)
+    for index, block in enumerate(families.blocks(model)):
+        with opened(block), torch.no_grad():
+            for at, states in enumerate(hidden):
+                positional, named = calls[index][states.shape[0], states.shape[1]]
+                hidden[at] = block(states, *positional, **named)
     return hidden
 
 
@@ -158,19 +210,19 @@ def input_statistics(
     return statistics
 
 
-def _enter(model: nn.Module, input_ids: Tensor, batch: int) -> tuple[Tensor, list[dict[int, Call]]]:
-    """Return the first block's inputs [windows, length, hidden], and each block's other arguments by batch size.
+def _enter(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[tuple[int, int], Call]]]:
+    """Return each batch's input of the first block, and each block's other arguments by (windows, length) of a batch.
 
     The model's own forward runs with blocks that hand their input on and note how they were called: blocks of one model
-    can get different masks (sliding windows). Windows are equally long, so the arguments depend on the batch size only.
+    can get different masks (sliding windows). All tokens count, so the arguments depend on a batch's sizes only.
     """
     blocks = families.blocks(model)
-    calls: list[dict[int, Call]] = [{} for _ in blocks]
+    calls: list[dict[tuple[int, int], Call]] = [{} for _ in blocks]
     entered: list[Tensor] = []
 
     def stand_in(index: int) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
-            calls[index].setdefault(len(hidden_states), (positional, named))
+            calls[index].setdefault((hidden_states.shape[0], hidden_states.shape[1]), (positional, named))
             if index == 0:
                 entered.append(hidden_states)
             return hidden_states
@@ -182,11 +234,11 @@ def _enter(model: nn.Module, input_ids: Tensor, batch: int) -> tuple[Tensor, lis
         for index, block in enumerate(blocks):
             block.forward = stand_in(index)
         with torch.no_grad():
-            for ids in beside(model, input_ids).split(batch):
-                model.base_model(input_ids=ids, use_cache=False)
+            for ids in batches:
+                model.base_model(input_ids=beside(model, ids), use_cache=False)
     finally:
         for block, forward in zip(blocks, forwards, strict=True):
             del block.forward
             if forward is not None:
                 block.forward = forward
-    return torch.cat(entered), calls
+    return entered, calls

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import checkpoints, head
+from tasks.algorithms.model import checkpoints, head, layers, streaming
 from tasks.algorithms.model.device import beside
+from tasks.algorithms.model.shape import shape_of_model
 from tasks.algorithms.scoring import perplexity, protocols, token_bytes
 from tasks.algorithms.scoring.protocols import Protocol, Window
 
@@ -136,9 +137,10 @@ def score(
     if begun := saved.load("nll"):
         counts = [prepared.windows[at].stop - prepared.windows[at].first for at in order[: begun.values]]
         nll = dict(zip(order, begun.tensors["nll"].split(counts), strict=False))
-    for start in range(len(nll), len(order), batch):
-        part = order[start : start + batch]
-        nll |= zip(part, _nll(model, prepared, [prepared.windows[at] for at in part]), strict=True)
+    together = batch * _batches_together(model, batch * prepared.length)
+    for start in range(len(nll), len(order), together):
+        part = order[start : start + together]
+        nll |= zip(part, _nll(model, prepared, [prepared.windows[at] for at in part], batch), strict=True)
         if saved.due():
             saved.save("nll", {"nll": torch.cat(list(nll.values()))}, len(nll))
     return Score(
@@ -150,18 +152,33 @@ def score(
     )
 
 
-def _nll(model: nn.Module, prepared: Prepared, windows: Sequence[Window]) -> list[Tensor]:
+def _batches_together(model: nn.Module, tokens: int) -> int:
+    """Return how many batches of so many tokens go through a block while it is open; one where all of them are."""
+    if not layers.kept_elsewhere(model):
+        return 1
+    return max(1, streaming.STATES // (tokens * shape_of_model(model).hidden))
+
+
+def _nll(model: nn.Module, prepared: Prepared, windows: Sequence[Window], batch: int) -> list[Tensor]:
     """Return the nats of the counted predictions of windows sorted by falling length: float64 [stop - first] each."""
-    width = _width(windows[0])
-    ids = torch.zeros(len(windows), width, dtype=torch.int64)  # [batch, width], padded by 0 at the end
+    batches, found = [windows[start : start + batch] for start in range(0, len(windows), batch)], []
+    given = [_inputs(model, prepared, several) for several in batches]
+    for several, each in zip(batches, head.nats_of(model, given), strict=True):
+        nll = each.double().cpu()
+        # column k holds the token start + 1 + k: from `first` on they count, the padding behind `stop` doesn't
+        found += [row[w.first - w.start - 1 : w.stop - w.start - 1] for row, w in zip(nll, several, strict=True)]
+    return found
+
+
+def _inputs(model: nn.Module, prepared: Prepared, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    """Return what the model gets of a batch, and the tokens that follow: int64 [batch, length] each, padded by 0."""
+    ids = torch.zeros(len(windows), _width(windows[0]), dtype=torch.int64)  # [batch, width]
     for row, window in zip(ids, windows, strict=True):
         row[: _width(window)] = prepared.ids[window.text][window.start : window.stop]
     ids = beside(model, ids)
-    inputs = ids[:, : prepared.length]  # the last token of a window with a prefix is no input
-    # -log p(x_t | x_<t): the logits at t - 1 predict the token at t; [batch, width - 1], or a column that none reads
-    nll = head.nats(model, inputs, ids.roll(-1, dims=1)[:, : prepared.length]).double().cpu()
-    # column k holds the token start + 1 + k: from `first` on they count, the padding behind `stop` doesn't
-    return [row[w.first - w.start - 1 : w.stop - w.start - 1] for row, w in zip(nll, windows, strict=True)]
+    # -log p(x_t | x_<t): the logits at t - 1 predict the token at t; the last column may be one that none reads.
+    # The last token of a window with a prefix is no input.
+    return ids[:, : prepared.length], ids.roll(-1, dims=1)[:, : prepared.length]
 
 
 def _width(window: Window) -> int:

@@ -30,6 +30,16 @@ def test_a_walk_that_changes_nothing_is_the_forward(architecture, config, make_m
     assert torch.equal(model.base_model.norm(last), own.last_hidden_state)
 
 
+@pytest.mark.parametrize(("architecture", "config"), MODELS)
+def test_batches_of_any_size_are_carried_as_the_forward_runs_them(architecture, config, make_model, make_windows):
+    model = make_model(architecture, **config)
+    batches = [make_windows(*size) for size in ((3, 12), (1, 12), (3, 7), (2, 3), (3, 12))]
+    found = layers.carry(model, batches)
+    for ids, last in zip(batches, found, strict=True):
+        own = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        assert torch.equal(model.base_model.norm(last), own)
+
+
 def test_sliding_windows_matter_in_these_models(make_model, make_windows):
     ids = make_windows(1, 12)
     full, windowed = make_model("Qwen2ForCausalLM"), make_model("Qwen2ForCausalLM", **WINDOWED)
