@@ -10,6 +10,7 @@ mapped beside the weights; gaps that glibc leaves between what is kept for a bac
 
 from __future__ import annotations
 
+import bisect
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -209,16 +210,46 @@ def memory(params: Params, model: ModelShape, todo: list[str]) -> dict[str, int]
 
 
 def _memory_problems(params: Params, model: ModelShape, todo: list[str]) -> Iterator[str]:
-    needs = memory(params, model, todo)
-    if not needs:
-        return
-    greedy = max(needs, key=lambda name: needs[name])
-    available = available_memory()
-    if needs[greedy] > available:
+    needs, available = memory(params, model, todo), available_memory()
+    said: set[str | None] = set()  # what helps one stage helps those that need less of the same
+    for name in sorted(needs, key=lambda name: -needs[name]):
+        if needs[name] <= available or REMEDIES.get(name) in said:
+            continue
+        said.add(REMEDIES.get(name))
         yield (
-            f"{greedy} needs about {_size(needs[greedy])} of memory, {_size(available)} are available;"
-            f" end other programs, lower its batch, length or windows, or take a smaller model"
+            f"{name} needs about {_size(needs[name])} of memory, {_size(available)} are available;"
+            f" {_remedy(params, model, REMEDIES.get(name), todo, available)}end other programs, or take a smaller model"
         )
+
+
+REMEDIES = {
+    "calibrate": "calibrate.windows",
+    "importance": "calibrate.length",
+    "wanda": "calibrate.windows",
+    "lora": "lora.batch",
+    "gptq": "calibrate.windows",
+    "eora": "calibrate.windows",
+    "baseline_lora": "lora.batch",
+    "baseline": "calibrate.windows",
+    "evaluate": "evaluate.batch",
+    "harness": "harness.batch",
+}
+"""The parameter with which a stage's memory falls most, where there is one."""
+
+
+def _remedy(params: Params, model: ModelShape, parameter: str | None, todo: list[str], available: int) -> str:
+    """The largest value with which all stages of this parameter fit, to begin a sentence; empty where none does."""
+    if parameter is None:
+        return ""
+    section, _, key = parameter.partition(".")
+    own, stages = getattr(params, section), [name for name in todo if REMEDIES.get(name) == parameter]
+
+    def fits(value: int) -> bool:
+        tried = params.model_copy(update={section: own.model_copy(update={key: value})})
+        return max(memory(tried, model, stages).values()) <= available
+
+    at = bisect.bisect_left(range(1, getattr(own, key)), True, key=lambda value: not fits(value))
+    return f"lower {parameter} to {at}, " if at else ""
 
 
 def _disk_problems(params: Params, model: ModelShape, todo: list[str]) -> Iterator[str]:
