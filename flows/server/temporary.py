@@ -26,7 +26,7 @@ from flows import processes
 from flows.server import settings
 from tasks.algorithms.errors import InputError
 from tasks.cli import dispatch
-from tasks.runtime import lean
+from tasks.runtime import lean, refusals
 
 HOST = "127.0.0.1"
 LOG = "server.log"
@@ -110,9 +110,7 @@ def new_log() -> Path:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_bytes(b"")
     except OSError as error:
-        from tasks.runtime import failures  # imports DVC, for which neither a server nor its start waits
-
-        why = failures.DISK.get(error.errno, error.strerror)
+        why = refusals.DISK.get(error.errno, error.strerror)
         raise InputError(f"cannot write {log.parent}, where Prefect keeps its state: {why}") from error
     return log
 

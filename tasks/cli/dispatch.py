@@ -20,7 +20,7 @@ from tasks.algorithms.errors import InputError
 from tasks.cli import account, exit_codes, project, quiet
 from tasks.cli.commands import COMMANDS, GROUPS, Command
 from tasks.parameters import parameter_file
-from tasks.runtime import lean
+from tasks.runtime import lean, refusals
 
 ERROR = "error: "
 """Begins each line of an error; the flow finds a stage's own sentence by it."""
@@ -74,9 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print_error(error)
     except Exception as error:
-        if (command and command.told) or not _is_refusal(error):
+        refused = refusals.sentence(error, "a file or its own output")
+        if (command and command.told) or not (refused or _is_refusal(error)):
             raise
-        print_error(parameter_file.told(error) or " ".join(str(error).split()))
+        print_error(parameter_file.told(error) or refused or " ".join(str(error).split()))
         try:
             sys.stdout.flush()  # what the command has said
         except OSError:  # it was stdout's own, such as a full disk

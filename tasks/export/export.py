@@ -11,11 +11,15 @@ written where anything fails. It trains and repairs nothing.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import importlib
 import importlib.metadata
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,8 @@ FORMATS = {
 }
 """Name -> (module, its function, the package that defines the format)."""
 REPORT = "export.json"
+SCRATCH = ".export"
+"""Ends the name of the folder in which an export is made."""
 _SAME = {"values": ("positions", "blocks")}
 """Component of an export -> those of a source that are the same matter: where kept weights are; dense matrices."""
 _PROMPTS, _PROMPT, _NEW = 20, 16, 40
@@ -68,8 +74,8 @@ def export(folder: Path, kind: str, out: Path, text: Path | None = None) -> dict
         _need(_ENGINES[module.__name__], f"checking {kind}")
     windows, prompts = _check_data(folder, text) if text else ([], [])
     source = source_model.read(folder)
-    with _scratch(out.parent) as scratch:
-        written = Path(scratch) / "model"
+    with _scratch(out) as scratch:
+        written = scratch / "model"
         written.mkdir()
         changes = getattr(module, function)(source, written)
         report = {"format": kind, "written_with": f"{engine} {importlib.metadata.version(engine)}"}
@@ -78,6 +84,8 @@ def export(folder: Path, kind: str, out: Path, text: Path | None = None) -> dict
         if text:
             report["check"] = check(folder, written, windows, prompts)
         files.write_json(written / REPORT, report)
+        for path in (*written.rglob("*"), written):
+            files.sync(path)
         if out.exists():
             out.rmdir()
         os.replace(written, out)
@@ -145,12 +153,33 @@ def _missing(what: str, package: str | None) -> str:
     return f"{what} needs the package {package}, which isn't installed: pip install {way_out}"
 
 
-def _scratch(folder: Path) -> tempfile.TemporaryDirectory:
+@contextlib.contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """A folder beside `out` for as long as this process writes to it; what a killed one left of it is removed."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=folder, prefix=".export")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for left in out.parent.glob(f".{glob.escape(out.name)}.*{SCRATCH}"):
+            with contextlib.suppress(OSError), _held(left):  # else another process is writing to it
+                shutil.rmtree(left)
+        scratch = Path(tempfile.mkdtemp(SCRATCH, f".{out.name}.", out.parent))
     except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}): name another folder") from error
+        raise InputError(f"cannot write to {out.parent} ({error.strerror}): name another folder") from error
+    with _held(scratch):
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes; a BlockingIOError where one holds it. A kill lets it go."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _check_data(folder: Path, text: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -15,6 +15,7 @@ https://onnxruntime.ai/docs/genai, and the operators' contract: docs/ContribOper
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import math
 import shutil
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
@@ -33,6 +35,8 @@ from tasks.export import source_model
 from tasks.export.source_model import Change, Source
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed.stored_model import Linear
+from tasks.runners import onnx_runtime  # noqa: F401  before ONNX Runtime
+from tasks.runtime import refusals
 
 MODEL = "model.onnx"
 CONFIG = "genai_config.json"
@@ -157,13 +161,29 @@ def _draw(source: Source, scratch: Path, fused: bool, merged: bool, shared: bool
     options = [f"fuse_qkv={str(fused).lower()}", "hf_token=false"]
     options += ["shared_embeddings=true"] if shared and source.head is None else []
     names = ("", str(dense), str(drawn), "fp32", "cpu", str(scratch / "cache"))
-    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+    with _written_by_python(), contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         try:
             create_model(*names, **parse_extra_options(*names, options))
         except Exception as error:  # it refuses a model with whatever its parts raise
+            if refusals.number(error) in refusals.DISK:
+                raise
             what = ", ".join(source.config.get("architectures", []))
             raise InputError(f"ONNX Runtime GenAI can't draw {what} ({str(error)[:200]}): export to gguf") from error
     return drawn / MODEL
+
+
+@contextlib.contextmanager
+def _written_by_python() -> Iterator[None]:
+    """Let onnx_ir (1.1.0) write a tensor's bytes by Python, which says where the disk doesn't take them.
+
+    Else it calls numpy's `tofile` (2.2.6), which says nothing of the last bytes and names no cause of the others.
+    """
+    before = onnx_ir._core._supports_fileno
+    onnx_ir._core._supports_fileno = lambda _: False
+    try:
+        yield
+    finally:
+        onnx_ir._core._supports_fileno = before
 
 
 def _products(index: int, block: dict[str, Linear], fused: bool) -> Iterator[tuple[str, list[Linear]]]:
@@ -306,6 +326,8 @@ class _Graph:
         for repeated, values in (("node", nodes), ("initializer", tensors), ("value_info", ())):
             del getattr(self.graph, repeated)[:]
             getattr(self.graph, repeated).extend(values)
+        # the builder (0.18.0) adds the commit of the repository that it is installed in: this project's, say
+        self.model.producer_version = importlib.metadata.version("onnxruntime-genai")
         large = sum(len(tensor.raw_data) for tensor in tensors) > _ONE_FILE
         onnx.save_model(
             self.model, folder / MODEL, save_as_external_data=large, location=f"{MODEL}.data", size_threshold=1024

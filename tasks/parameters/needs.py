@@ -1,25 +1,38 @@
 """How much memory and disk each stage needs: estimated from parameters and a model's sizes.
 
-In bytes; fp32 = 4 bytes per parameter, and each dense stage works in fp32, with all of a model or block by block:
+In bytes; fp32 = 4 bytes per parameter, and each dense stage works in fp32, with a whole model or block by block:
     memory of a stage = the libraries' own + the models it holds + its activations (`MEMORY`, one row per stage)
     disk = what the stages still to run write, twice: in the workspace and in DVC's cache (`DISK`)
+
+tests/parameters/test_needs.py holds the first to what stages are measured to take. While a model is loaded its file is
+mapped beside the weights; gaps that glibc leaves between what is kept for a backward pass (`KEPT`) were measured.
 """
 
 from __future__ import annotations
 
+import bisect
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from tasks.algorithms.model import streaming
+from tasks.algorithms.model import rows, streaming
 from tasks.algorithms.model.shape import ModelShape
-from tasks.algorithms.scoring import protocols
+from tasks.algorithms.scoring import batches, protocols
 from tasks.parameters import machine
 from tasks.parameters.schema import Params
 
 LIBRARIES = 700 * 2**20
 """Bytes that a process holds after importing torch, transformers and gptqmodel."""
-ACTIVATIONS = (16, 4)
+ACTIVATIONS = (9, 4)
 """Values kept for a backward pass per token and layer, in units of the hidden and of the MLP size."""
+KEPT = {True: 1.3, False: 1.9}
+"""What they take of memory, gaps included, by whether the adapters are masked: plain ones make more that is dropped."""
+BATCH = 4
+"""Windows of calibration per forward pass."""
+QUANTISER = 80 * 2**20
+"""Bytes that gptqmodel holds beside models and Hessians, whatever their size."""
+BYTES_PER_TOKEN = 3
+"""Of a text, at least: what the longest document is taken for before it is tokenised."""
 PROBE = 128
 """Tokens on which stage vocabulary compares the logits of both models."""
 UNLIMITED = 2048
@@ -37,20 +50,34 @@ def _dense(model: ModelShape) -> int:
     return 4 * (model.in_blocks + model.outside)
 
 
-def _streamed(model: ModelShape) -> int:
-    """Bytes of a model whose blocks are in memory one at a time, in fp32."""
-    return 4 * (model.in_blocks // model.layers + model.outside)
-
-
 def _stored(model: ModelShape) -> int:
-    """Bytes of all weights as the checkpoint has them."""
+    """Bytes of all weights in their file."""
     return model.stored * (model.in_blocks + model.outside)
 
 
+def _loaded(model: ModelShape, working: int = 0) -> int:
+    """Bytes at the peak of a stage that loads a model, and then needs `working` beside it."""
+    return _dense(model) + max(_stored(model), working)
+
+
+def _streamed(model: ModelShape, working: int = 0) -> int:
+    """Bytes at the peak of a stage that has one block in memory at a time, and needs `working` beside it."""
+    return 4 * (model.in_blocks // model.layers + model.outside) + working
+
+
+def _logits(model: ModelShape, tokens: int, copies: int = 3) -> int:
+    """Bytes of the logits that are held at once, and of what is made of them."""
+    return copies * 4 * rows.chunks(tokens, model.vocabulary)[0].stop * model.vocabulary
+
+
+def _forward(model: ModelShape, tokens: int) -> int:
+    """Bytes that a forward pass over `tokens` tokens holds in a block."""
+    return 4 * tokens * sum(each * size for each, size in zip(ACTIVATIONS, (model.hidden, model.mlp), strict=True))
+
+
 def _backward(model: ModelShape, tokens: int) -> int:
-    """Bytes that a backward pass over `tokens` tokens keeps: activations of each layer, logits, gradient."""
-    per_hidden, per_mlp = ACTIVATIONS
-    return 4 * tokens * (model.layers * (per_hidden * model.hidden + per_mlp * model.mlp) + 3 * model.vocabulary)
+    """Bytes that a backward pass over `tokens` tokens keeps of all layers."""
+    return model.layers * _forward(model, tokens)
 
 
 def _boundary(params: Params, model: ModelShape) -> int:
@@ -58,11 +85,14 @@ def _boundary(params: Params, model: ModelShape) -> int:
     return 2 * 4 * params.calibrate.windows * params.calibrate.length * model.hidden
 
 
-def _lora_memory(params: Params, model: ModelShape) -> int:
+def _lora_memory(params: Params, model: ModelShape, masked: bool = True) -> int:
     own = params.lora
     taught = own.distillation.weight > 0 or own.distillation.hidden > 0 or own.method == "block_reconstruction"
     models = 2 if taught else 1  # student; teacher
-    return models * _dense(model) + 4 * model.in_blocks + models * _backward(model, own.batch * own.length)
+    summed = 4 * model.in_blocks if masked else 0  # each weight with its adapter
+    tokens = own.batch * own.length
+    working = int(KEPT[masked] * (summed + _backward(model, tokens))) + _logits(model, tokens, 4)
+    return models * _dense(model) + max(_stored(model), working)
 
 
 def protocol(params: Params) -> protocols.Protocol:
@@ -72,52 +102,86 @@ def protocol(params: Params) -> protocols.Protocol:
 
 def _evaluate_memory(params: Params, model: ModelShape) -> int:
     tokens = params.evaluate.batch * protocol(params).length
-    whole = _dense(model) <= streaming.WHOLE
-    weights = _dense(model) if whole else _streamed(model) + 4 * streaming.STATES
-    return weights + 3 * 4 * tokens * model.vocabulary  # logits, their log-softmax, a copy
+    working = _logits(model, tokens) + _forward(model, tokens)
+    if _dense(model) <= streaming.WHOLE:
+        return _loaded(model, working)
+    return _streamed(model, 4 * streaming.STATES + working)
 
 
 def _kv_cache_memory(params: Params, model: ModelShape) -> int:
-    cached = 2 * 4 * model.layers * model.hidden  # keys and values in fp32, with as many heads as queries
-    return _dense(model) + max(params.kv_cache.contexts) * (3 * 4 * model.vocabulary + cached)
+    context = max(params.kv_cache.contexts)
+    cached = 2 * 4 * model.layers * model.kv_heads * model.head_dim * context  # keys and values, once dequantised
+    return _loaded(model, _logits(model, context) + 2 * cached)
 
 
 def _harness_memory(params: Params, model: ModelShape) -> int:
-    tokens = params.harness.batch * (model.context or UNLIMITED)
-    return _dense(model) + 3 * 4 * tokens * model.vocabulary  # as in evaluate
+    tokens = batches.most_tokens(min(longest_document(params), model.context or UNLIMITED), params.harness.batch)
+    return _loaded(model, _logits(model, tokens) + _forward(model, tokens))
+
+
+def longest_document(params: Params) -> int:
+    """Tokens of the longest document that the harness asks, of those that are here by now; by its bytes.
+
+    Where none is here yet it is taken for what a batch may have.
+    """
+    found = [Path(f"data/harness_data/{task}/documents.jsonl") for task in params.harness.tasks]
+    found = [path for path in found if path.is_file()]
+    if not found and params.harness.tasks == ["corpus"] and params.fetch.corpora.test.hub is None:
+        found = [path for path in [Path(params.fetch.corpora.test.path)] if path.is_file()]
+    longest = 0
+    for path in found:
+        with path.open("rb") as lines:
+            longest = max(longest, max(map(len, lines), default=0))
+    return -(-longest // BYTES_PER_TOKEN) if longest else batches.TOKENS
+
+
+def _walk(params: Params, model: ModelShape) -> int:
+    """Bytes that the walk over the blocks holds beside the model."""
+    return _boundary(params, model) + 2 * _forward(model, BATCH * params.calibrate.length)
+
+
+def _table(model: ModelShape) -> int:
+    """Bytes of the embedding in fp32."""
+    return 4 * model.vocabulary * model.hidden
 
 
 def _gptq_memory(params: Params, model: ModelShape) -> int:
-    return 2 * _dense(model) + 2 * _boundary(params, model) + 4 * 4 * model.widest**2  # the Hessian and its factors
+    hessians = 6 * 4 * model.widest**2  # of the widest linear, its factors, in float64 where they are inverted
+    working = QUANTISER + 2 * _boundary(params, model) + hessians
+    embedding = 3 * _table(model) if params.gptq.embedding.bits < 16 else 0  # what remains, codes, values
+    return 2 * _dense(model) + max(working, embedding)
 
 
 def _eora_memory(params: Params, model: ModelShape) -> int:
-    return 2 * _dense(model) + 2 * _boundary(params, model) + 4 * 8 * model.widest**2  # float64 eigenvectors
-
-
-def _depth_prune_memory(params: Params, model: ModelShape) -> int:
-    if params.depth_prune.schedule == "one_shot":
-        return _streamed(model)
-    return _dense(model) + _backward(model, params.calibrate.length)  # at most: some scores go block by block
+    return 2 * _dense(model) + _walk(params, model) + 4 * 8 * model.widest**2  # float64 eigenvectors
 
 
 def _wanda_memory(params: Params, model: ModelShape) -> int:
-    return _streamed(model) + _boundary(params, model) + 24 * model.hidden * model.mlp  # scores, sorted, their indices
+    scores = 24 * model.hidden * model.mlp  # sorted, their indices
+    return _streamed(model, _walk(params, model) + scores)
+
+
+def _importance_memory(params: Params, model: ModelShape) -> int:
+    tokens = params.calibrate.length  # windows run one by one
+    return _loaded(model, 4 * model.in_blocks + _backward(model, tokens) + _logits(model, tokens, 5))
 
 
 MEMORY: dict[str, Callable[[Params, ModelShape], int]] = {
-    "fetch": lambda params, model: 2 * model.stored * model.vocabulary * model.hidden,  # the embedding and a head
-    "vocabulary": lambda params, model: _dense(model) + 3 * 4 * PROBE * model.vocabulary,
-    "calibrate": lambda params, model: _streamed(model) + _boundary(params, model),
-    "importance": lambda params, model: 2 * _dense(model) + _backward(model, params.calibrate.length),  # and gradients
-    "depth_prune": _depth_prune_memory,
+    "fetch": lambda params, model: _stored(model) + 8 * 2**22,  # the file, mapped
+    "vocabulary": lambda params, model: _loaded(model, 3 * 4 * PROBE * model.vocabulary),
+    "calibrate": lambda params, model: _streamed(model, _walk(params, model)),
+    "importance": _importance_memory,
+    "depth_prune": lambda params, model: (
+        _importance_memory(params, model) if params.depth_prune.schedule == "greedy" else _streamed(model)
+    ),
     "wanda": _wanda_memory,
     "lora": _lora_memory,
     "gptq": _gptq_memory,
     "eora": _eora_memory,
-    "package": lambda params, model: _streamed(model),
-    "baseline_lora": _lora_memory,
-    "sensitivity": lambda params, model: _dense(model) + _boundary(params, model),
+    # a block in fp32, and the embedding with its codes as they are packed
+    "package": lambda params, model: 4 * model.in_blocks // model.layers * 4 + 3 * 4 * model.outside,
+    "baseline_lora": lambda params, model: _lora_memory(params, model, masked=False),
+    "sensitivity": lambda params, model: _loaded(model, _walk(params, model) + 3 * _table(model)),
     "baseline": _gptq_memory,
     "evaluate": _evaluate_memory,
     "measure": lambda params, model: _dense(model),  # its few tokens at batch 4 hardly count
@@ -156,16 +220,46 @@ def memory(params: Params, model: ModelShape, todo: list[str]) -> dict[str, int]
 
 
 def _memory_problems(params: Params, model: ModelShape, todo: list[str]) -> Iterator[str]:
-    needs = memory(params, model, todo)
-    if not needs:
-        return
-    greedy = max(needs, key=lambda name: needs[name])
-    available = available_memory()
-    if needs[greedy] > available:
+    needs, available = memory(params, model, todo), available_memory()
+    said: set[str | None] = set()  # what helps one stage helps those that need less of the same
+    for name in sorted(needs, key=lambda name: -needs[name]):
+        if needs[name] <= available or REMEDIES.get(name) in said:
+            continue
+        said.add(REMEDIES.get(name))
         yield (
-            f"{greedy} needs about {_size(needs[greedy])} of memory, {_size(available)} are available;"
-            f" end other programs, lower its batch, length or windows, or take a smaller model"
+            f"{name} needs about {_size(needs[name])} of memory, {_size(available)} are available;"
+            f" {_remedy(params, model, REMEDIES.get(name), todo, available)}end other programs, or take a smaller model"
         )
+
+
+REMEDIES = {
+    "calibrate": "calibrate.windows",
+    "importance": "calibrate.length",
+    "wanda": "calibrate.windows",
+    "lora": "lora.batch",
+    "gptq": "calibrate.windows",
+    "eora": "calibrate.windows",
+    "baseline_lora": "lora.batch",
+    "baseline": "calibrate.windows",
+    "evaluate": "evaluate.batch",
+    "harness": "harness.batch",
+}
+"""The parameter with which a stage's memory falls most, where there is one."""
+
+
+def _remedy(params: Params, model: ModelShape, parameter: str | None, todo: list[str], available: int) -> str:
+    """The largest value with which all stages of this parameter fit, to begin a sentence; empty where none does."""
+    if parameter is None:
+        return ""
+    section, _, key = parameter.partition(".")
+    own, stages = getattr(params, section), [name for name in todo if REMEDIES.get(name) == parameter]
+
+    def fits(value: int) -> bool:
+        tried = params.model_copy(update={section: own.model_copy(update={key: value})})
+        return max(memory(tried, model, stages).values()) <= available
+
+    at = bisect.bisect_left(range(1, getattr(own, key)), True, key=lambda value: not fits(value))
+    return f"lower {parameter} to {at}, " if at else ""
 
 
 def _disk_problems(params: Params, model: ModelShape, todo: list[str]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tasks.algorithms.errors import InputError
+from tasks.runners import onnx_runtime  # noqa: F401  before ONNX Runtime
 
 GGUF = "model.gguf"
 LORA = "adapter.gguf"

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dvc.exceptions import DvcException
 from dvc.stage.cache import _can_hash, _get_stage_hash
 
+from tasks.parameters import parameter_file
 from tasks.runtime import code, files, lineage
 
 if TYPE_CHECKING:
@@ -81,8 +82,10 @@ def _stat(paths: Iterable[str | Path]) -> Written:
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any], was: str, is_now: str) -> list[str]:
-    keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-    return [f"{key} {was} {then.get(key)!r} and {is_now} {now.get(key)!r}" for key in keys]
+    """A whole section may be declared: what differs in it is named."""
+    old, new = dict(parameter_file.flat(then)), dict(parameter_file.flat(now))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key} {was} {old.get(key)!r} and {is_now} {new.get(key)!r}" for key in keys]
 
 
 class Misnoted(NamedTuple):

@@ -12,36 +12,15 @@ from typing import TYPE_CHECKING
 from dvc.exceptions import DvcException
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import edits, lineage
+from tasks.runtime import edits, lineage, refusals
 
 if TYPE_CHECKING:
     from dvc.output import Output
 
     from tasks.runtime.stage import Stage
 
-DISK = {
-    errno.EACCES: "permission is denied; make it yours or change its permissions (`ls -ld`, `chmod`)",
-    errno.EDQUOT: "the disk quota is used up; free some space, then run again",
-    errno.EFBIG: "the largest file size allowed here is too small (`ulimit -f`); raise it, then run again",
-    errno.EINTR: "the system interrupted it; run again",
-    errno.EIO: "the disk does not work; use another one",
-    errno.ENOSPC: "the disk is full; free some space, then run again",
-    errno.EPERM: "it is not permitted; make it yours or change its attributes (`lsattr`, `chattr`)",
-    errno.EROFS: "the folder is read-only; make it writable, or copy the project elsewhere",
-}
-"""What the machine can refuse any stage, and the way out; every other number would be a mistake of this project."""
 REFUSED = (InputError, OSError, sqlite3.Error, DvcException)
 """What a night, which has to record why it ended, catches: what this project, the machine or DVC refuses."""
-DATABASE = {
-    sqlite3.SQLITE_FULL: errno.ENOSPC,
-    sqlite3.SQLITE_IOERR: errno.EIO,
-    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
-    sqlite3.SQLITE_PERM: errno.EACCES,
-    sqlite3.SQLITE_READONLY: errno.EROFS,
-}
-"""The same in the words of SQLite, in which DVC notes the hashes of files."""
-TOLD = re.compile(r"(?:\(os error |\[Errno )(\d+)[)\]]")
-"""An error number in the words of safetensors, tokenizers (Rust) and shutil.copytree."""
 ALTERED = (
     "is not what its stage wrote, and can't be used; `edgepress mend --cache` removes every damaged copy,"
     " and `dvc repro` then restores it or makes it again"
@@ -56,15 +35,9 @@ def sentence(error: Exception, address: str, stage: Stage | None) -> str | None:
     Args:
         stage: None where it couldn't even be read from dvc.yaml.
     """
-    told = TOLD.search(str(error))
-    number = int(told[1]) if told else getattr(error, "errno", None)
-    named = getattr(error, "filename2", None) or getattr(error, "filename", None)
-    if isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF in DATABASE:
-        number, named = DATABASE[error.sqlite_errorcode & 0xFF], "the database in which DVC notes the hashes of files"
-    if number in DISK:
-        where = named or f"the outputs of stage {address}"
-        return f"cannot read or write {where}: {DISK[number]}"
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or OUT_OF_MEMORY.search(str(error)):
+    if said := refusals.sentence(error, f"the outputs of stage {address}"):
+        return said
+    if isinstance(error, MemoryError) or refusals.number(error) == errno.ENOMEM or OUT_OF_MEMORY.search(str(error)):
         return (
             f"stage {address} ran out of memory; end other programs, lower its batch, length or windows,"
             " or take a smaller model"

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from tasks.algorithms.device_fit import verdict
 from tasks.algorithms.errors import InputError
@@ -17,6 +18,7 @@ from tasks.algorithms.statistics import gate
 from tasks.cli import commands, dispatch, exit_codes, export, fit, size
 from tasks.cli.commands import COMMANDS
 from tasks.packed import plan
+from tasks.runtime import refusals
 from tests.support.command import edgepress
 from tests.support.paths import ROOT
 
@@ -44,6 +46,9 @@ WRONG = {
     "notify": [],
     "deps": ["now"],
 }
+
+
+OWN = "a file or its own output"
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
@@ -116,7 +121,14 @@ def raising(error: BaseException):
         (InputError("no such file\nno such folder"), "report", 1, "error: no such file\nerror: no such folder\n"),
         (InputError("no"), "fit", 3, "error: no\n"),
         (InputError("no"), "lineage", 2, "error: no\n"),
-        (OSError(28, "No space left on device"), "report", 1, "error: [Errno 28] No space left on device\n"),
+        (
+            OSError(2, "No such file or directory", "a"),
+            "report",
+            1,
+            "error: [Errno 2] No such file or directory: 'a'\n",
+        ),
+        (PermissionError(13, "x", "a"), "mend", 1, f"error: cannot read or write a: {refusals.DISK[13]}\n"),
+        (SafetensorError("(os error 28)"), "export", 1, f"error: cannot read or write {OWN}: {refusals.DISK[28]}\n"),
         (KeyboardInterrupt(), "report", 130, ""),
         (KeyboardInterrupt("interrupted; go on"), "run", 130, "error: interrupted; go on\n"),
     ],

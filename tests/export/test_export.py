@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from tasks.packed.sizes import component_bytes
 from tasks.runners import engines
 from tests.benchmarks import engines as benchmark
 from tests.support import random_package
+from tests.support.command import edgepress
 from tests.support.exports import needs_engine, needs_writer
 from tests.support.paths import ROOT
 
@@ -158,6 +160,32 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(pack, tmp_path, 
     with pytest.raises(InputError, match=r"onnx-int4 needs the package onnx, .*: pip install -e '\.\[export\]'"):
         export.export(pack("plain"), "onnx-int4", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "short.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["gguf", "onnx-int4"])
+def test_a_file_that_is_not_written_whole_is_told_and_nothing_is_left(pack, exported, tmp_path, capsys, kind):
+    """The last bytes of GGUF's, where the file's own length would tell nothing; ONNX's in what it is drawn from."""
+    needs_writer(kind)
+    most = (exported("adapter", kind)[1] / "model.gguf").stat().st_size - 100 if kind == "gguf" else 20_000
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        calls = ("--format", kind, "--model", str(pack("adapter")), "--out", str(tmp_path / "out"))
+        code, out, errors = edgepress(capsys, "export", *calls)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (code, out) == (1, "") and errors.startswith("error: cannot read or write ")
+    assert "the largest file size allowed here is too small" in errors and errors.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_is_removed_and_what_another_one_writes_stays(pack, tmp_path):
+    needs_writer("gguf")
+    for name in (".out.killed.export", ".out.living.export", ".other.killed.export"):
+        (tmp_path / name / "model").mkdir(parents=True)
+    with export._held(tmp_path / ".out.living.export"):
+        export.export(pack("plain"), "gguf", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.living.export", ".other.killed.export"}
 
 
 def test_a_benchmark_s_row_is_of_what_its_processes_measured(pack):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.metadata
 import json
 
 import numpy as np
@@ -45,6 +47,30 @@ def test_codes_of_4_bits_take_half_a_byte_and_scales_two(exported):
     weights = sum(linear.codes.numel() for _, block in reader.stream(folder) for linear in block.values())
     assert report["components"]["export"]["values"] == weights // 2
     assert report["components"]["export"]["scales"] == 2 * weights // 32
+
+
+def test_the_graph_names_the_builder_s_version_and_no_commit_of_a_repository(exported):
+    needs_writer("onnx-int4")
+    import onnx
+
+    graph = onnx.load(exported("plain", "onnx-int4")[1] / "model.onnx")
+    assert graph.producer_version == importlib.metadata.version("onnxruntime-genai")
+
+
+def test_the_builder_s_tensors_tell_where_the_disk_does_not_take_them():
+    needs_writer("onnx-int4")
+    import onnx_ir
+
+    from tasks.export import onnx_format
+
+    def write():
+        with open("/dev/full", "wb", buffering=0) as file:
+            onnx_ir.tensor(np.zeros(10)).tofile(file)
+
+    write()  # numpy's way: once this fails, too, onnx_ir can do as it likes
+    with onnx_format._written_by_python(), pytest.raises(OSError) as caught:
+        write()
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_genai_tokenises_as_the_model_does(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -238,12 +239,48 @@ def test_a_tokenizer_larger_than_the_embedding() -> None:
 
 
 def test_memory_has_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needs, "available_memory", lambda: 2**30)
+    monkeypatch.setattr(needs, "available_memory", lambda: 3 * 2**29)
     (sentence,) = problems({"evaluate.batch": 4096})
     needed = needs.LIBRARIES + needs.MEMORY["evaluate"](
         with_values({"evaluate.batch": 4096}), preflight.model_shape(CONFIG)
     )
-    assert sentence.startswith(f"evaluate needs about {needed / 2**30:.1f} GiB of memory, 1.0 GiB are available;")
+    assert sentence.startswith(f"evaluate needs about {needed / 2**30:.1f} GiB of memory, 1.5 GiB are available;")
+
+
+LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256}
+"""Llama-3.2-1B's sizes, but for its heads."""
+
+
+@pytest.mark.parametrize(
+    ("values", "gibibytes"),
+    [
+        ({"lora.batch": 64}, 24),
+        ({"evaluate.batch": 512}, 24),
+        ({"calibrate.windows": 1024}, 24),
+        ({"lora.batch": 64, "evaluate.batch": 512, "calibrate.windows": 1024}, 24),
+        ({"calibrate.windows": 4, "calibrate.length": 65536}, 120),
+    ],
+)
+def test_the_remedy_that_is_named_works(
+    values: dict, gibibytes: int, roomy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(roomy)  # without documents, which would say how long they are
+    monkeypatch.setattr(needs, "available_memory", lambda: gibibytes * 2**30)
+    config = LARGE | {"max_position_embeddings": 131072}
+    said = problems(values, config)
+    assert said
+    remedies = [re.search(r"lower (\S+) to (\d+),", sentence).groups() for sentence in said]
+    named = {key: int(value) for key, value in remedies}
+    assert len(named) == len(said)
+    assert problems(values | named, config) == []
+    for key, value in named.items():  # one more would be too many
+        assert len(problems(values | named | {key: value + 1}, config)) == 1
+
+
+def test_where_no_value_helps_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "available_memory", lambda: 2**30)
+    said = problems({}, LARGE, stage="evaluate")
+    assert said and all("lower" not in sentence and "take a smaller model" in sentence for sentence in said)
 
 
 def test_disk_has_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +295,7 @@ def test_disk_has_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_what_is_still_to_run_needs_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needs, "available_memory", lambda: 2**30)
     crowded = {"lora.batch": 4096}
-    assert problems(crowded)[0].startswith("lora needs about")
+    assert problems(crowded)[0].startswith("baseline_lora needs about")
     assert problems(crowded, stage="evaluate") == []
     assert problems(crowded | {"lora.enabled": False}) == []
 

@@ -15,7 +15,16 @@ from safetensors.numpy import save_file
 
 from tests.support import fault_cases, faults
 
-SAMPLE = {"stage": 50, "repro": 2, "promotion": 22, "update": 120, "night": 6, "first night": 2}
+SAMPLE = {
+    "stage": 50,
+    "repro": 2,
+    "promotion": 22,
+    "update": 120,
+    "night": 6,
+    "first night": 2,
+    "export to gguf": 3,
+    "export to onnx": 1,
+}
 """Case: how many faults."""
 
 

@@ -55,6 +55,19 @@ def test_an_edit_while_a_stage_runs(made: Toy, run_here, edit: str) -> None:
     assert made.outputs() == OUTPUTS and made.left() == []
 
 
+def test_of_a_section_that_is_declared_as_a_whole_the_value_that_changed_is_named(made: Toy, run_here) -> None:
+    raw = yaml.safe_load(Path("dvc.yaml").read_text())
+    raw["stages"]["toy"]["params"] = ["toy"]
+    Path("dvc.yaml").write_text(yaml.safe_dump(raw))
+
+    def run(stage: Stage) -> None:
+        write(stage)
+        made.set(value=7)
+
+    with pytest.raises(InputError, match=r"^toy\.value was 1 and is now 7, edited while the stage ran"):
+        run_here(run)
+
+
 def test_under_dvc_nothing_is_noted_of_it(made: Toy) -> None:
     """The row that was appended, the value that was set: each counts from the next run on, and for that one alone."""
     lock = Path("dvc.lock").read_bytes()

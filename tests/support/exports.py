@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.runners import llama_bindings
+from tasks.runners import llama_bindings, onnx_runtime  # noqa: F401  before ONNX Runtime
 
 
 def needs_writer(kind):

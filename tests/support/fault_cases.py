@@ -31,10 +31,10 @@ from tasks.nightly import newer_sources, records, worktree
 from tasks.registry import signing, update, versions
 from tasks.runtime import execution, failures, files, mend
 from tasks.runtime import stage as stages
-from tests.support import faults, toy_stages
+from tests.support import faults, random_package, toy_stages
 from tests.support.faults import Call, Ended
 from tests.support.nightly_project import NightlyProject
-from tests.support.project import clean_environment
+from tests.support.project import clean_environment, tiny_llama
 from tests.support.registry_project import Night
 
 PASSING = (
@@ -50,7 +50,7 @@ PASSING = (
     "data/.scratch",
 )
 """Not compared byte by byte: times, and what git and DVC keep for themselves."""
-LITTER = (".tmp", ".unfinished", ".update", ".old")
+LITTER = (".tmp", ".unfinished", ".update", ".old", ".export")
 """How files and folders end that are left of a write."""
 
 
@@ -326,9 +326,36 @@ class FirstBookkeeping(Bookkeeping):
     first = True
 
 
-CASES: dict[str, Callable[[Path], Case]] = {
-    case.name: case for case in (Stage, Repro, Promotion, Applied, Bookkeeping, FirstBookkeeping)
-}
+class Exported(Case):
+    """`edgepress export` of a package to llama.cpp's format: a file, and the adapter's beside it."""
+
+    name = "export to gguf"
+    format = "gguf"
+
+    def make(self) -> None:
+        tokenizer = tiny_llama(Path.cwd().with_name("tokenizer"))
+        random_package.write(Path.cwd().with_name("package"), tokenizer, **random_package.CASES["adapter"])
+
+    def prepare(self) -> None:
+        """A user removes what is there, to have it anew."""
+        shutil.rmtree("out", ignore_errors=True)
+
+    def do(self) -> int | None:
+        return dispatch.main(["export", "--format", self.format, "--model", "../package", "--out", "out"])
+
+    def content(self) -> Any:
+        return tree(self.root / "out")
+
+
+class ExportedToOnnx(Exported):
+    """The same to ONNX, whose graph another library draws in files of its own, beside the weights as safetensors."""
+
+    name = "export to onnx"
+    format = "onnx-int4"
+
+
+ALL = (Stage, Repro, Promotion, Applied, Bookkeeping, FirstBookkeeping, Exported, ExportedToOnnx)
+CASES: dict[str, Callable[[Path], Case]] = {case.name: case for case in ALL}
 
 
 def sample(calls: list[Call], count: int, seed: int = 0) -> list[tuple[str, int]]:

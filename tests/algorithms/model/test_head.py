@@ -13,7 +13,7 @@ from tasks.algorithms.quantisation import eora_ranks
 from tasks.algorithms.recovery import masked_lora
 from tests.support.pruned_llama import RECIPE, attach, prune
 
-SIZES = (1, 7 * 96, 2**23)
+SIZES = (1, 7 * 96, 2**24)
 """Logits that are held at once: a row, seven rows, all of a test's batch."""
 
 
@@ -28,9 +28,9 @@ def largest(request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     [
         (0, 96, []),
         (4096, 2048, [4096]),  # a batch of the built-in model: one chunk
-        (4097, 2048, [2049, 2048]),  # equal parts, not all but one and one
-        (2, 2**24, [1, 1]),  # a row is never cut
-        (4096, 128_256, [64] * 64),  # 65 would fit, and leave one
+        (8193, 2048, [4097, 4096]),  # equal parts, not all but one and one
+        (2, 2**25, [1, 1]),  # a row is never cut
+        (1000, 2**22, [4] * 250),
     ],
 )
 def test_rows_are_cut_into_equal_chunks(count: int, vocabulary: int, sizes: list[int]) -> None:

@@ -1,0 +1,207 @@
+"""What each stage takes of memory: `python -m tests.support.stage_memory OUT.json` runs all of them on random models.
+
+One process runs them one after another, without DVC; a small chain comes first, so that libraries are imported and
+their pages there. Before each stage free memory is given back to Linux and the mark of its peak is set anew, so what is
+measured is the peak above the memory before the stage, mapped files included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import shutil
+import sys
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tasks.algorithms.model import checkpoints
+from tasks.parameters import schema
+from tasks.runtime import processes
+from tasks.runtime.stage import Inputs
+from tests.support.paths import ROOT
+
+STAGES = (
+    "fetch",
+    "vocabulary",
+    "calibrate",
+    "importance",
+    "depth_prune",
+    "wanda",
+    "lora",
+    "gptq",
+    "eora",
+    "package",
+    "baseline_lora",
+    "baseline",
+    "evaluate@fetch",
+    "evaluate@package",
+    "kv_cache",
+    "harness_data@corpus",
+    "harness@fetch-corpus",
+)
+SHAPES: dict[str, dict[str, int]] = {
+    "layers": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "vocab_size": 1024},
+    "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 65536},
+    "mlp": {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 2, "vocab_size": 1024},
+}
+"""Sizes of the random models: many layers, a large vocabulary, a wide MLP."""
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 512}
+VALUES = {
+    "fetch.model.path": "source/model",
+    **{f"fetch.corpora.{name}.path": f"source/{name}.jsonl" for name in ("train", "calibration", "test", "test_ood")},
+    "vocabulary.enabled": True,
+    "calibrate.windows": 8,
+    "calibrate.length": 256,
+    "importance.windows": 1,
+    "depth_prune.remove": 1,
+    "depth_prune.protect_first": 0,
+    "depth_prune.protect_last": 0,
+    "lora.steps": 1,
+    "lora.batch": 4,
+    "lora.length": 256,
+    "gptq.descent_cycles": 1,
+    "gptq.mse": 0.0,
+    "eora.rank": 8,
+    "eora.budget_bytes": None,
+    "evaluate.length": 256,
+    "evaluate.stride": 256,
+    "evaluate.max_windows": 4,
+    "evaluate.new_tokens": 2,
+    "kv_cache.contexts": [256],
+    "kv_cache.tokens": 256,
+    "kv_cache.bits": [8],
+    "harness.limit": 8,
+}
+
+
+def parameters(shape: dict[str, int]) -> schema.Params:
+    """Those of params.yaml with `VALUES`."""
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    for key, value in VALUES.items():
+        *sections, last = key.split(".")
+        place = raw
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    return schema.parse(raw, "params.yaml")
+
+
+class _Stage(Inputs):
+    """A stage of dvc.yaml in a folder."""
+
+    journal = answers = checkpoints.NOTHING
+
+    def __init__(self, address: str, root: Path, params: schema.Params) -> None:
+        self.name, _, item = address.partition("@")
+        described = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"][self.name]
+        model, _, task = item.partition("-")
+        filled = {"${item.model}": model, "${item.task}": task or model, "${evaluate.prompts}": "data/prompts.txt"}
+        filled |= {"${harness_data.folder}": "data/fetch/corpora", "${fetch.model.path}": "source/model"}
+        filled |= {f"${{fetch.corpora.{name}.path}}": f"source/{name}.jsonl" for name in CORPORA}
+        places = {}
+        for dep in described["deps"]:
+            for name, value in filled.items():
+                dep = dep.replace(name, value)
+            own = dep.startswith(("data/prompts.txt", "data/harness_tasks"))
+            places[Path(dep)] = (ROOT if own else root) / dep
+        super().__init__(address, places)
+        declared = {key.split(".")[0] for key in described.get("params", ())}
+        self.params = SimpleNamespace(**{key: getattr(params, key) for key in sorted(declared)})
+        self.item, self.everything = item or None, params
+        self.folder, self.facts = root / "data" / self.name / (item or ""), {}
+
+    def output(self, name: str) -> Path:
+        path = self.folder / name.removeprefix(f"{self.name}/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def note(self, **facts: Any) -> None:
+        pass
+
+    def pass_on(self, source: Path, target: Path) -> None:
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+
+    def progress(self, *_: Any) -> Any:
+        return contextlib.nullcontext(_Quiet())
+
+
+class _Quiet:
+    def update(self, done: int, **figures: float) -> None:
+        pass
+
+
+CORPORA = ("train", "calibration", "test", "test_ood")
+
+
+def make_model(folder: Path, sizes: dict[str, int]) -> None:
+    """A random Llama, stored in bfloat16, with a byte-level tokenizer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({"<end>": 0, **{char: place for place, char in enumerate(alphabet, 1)}}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<end>", eos_token="<end>", model_max_length=512
+    ).save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        **sizes,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def chain(root: Path, sizes: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Run all stages in the folder; address -> bytes above what was there, and seconds."""
+    make_model(root / "source/model", sizes)
+    for first, name in enumerate(CORPORA):
+        rows = [{"text": "".join(f"The {n} pump stops. " for n in range(first + n, first + n + 9))} for n in range(40)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (root / f"source/{name}.jsonl").write_text(text, encoding="utf-8")
+    params, found = parameters(sizes), {}
+    with contextlib.chdir(root):
+        for address in STAGES:
+            stage, began = _Stage(address, root, params), time.process_time()
+            module, before = import_module(f"tasks.{stage.name}"), _fresh()
+            module.run(stage)
+            found[address] = {"bytes": processes.peak() - before, "seconds": time.process_time() - began}
+            print(address, found[address], flush=True)
+            if address == "vocabulary":  # what follows keeps the whole one
+                shutil.rmtree(stage.folder)
+                module.skip(stage)
+    return found
+
+
+def _fresh() -> int:
+    """Bytes that are held now, after all that can be given back was; the peak counts from here."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM
+    return processes.peak()
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    found = {}
+    for name, sizes in {"warm-up": TINY, **SHAPES}.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = chain(Path(folder).resolve(), sizes)
+        out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
