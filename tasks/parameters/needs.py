@@ -4,8 +4,9 @@ In bytes; fp32 = 4 bytes per parameter, and each dense stage works in fp32, with
     memory of a stage = the libraries' own + the models it holds + its activations (`MEMORY`, one row per stage)
     disk = what the stages still to run write, twice: in the workspace and in DVC's cache (`DISK`)
 
-tests/parameters/test_needs.py holds the first to what stages are measured to take. While a model is loaded its file is
-mapped beside the weights; gaps that glibc leaves between what is kept for a backward pass (`KEPT`) were measured.
+`python -m tests.support.stage_memory OUT.json` measures what stages take on three shapes of random models. While one is
+loaded its file is mapped beside the weights; gaps that glibc leaves between what is kept for a backward pass (`KEPT`)
+were measured.
 """
 
 from __future__ import annotations
@@ -25,16 +26,12 @@ LIBRARIES = 700 * 2**20
 """Bytes that a process holds after importing torch, transformers and gptqmodel."""
 ACTIVATIONS = (9, 4)
 """Values kept for a backward pass per token and layer, in units of the hidden and of the MLP size."""
-KEPT = {True: 1.3, False: 1.75}
+KEPT = {True: 1.3, False: 1.9}
 """What they take of memory, gaps included, by whether the adapters are masked: plain ones make more that is dropped."""
 BATCH = 4
 """Windows of calibration per forward pass."""
-WORKING = 12 * 2**20
-"""Bytes for small things of the stages that hold little else."""
-PART = 2**22
-"""Values of a tensor that fetch looks at at once."""
-POSITIONS = 128
-"""Positions whose distributions are compared at once, in float64, where bits per linear are chosen."""
+QUANTISER = 80 * 2**20
+"""Bytes that gptqmodel holds beside models and Hessians, whatever their size."""
 BYTES_PER_TOKEN = 3
 """Of a text, at least: what the longest document is taken for before it is tokenised."""
 PROBE = 128
@@ -95,7 +92,7 @@ def _lora_memory(params: Params, model: ModelShape, masked: bool = True) -> int:
     models = 2 if taught else 1  # student; teacher
     summed = 4 * model.in_blocks if masked else 0  # each weight with its adapter
     tokens = own.batch * own.length
-    working = int(KEPT[masked] * (summed + _backward(model, tokens))) + _logits(model, tokens, 5)
+    working = int(KEPT[masked] * (summed + _backward(model, tokens))) + _logits(model, tokens, 4)
     return models * _dense(model) + max(_stored(model), working)
 
 
@@ -106,7 +103,7 @@ def protocol(params: Params) -> protocols.Protocol:
 
 def _evaluate_memory(params: Params, model: ModelShape) -> int:
     tokens = params.evaluate.batch * protocol(params).length
-    working = _logits(model, tokens) + _forward(model, tokens) + WORKING
+    working = _logits(model, tokens) + _forward(model, tokens)
     if _dense(model) <= streaming.WHOLE:
         return _loaded(model, working)
     return _streamed(model, 4 * streaming.STATES + working)
@@ -141,9 +138,7 @@ def longest_document(params: Params) -> int:
 
 def _walk(params: Params, model: ModelShape) -> int:
     """Bytes that the walk over the blocks holds beside the model."""
-    return _boundary(params, model) + 2 * _forward(
-        model, min(BATCH, params.calibrate.windows) * params.calibrate.length
-    )
+    return _boundary(params, model) + 2 * _forward(model, BATCH * params.calibrate.length)
 
 
 def _table(model: ModelShape) -> int:
@@ -152,24 +147,18 @@ def _table(model: ModelShape) -> int:
 
 
 def _gptq_memory(params: Params, model: ModelShape) -> int:
-    hessians = 10 * 4 * model.widest**2  # of the widest linear, its factors, in float64 where they are inverted
-    # gptqmodel holds weights, what it quantised, what it packs and what it saves
-    embedding = (6 if params.gptq.embedding.bits < 16 else 3) * _table(model)  # … and what remains, codes, values
-    return 5 * 4 * model.in_blocks + embedding + 2 * _boundary(params, model) + hessians
-
-
-def _sensitivity_memory(params: Params, model: ModelShape) -> int:
-    return _loaded(model, max(_walk(params, model), 5 * 8 * POSITIONS * model.vocabulary) + _table(model))
+    hessians = 6 * 4 * model.widest**2  # of the widest linear, its factors, in float64 where they are inverted
+    working = QUANTISER + 2 * _boundary(params, model) + hessians
+    embedding = 3 * _table(model) if params.gptq.embedding.bits < 16 else 0  # what remains, codes, values
+    return 2 * _dense(model) + max(working, embedding)
 
 
 def _eora_memory(params: Params, model: ModelShape) -> int:
-    eigenvectors = 4 * 8 * model.widest**2  # float64
-    # the teacher's blocks, the model's, and these as they are dequantised
-    return 33 * 4 * model.in_blocks // 10 + 2 * _table(model) + _walk(params, model) + eigenvectors
+    return 2 * _dense(model) + _walk(params, model) + 4 * 8 * model.widest**2  # float64 eigenvectors
 
 
 def _wanda_memory(params: Params, model: ModelShape) -> int:
-    scores = 32 * model.hidden * model.mlp  # sorted, their indices
+    scores = 24 * model.hidden * model.mlp  # sorted, their indices
     return _streamed(model, _walk(params, model) + scores)
 
 
@@ -179,8 +168,8 @@ def _importance_memory(params: Params, model: ModelShape) -> int:
 
 
 MEMORY: dict[str, Callable[[Params, ModelShape], int]] = {
-    "fetch": lambda params, model: _stored(model) + 16 * min(PART, model.vocabulary * model.hidden) + WORKING,
-    "vocabulary": lambda params, model: _loaded(model, 2 * 4 * PROBE * model.vocabulary),
+    "fetch": lambda params, model: _stored(model) + 8 * 2**22,  # the file, mapped
+    "vocabulary": lambda params, model: _loaded(model, 3 * 4 * PROBE * model.vocabulary),
     "calibrate": lambda params, model: _streamed(model, _walk(params, model)),
     "importance": _importance_memory,
     "depth_prune": lambda params, model: (
@@ -190,12 +179,10 @@ MEMORY: dict[str, Callable[[Params, ModelShape], int]] = {
     "lora": _lora_memory,
     "gptq": _gptq_memory,
     "eora": _eora_memory,
-    # measured: what is packed, and read back to be compared
-    "package": lambda params, model: (
-        4 * (4 * model.in_blocks // model.layers + model.in_blocks * 14 // 10 + model.outside * 34 // 10)
-    ),
+    # a block in fp32, and the embedding with its codes as they are packed
+    "package": lambda params, model: 4 * model.in_blocks // model.layers * 4 + 3 * 4 * model.outside,
     "baseline_lora": lambda params, model: _lora_memory(params, model, masked=False),
-    "sensitivity": _sensitivity_memory,
+    "sensitivity": lambda params, model: _loaded(model, _walk(params, model) + 3 * _table(model)),
     "baseline": _gptq_memory,
     "evaluate": _evaluate_memory,
     "measure": lambda params, model: _dense(model),  # its few tokens at batch 4 hardly count
@@ -254,6 +241,7 @@ REMEDIES = {
     "gptq": "calibrate.windows",
     "eora": "calibrate.windows",
     "baseline_lora": "lora.batch",
+    "sensitivity": "calibrate.windows",
     "baseline": "calibrate.windows",
     "evaluate": "evaluate.batch",
     "harness": "harness.batch",

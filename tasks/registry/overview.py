@@ -8,6 +8,7 @@ from typing import Any
 
 from dvc.repo import Repo
 
+from tasks.algorithms.errors import InputError
 from tasks.registry import contents, standing, tags
 from tasks.registry import versions as registry
 from tasks.registry.tags import History, Version
@@ -43,13 +44,15 @@ def diff(root: Path, old: str, new: str) -> dict[str, Any]:
         differ; bytes: (old, new), None where the package is unknown.
 
     Raises:
-        InputError: no such version or commit.
+        InputError: no such version or commit, or the parameters of one can't be read.
     """
     history = tags.read(root)
     sides = [_side(root, history, rev) for rev in (old, new)]
     packages = [side["package"] or {"bytes": None, "files": {}} for side in sides]
     with Repo(str(root)) as repo:
         changed = repo.params.diff(a_rev=sides[0]["revision"], b_rev=sides[1]["revision"])
+    for revision, why in changed.get("errors", {}).items():  # DVC goes on without what it can't read
+        raise InputError(f"the parameters of commit {revision[:12]} can't be read: {why}")
     parameters = {
         name: (values["old"], values["new"])
         for file in changed.get("diff", {}).values()

@@ -314,6 +314,14 @@ def test_two_promotions_at_once_are_one_after_the_other(night: Night) -> None:
     assert len(night.git("tag").split()) == 4 and night.content() in "ab"
 
 
+def test_parameters_that_cannot_be_read_are_no_equal_ones(night: Night) -> None:
+    first = night.commit("a", 41.0)
+    (night.root / "params.yaml").write_text("wanda: [", encoding="utf-8")
+    night.git("commit", "-qam", "b")
+    with pytest.raises(InputError, match=f"the parameters of commit {night.git('rev-parse', 'HEAD')[:12]} can't be re"):
+        overview.diff(night.root, first, "HEAD")
+
+
 def test_the_command(night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     assert run(night, monkeypatch, capsys, "registry", "list")[1].startswith("There are no versions yet")
     assert run(night, monkeypatch, capsys, "registry", "rollback")[2] == (
