@@ -52,7 +52,9 @@ def keep_lock() -> None:
 
     Stages that start side by side do it one after another, so that none takes back what another one kept.
     """
-    with locks.held(KEPT.with_suffix(".guard.lock"), "the copy of dvc.lock is being written", wait=True):
+    with _copy_guarded():
+        for left in KEPT.parent.glob(f".{KEPT.name}.*.tmp"):  # of one that was killed here
+            left.unlink()
         now = _entries(LOCK)
         if now is None:
             return
@@ -60,6 +62,11 @@ def keep_lock() -> None:
         text = f"{BESIDE}{committed}\n{_dumped(_kept(committed) | now)}"
         if not KEPT.exists() or KEPT.read_text(encoding="utf-8", errors="replace") != text:
             files.write_text(KEPT, text)
+
+
+def _copy_guarded() -> contextlib.AbstractContextManager[None]:
+    """Whoever writes the copy holds this."""
+    return locks.held(KEPT.with_suffix(".guard.lock"), "the copy of dvc.lock is being written", wait=True)
 
 
 def mend() -> list[str]:
@@ -124,11 +131,12 @@ def _mend_notes() -> Iterator[str]:
                 edits.forget(stage)
     except DvcException:  # dvc.yaml is broken: DVC says so when it is used
         return
-    for path in (KEPT, LOCK) if found else ():
-        gone = {stage.addressing for stage, _ in found}
-        first = f"{BESIDE}{_committed()}\n" if path == KEPT else ""
-        left = {name: entry for name, entry in (_entries(path) or {}).items() if name not in gone}
-        files.write_text(path, first + _dumped(left))
+    gone = {stage.addressing for stage, _ in found}
+    if found:
+        with _copy_guarded():
+            for path, first in ((KEPT, f"{BESIDE}{_committed()}\n"), (LOCK, "")):
+                left = {name: entry for name, entry in (_entries(path) or {}).items() if name not in gone}
+                files.write_text(path, first + _dumped(left))
     for stage, differences in found:
         what = " and ".join(differences)
         yield f"{stage.addressing} was noted by DVC with an edit that came after it ({what}): it runs again"

@@ -86,6 +86,13 @@ def test_dvc_lock_cut_off_anywhere_is_whole_again(made):
     assert "up to date" in dvc("status") and "Running" not in dvc("repro")
 
 
+def test_what_a_stage_left_that_was_killed_while_it_kept_the_copy_is_removed(made):
+    left = mend.KEPT.with_name(f".{mend.KEPT.name}.1.tmp")
+    left.touch()
+    mend.keep_lock()
+    assert not left.exists() and mend.KEPT.exists()
+
+
 def test_without_a_copy_the_way_back_is_said(made):
     mend.KEPT.unlink()
     Path("dvc.lock").write_text("schema: '2.0'\nstages:\n  fi")
