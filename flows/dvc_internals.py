@@ -172,11 +172,11 @@ def _lock_written_at_once(plan: Collection[Stage] = ()) -> Iterator[None]:
                 _in_order(content, plan, old)
                 unfinished.write_text(dumped(content), encoding="utf-8")
 
-    dvcfile.modify_yaml = modify
+    before, dvcfile.modify_yaml = dvcfile.modify_yaml, modify
     try:
         yield
     finally:
-        dvcfile.modify_yaml = modify_yaml
+        dvcfile.modify_yaml = before
 
 
 def _in_order(content: dict[str, Any], plan: Iterable[Stage], old: Collection[str]) -> None:
@@ -198,11 +198,11 @@ def _users_by_thread() -> Iterator[None]:
         main = thread is threading.main_thread()
         return rwlock(tmp_dir, fs, cmd if main else f"{thread.name}: {cmd}", *rest)
 
-    dvc.rwlock.rwlock = named
+    before, dvc.rwlock.rwlock = dvc.rwlock.rwlock, named
     try:
         yield
     finally:
-        dvc.rwlock.rwlock = rwlock
+        dvc.rwlock.rwlock = before
 
 
 @contextlib.contextmanager
@@ -217,8 +217,8 @@ def _parameters_parsed_once() -> Iterator[None]:
             known[key] = load_path(path, fs, **kwargs)
         return copy.deepcopy(known[key])
 
-    dvc.dependency.param.load_path = load
+    before, dvc.dependency.param.load_path = dvc.dependency.param.load_path, load
     try:
         yield
     finally:
-        dvc.dependency.param.load_path = load_path
+        dvc.dependency.param.load_path = before

@@ -111,6 +111,7 @@ def test_parameters_are_parsed_again_when_they_changed(tmp_path, monkeypatch) ->
     monkeypatch.setattr(
         dvc_internals, "load_path", lambda path, fs: parsed.append(1) or yaml.safe_load(Path(path).read_text())
     )
+    before = dvc.dependency.param.load_path
     with dvc_internals._parameters_parsed_once():
         for text in ("a: [1]", "a: [1, 2]"):
             path.write_text(text)
@@ -118,7 +119,7 @@ def test_parameters_are_parsed_again_when_they_changed(tmp_path, monkeypatch) ->
                 found = dvc.dependency.param.read_param_file(localfs, str(path), ["a"])
                 assert found == yaml.safe_load(text)
                 found["a"].append("mine")
-    assert len(parsed) == 2
+    assert len(parsed) == 2 and dvc.dependency.param.load_path is before
 
 
 def test_a_stage_whose_input_is_not_there_yet_has_no_key(tmp_path, monkeypatch) -> None:
