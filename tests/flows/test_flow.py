@@ -124,6 +124,16 @@ def test_every_stage_is_a_task_run_that_says_why_it_ran_or_not(toy) -> None:
     assert "Running stage" not in run(toy, "-m", "dvc", "repro")  # what the flow made is DVC's, too
 
 
+@pytest.mark.parametrize("text", ["", "schema: '2.0'\nsta", "schema: '2.0'\nstages:\n  first:\n    cm"])
+def test_half_a_dvc_lock_hinders_no_run_which_mends_it(toy, text) -> None:
+    (toy / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    (toy / "dvc.lock").write_text(text, encoding="utf-8")
+    asked = "from flows.compress import problem; print([problem(['first']), problem(['nosuch'])])"
+    assert run(toy, "-c", asked).startswith("[None, ")
+    (toy / "dvc.lock").unlink()
+    assert "nosuch" in run(toy, "-c", asked)
+
+
 @pytest.mark.slow  # a server of its own
 def test_what_dvc_add_made_is_a_stage_of_the_flow(toy) -> None:
     (toy / "source").mkdir()
