@@ -130,22 +130,28 @@ SMALL = {
 }
 
 
-def tiny_llama(folder: Path) -> Path:
-    """Fill the folder with a random Llama of four layers (hidden 64) and a byte-level tokenizer."""
+def save_byte_level_tokenizer(folder: Path, context: int) -> int:
+    """Write a tokenizer with a token per byte, and one that ends a text; returns how many there are."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     vocabulary = {"<end>": 0, **{char: i + 1 for i, char in enumerate(sorted(byte_level.alphabet()))}}
     core = Tokenizer(models.BPE(vocabulary, []))
     core.pre_tokenizer, core.decoder = byte_level, decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<end>", eos_token="<end>", model_max_length=128
+        tokenizer_object=core, bos_token="<end>", eos_token="<end>", model_max_length=context
     ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+def tiny_llama(folder: Path) -> Path:
+    """Fill the folder with a random Llama of four layers (hidden 64) and a byte-level tokenizer."""
+    vocabulary = save_byte_level_tokenizer(folder, 128)
     config = transformers.LlamaConfig(
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=len(vocabulary),
+        vocab_size=vocabulary,
         max_position_embeddings=128,
         tie_word_embeddings=True,
         initializer_range=0.2,

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tasks.algorithms.model import checkpoints
 from tasks.parameters import schema
 from tasks.runtime import processes
 from tasks.runtime.stage import Inputs
+from tests.support import project
 from tests.support.paths import ROOT
 
 STAGES = (
@@ -146,12 +146,7 @@ CORPORA = ("train", "calibration", "test", "test_ood")
 
 def make_model(folder: Path, sizes: dict[str, int]) -> None:
     """A random Llama, stored in bfloat16, with a byte-level tokenizer."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({"<end>": 0, **{char: place for place, char in enumerate(alphabet, 1)}}, []))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<end>", eos_token="<end>", model_max_length=512
-    ).save_pretrained(folder)
+    project.save_byte_level_tokenizer(folder, 512)
     config = transformers.LlamaConfig(
         num_attention_heads=4,
         num_key_value_heads=2,
