@@ -62,9 +62,15 @@ class Inputs:
     def input(self, name: str) -> Path:
         """The declared dependency whose path ends with `name` ("corpora", "fetch/model", "masks.safetensors").
 
+        Or what lies in a declared folder, by its name ("hardware_fit/fit.json" where that is `data/hardware_fit`).
+
         Raises:
             LookupError: dvc.yaml declares no such dependency for this stage, or several.
         """
+        if not _matches(self.places, name):
+            for folder in Path(name).parents[:-1]:  # the last one is "."
+                if len(found := _matches(self.places, str(folder))) == 1:
+                    return self.places[found[0]] / Path(name).relative_to(folder)
         return self.places[_find(self.places, name, f"dependency of stage {self.address}")]
 
     def has_input(self, name: str) -> bool:
