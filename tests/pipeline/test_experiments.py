@@ -1,4 +1,4 @@
-"""DVC's own experiments run in a copy of the project, by its own code and interpreter, and leave the workspace alone."""
+"""DVC's experiments run in a copy of the project, by its own code and interpreter, and leave the workspace alone."""
 
 from __future__ import annotations
 
