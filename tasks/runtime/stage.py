@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tasks.parameters import schema
-from tasks.runtime import edits, lineage
 from tasks.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -97,6 +96,8 @@ class Stage(Inputs):
     """
 
     def __init__(self, address: str, repo: Repo) -> None:
+        from tasks.runtime import edits, lineage  # they import DVC, which the benchmarks' stages do without
+
         self.dvc = lineage.stage_of(repo, address)
         self.start = edits.Start(self.dvc)
         files = [_relative(dep) for dep in self.dvc.deps if not getattr(dep, "params", ())]

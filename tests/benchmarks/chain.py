@@ -37,7 +37,7 @@ import yaml
 from tasks.algorithms.model import checkpoints
 from tasks.models import model_files
 from tasks.parameters import schema
-from tasks.runtime import files
+from tasks.runtime import accelerator, files
 from tasks.runtime.stage import Inputs, Stage
 from tests.support.paths import ROOT
 
@@ -205,6 +205,7 @@ class Chain:
 
     def _compute(self, stage: Declared, places: Mapping[str, Path], folder: Path, identity: Mapping[str, Any]) -> None:
         print(f"computing {stage.address}", file=sys.stderr, flush=True)
+        accelerator.prepare(self.everything.device)
         with contextlib.redirect_stdout(sys.stderr):  # gptqmodel prints when it is imported
             module = importlib.import_module(f"tasks.{stage.name}")
         with _publishing(folder, identity) as unfinished, contextlib.redirect_stdout(sys.stderr):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, head, layers, matrices
-from tasks.algorithms.model.device import beside
+from tasks.algorithms.model.device import beside, repeatable_attention
 from tasks.algorithms.pruning import depth_prune
 from tasks.algorithms.scoring.perplexity import perplexity as perplexity_of
 
@@ -179,4 +179,5 @@ def _add_gradients(model: nn.Module, ids: Tensor, predictions: int) -> None:
         summed = nn.functional.cross_entropy(logits.float(), following[rows], ignore_index=-1, reduction="sum")
         return summed / predictions
 
-    head.backward(model, ids, loss)
+    with repeatable_attention(ids.device):
+        head.backward(model, ids, loss)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +33,10 @@ import torch.nn.functional as F
 from peft import LoraConfig, LoraModel
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, head, layers, masks, matrices
+from tasks.algorithms.model.device import repeatable_attention
 from tasks.algorithms.quantisation import eora, output_error
 from tasks.algorithms.recovery import distillation
 
@@ -392,11 +392,6 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
-
-
-def repeatable_attention(device: torch.device) -> Any:
-    """Return a context in which attention always gives the same bytes: fused GPU kernels add gradients in any order."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
 def _listed(names: Iterable[str]) -> str:
