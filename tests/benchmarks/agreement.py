@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-
 SAME = "same bytes"
 """The note of two files that are equal."""
 

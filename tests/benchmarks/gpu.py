@@ -358,22 +358,11 @@ def _tiny(cache: Path, run: str) -> dict[str, Any]:
     from tests.support import project
 
     folder = cache / "tiny"
-    if not (folder / "model").exists():
+    if not folder.exists():
         folder.mkdir(parents=True)
-        corpora = {"train": 0, "calibration": 500, "test": 700, "test_ood": 900}
-        for name, first in corpora.items():
-            rows = [
-                {"text": "".join(project.DOCUMENT.format(n=first + row + i) for i in range(8))} for row in range(60)
-            ]
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         project.tiny_llama(folder / "model")
-    params = {key: value for key, value in project.SMALL.items() if not key.startswith("fetch.")}
-    return {
-        "model": folder / "model",
-        "corpora": {name: folder / f"{name}.jsonl" for name in ("train", "calibration", "test", "test_ood")},
-        "params": params,
-        "scratch": cache / run,
-    }
+    corpora = project.short_corpora(folder)
+    return {"model": folder / "model", "corpora": corpora, "params": project.QUICK, "scratch": cache / run}
 
 
 def _is_known(chain: Any, address: str) -> bool:

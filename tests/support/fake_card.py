@@ -42,6 +42,8 @@ class OnCard(Tensor):
             return True
         if func in (Tensor.numpy, Tensor.__array__):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+        if func is Tensor.__format__ and not args[0].dim():  # torch formats values of plain tensors alone
+            return format(args[0].item(), args[1])
         _refuse_mixing(func, args, kwargs)
         if (device := kwargs.get("device")) is not None and torch.device(device).type == "cuda":
             kwargs["device"] = CPU

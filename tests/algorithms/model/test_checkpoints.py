@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-import json
 import random
 
 import pytest
@@ -15,9 +14,8 @@ from tasks.runtime.journal import Journal
 from tests.benchmarks.chain import CachedStage, Chain
 from tests.benchmarks.kills import Killed as KilledProject
 from tests.benchmarks.kills import end
-from tests.support.project import DOCUMENT, SMALL, Project
+from tests.support.project import QUICK, Project, short_corpora
 
-QUICK = {key: value for key, value in SMALL.items() if not key.startswith("fetch.")}
 VARIANTS = {
     "importance": {},
     "lora": {},
@@ -74,12 +72,7 @@ class Short(Journal):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, tiny_llama):
     folder = tmp_path_factory.mktemp("resume")
-    corpora = {}
-    for name, first in (("train", 0), ("calibration", 500), ("test", 700), ("test_ood", 900)):
-        rows = [{"text": "".join(DOCUMENT.format(n=first + row + i) for i in range(8))} for row in range(60)]
-        corpora[name] = folder / f"{name}.jsonl"
-        corpora[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return Chain(tiny_llama(folder / "model"), corpora, folder / "cache", QUICK)
+    return Chain(tiny_llama(folder / "model"), short_corpora(folder), folder / "cache", QUICK)
 
 
 class Work:
