@@ -19,7 +19,7 @@ from tests.support.project import DOCUMENT, SMALL, Project
 
 QUICK = {key: value for key, value in SMALL.items() if not key.startswith("fetch.")}
 VARIANTS = {
-    "importance": {},
+    "importance": {"importance.method": "compound"},
     "lora": {},
     "lora with dropout, EoRA start and hidden loss": {
         "lora.dropout": 0.1,
