@@ -32,7 +32,7 @@ class Importance(Section):
     windows: Count
     """Calibration windows used for scoring; the first ones of `calibrate`'s."""
     method: Literal["magnitude", "taylor", "perplexity", "block_influence", "compound"]
-    """The score that ranks the layers for depth_prune; all of them are written."""
+    """The score that ranks the layers for depth_prune; it alone is computed, and what a compound is made of."""
 
 
 class DepthPrune(Section):

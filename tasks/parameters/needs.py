@@ -164,7 +164,11 @@ def _wanda_memory(params: Params, model: ModelShape) -> int:
 
 def _importance_memory(params: Params, model: ModelShape) -> int:
     tokens = params.calibrate.length  # windows run one by one
-    return _loaded(model, 4 * model.in_blocks + _backward(model, tokens) + _logits(model, tokens, 5))
+    if params.importance.method in ("taylor", "compound"):  # gradients of all weights
+        return _loaded(model, 4 * model.in_blocks + _backward(model, tokens) + _logits(model, tokens, 5))
+    if params.importance.method == "perplexity":  # hidden states of the model without each block
+        return _streamed(model, 4 * tokens * model.hidden * (model.layers + 2) + _logits(model, tokens))
+    return _streamed(model, 4 * params.importance.windows * tokens * model.hidden + 2 * _forward(model, tokens))
 
 
 MEMORY: dict[str, Callable[[Params, ModelShape], int]] = {

@@ -8,10 +8,10 @@ import torch
 
 from tasks import importance as stage_module
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families
+from tasks.algorithms.model import checkpoints, families
 from tasks.algorithms.pruning import depth_prune, importance
 from tasks.algorithms.scoring.perplexity import perplexity
-from tasks.models import dense_folder, tensor_files
+from tasks.models import dense_folder, skeleton, tensor_files
 
 METHODS = [*importance.SCORES, importance.COMPOUND]
 IDENTITY = 2
@@ -80,6 +80,40 @@ def test_perplexity_is_the_rise_when_the_block_is_bypassed(make_model, make_wind
         del block.forward
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_perplexity_is_that_of_the_model_built_without_the_block(batch, make_model, make_windows):
+    model, ids = make_model(num_hidden_layers=6), make_windows(5, 16)
+    naive = [perplexity(depth_prune.without(model, [index]), ids, batch) for index in range(6)]
+    expected = [value - perplexity(model, ids, batch) for value in naive]
+    assert importance.perplexity(model, ids, batch).tolist() == pytest.approx(expected, abs=1e-5, rel=1e-9)
+
+
+def runs(model):
+    """How often each block runs from now on, in passes of one batch."""
+    counts = [0] * len(families.blocks(model))
+
+    def count(index):
+        def hook(*_):
+            counts[index] += 1
+
+        return hook
+
+    for index, block in enumerate(families.blocks(model)):
+        block.mlp.down_proj.register_forward_hook(count(index))
+    return counts
+
+
+def test_a_score_runs_each_block_no_more_often_than_it_must(make_model, make_windows):
+    model, ids = make_model(num_hidden_layers=6), make_windows(4, 16)
+    counts = runs(model)
+    importance.magnitude(model, ids)
+    assert counts == [0] * 6
+    importance.block_influence(model, ids, batch=2)
+    assert counts == [2] * 6
+    importance.perplexity(model, ids, batch=4)  # the whole model, and those without a block before this one
+    assert [count - 2 for count in counts] == [1, 2, 3, 4, 5, 6]
+
+
 def test_block_influence_equals_a_loop_over_tokens(make_model, make_windows):
     model, ids = make_model(), make_windows(3, 6)
     states, last = [], []
@@ -117,11 +151,36 @@ def test_a_broken_model_is_refused(method, make_model, make_windows):
         importance.score(model, make_windows(1, 8), method)
 
 
-def test_the_stage_writes_every_score_of_the_first_windows(model_folder, make_stage, make_windows, tmp_path, capsys):
+@pytest.mark.parametrize("method", importance.SCORES)
+def test_the_stage_computes_the_score_that_ranks_and_no_other(
+    method, model_folder, make_stage, make_windows, tmp_path, monkeypatch
+):
+    """And of scores that need no gradients from blocks on disk."""
+    ids, elsewhere = make_windows(3, 16), []
+    tensor_files.save_tensors(tmp_path / "windows.safetensors", {"input_ids": ids.int()}, {})
+    inputs = {"vocabulary/model": model_folder, "windows.safetensors": tmp_path / "windows.safetensors"}
+    original = importance.SCORES[method]
+
+    def watched(model, *rest):
+        elsewhere.append(len(skeleton.missing(model)))
+        return original(model, *rest)
+
+    monkeypatch.setitem(importance.SCORES, method, watched)
+    stage_module.run(make_stage({"importance": {"windows": 2, "method": method}}, inputs))
+    table = pd.read_csv(tmp_path / "out/scores.csv")
+    assert table.columns.tolist() == ["layer", method]
+    expected = original(dense_folder.load_dense(model_folder), ids[:2], 1, checkpoints.NOTHING)
+    assert table[method].tolist() == pytest.approx(expected.tolist(), rel=1e-7)
+    assert elsewhere == [0 if method == "taylor" else 4 * 9]
+
+
+def test_the_stage_writes_a_compound_with_its_parts_of_the_first_windows(
+    model_folder, make_stage, make_windows, tmp_path, capsys
+):
     ids = make_windows(4, 16)
     tensor_files.save_tensors(tmp_path / "windows.safetensors", {"input_ids": ids.int()}, {})
     inputs = {"vocabulary/model": model_folder, "windows.safetensors": tmp_path / "windows.safetensors"}
-    params = {"importance": {"windows": 2, "method": "taylor"}}
+    params = {"importance": {"windows": 2, "method": "compound"}}
     for out in ("a", "b"):
         stage_module.run(make_stage(params, inputs, out))
     assert (tmp_path / "a/scores.csv").read_bytes() == (tmp_path / "b/scores.csv").read_bytes()
@@ -135,7 +194,8 @@ def test_the_stage_writes_every_score_of_the_first_windows(model_folder, make_st
 
 
 def test_switched_off_it_writes_a_table_without_rows(make_stage, tmp_path):
-    stage_module.skip(make_stage({"importance": SimpleNamespace()}, {}))
-    table = pd.read_csv(tmp_path / "out/scores.csv")
-    assert len(table) == 0
-    assert table.columns.tolist() == ["layer", *METHODS]
+    for method, columns in (("compound", METHODS), ("taylor", ["taylor"])):
+        stage_module.skip(make_stage({"importance": SimpleNamespace(method=method)}, {}))
+        table = pd.read_csv(tmp_path / "out/scores.csv")
+        assert len(table) == 0
+        assert table.columns.tolist() == ["layer", *columns]

@@ -60,10 +60,22 @@ def nats(model: Any, input_ids: Tensor, following: Tensor) -> Tensor:
 def nats_of(model: Any, batches: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
     """Yield `nats` of each (input_ids, following); where blocks are kept elsewhere, each is opened once for all."""
     for said, (_, following) in zip(states_of(model, [ids for ids, _ in batches]), batches, strict=True):
-        targets, found = following.flatten().unsqueeze(1), []  # [batch * length, 1]
-        for rows, each in logits(model, said):
-            found.append(-torch.log_softmax(each.float(), dim=-1).gather(1, targets[rows]).squeeze(1))
-        yield torch.cat(found).view(following.shape)
+        yield _nats(model, said, following)
+
+
+@torch.no_grad()
+def nats_after(model: nn.Module, hidden: Tensor, following: Tensor) -> Tensor:
+    """Return `nats` from the last block's outputs [batch, length, hidden], before the final norm."""
+    norm = model.get_submodule(families.of_model(model).final_norm)
+    return _nats(model, norm(hidden).flatten(0, 1), following)
+
+
+def _nats(model: Any, said: Tensor, following: Tensor) -> Tensor:
+    """Return `nats` [batch, length] from the head's inputs [batch * length, hidden]."""
+    targets, found = following.flatten().unsqueeze(1), []  # [batch * length, 1]
+    for rows, each in logits(model, said):
+        found.append(-torch.log_softmax(each.float(), dim=-1).gather(1, targets[rows]).squeeze(1))
+    return torch.cat(found).view(following.shape)
 
 
 def backward(model: nn.Module, input_ids: Tensor, loss: Callable[[slice, Tensor], Tensor]) -> None:

@@ -68,11 +68,13 @@ class BlockInputs:
         hidden: [windows, length, hidden].
         calls: the block's other arguments, by the number of windows in the batch.
         batch: windows per forward pass.
+        carried: `hidden` has become the block's outputs: a visit that ran the block anyway spares the walk its pass.
     """
 
     hidden: Tensor
     calls: Mapping[int, Call]
     batch: int
+    carried: bool = False
 
     def batches(self) -> Iterator[slice]:
         """Yield the windows of each batch."""
@@ -89,6 +91,18 @@ class BlockInputs:
         """Run the block batch by batch, and yield (windows of the batch, outputs [batch, length, hidden])."""
         for where in self.batches():
             yield where, self.output(block, where)
+
+    def carry(self, block: nn.Module, see: Callable[[Tensor, Tensor], None] | None = None) -> None:
+        """Put the block's outputs, as its weights are now, in the place of its inputs.
+
+        Args:
+            see: called with each batch's inputs and outputs, [batch, length, hidden].
+        """
+        for where, output in self.outputs(block):
+            if see:
+                see(self.hidden[where], output)
+            self.hidden[where] = output
+        self.carried = True
 
 
 class _SeenAll(Exception):
@@ -116,7 +130,8 @@ def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> T
     Args:
         model: a causal language model of a supported family, in evaluation mode.
         input_ids: [windows, length], all tokens count (no padding).
-        visit: called with (index, block, inputs), the block open; it may change the block's weights.
+        visit: called with (index, block, inputs), the block open; it may change the block's weights, and run it for
+            the walk (`BlockInputs.carry`).
         batch: windows per forward pass; no effect on the result beyond rounding.
 
     Returns:
@@ -132,9 +147,8 @@ def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> T
         inputs = BlockInputs(hidden, {windows: call for (windows, _), call in calls[index].items()}, batch)
         with opened(block):
             visit(index, block, inputs)
-            # after the visit, so that the next block gets what the changed weights give; [batch, length, hidden]
-            for where, output in inputs.outputs(block):
-                hidden[where] = output
+            if not inputs.carried:  # after the visit, so that the next block gets what the changed weights give
+                inputs.carry(block)
     return hidden
 
 

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, head, layers, matrices
 from tasks.algorithms.model.device import beside, repeatable_attention
-from tasks.algorithms.pruning import depth_prune
-from tasks.algorithms.scoring.perplexity import perplexity as perplexity_of
+from tasks.algorithms.scoring.perplexity import from_nll
 
 Score = Callable[[nn.Module, Tensor, int, checkpoints.Saved], Tensor]
 """(model, input_ids [windows, length], windows per pass, what an interrupted run had computed) -> float64 [blocks]."""
@@ -52,7 +51,9 @@ def taylor(
 ) -> Tensor:
     """Sum |gradient * weight| over each block's linears, float64 [blocks].
 
-    Holds the activations of all blocks for one batch, as a backward pass must, and one gradient per weight.
+    It needs the whole model, one gradient per weight, and the activations of all blocks for one batch, as a backward
+    pass must: beside 4 bytes per weight of the model, 4 more, and per token and layer some 9 values of the hidden and 4
+    of the MLP size.
     """
     blocks = matrices.by_block(model)
     weights = [matrix.module.weight for block in blocks for matrix in block.values()]
@@ -88,32 +89,61 @@ def taylor(
 def perplexity(
     model: nn.Module, input_ids: Tensor, batch: int = 1, saved: checkpoints.Saved = checkpoints.NOTHING
 ) -> Tensor:
-    """Measure how much perplexity rises without each block, float64 [blocks]; negative where the model gets better."""
-    begun = saved.load("perplexities")
-    found = begun.values if begun else [perplexity_of(model, input_ids, batch)]  # the whole model's, then without each
-    for index in range(len(found) - 1, len(families.blocks(model))):
-        found.append(perplexity_of(depth_prune.without(model, [index]), input_ids, batch))
+    """Measure how much perplexity rises without each block, float64 [blocks]; negative where the model gets better.
+
+    Up to block i, the model without block i is the whole one, so each of the shorter models starts where it differs: L
+    blocks take L (L + 1) / 2 passes through a block in the place of L^2. Of one batch of windows at a time, hidden
+    states of L + 1 models are held.
+    """
+    begun = saved.load("nll")
+    found = [begun.tensors["nll"]] if begun else []  # [1 + blocks, windows, length - 1] each: the whole one is the last
+    done = begun.values if begun else 0
+    for ids in beside(model, input_ids).long().split(batch)[done:]:
+        found.append(_nll_without_each(model, ids))
+        done += 1
         if saved.due():
-            saved.save("perplexities", {}, found)
-    return torch.tensor([without - found[0] for without in found[1:]], dtype=torch.float64)
+            saved.save("nll", {"nll": torch.cat(found, dim=1)}, done)
+    *without, whole = [from_nll(each, input_ids.shape[1]) for each in torch.cat(found, dim=1)]
+    return torch.tensor([each - whole for each in without], dtype=torch.float64)
+
+
+def _nll_without_each(model: nn.Module, ids: Tensor) -> Tensor:
+    """Negative log-likelihoods of one batch: without each block, and at last of the whole model, as `perplexity`."""
+    shorter: list[Tensor] = []  # of the models without a block before this one: [batch, length, hidden] each
+
+    def visit(_: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
+        bypassed = inputs.hidden.clone()
+        for hidden in (*shorter, inputs.hidden):
+            layers.BlockInputs(hidden, inputs.calls, inputs.batch).carry(block)
+        inputs.carried = True
+        shorter.append(bypassed)
+
+    whole, following = layers.walk(model, ids, visit, len(ids)), ids.roll(-1, dims=1)
+    every = [head.nats_after(model, hidden, following)[:, :-1].double().cpu() for hidden in (*shorter, whole)]
+    return torch.stack(every)
 
 
 def block_influence(
     model: nn.Module, input_ids: Tensor, batch: int = 1, saved: checkpoints.Saved = checkpoints.NOTHING
 ) -> Tensor:
-    """Compute 1 - the mean cosine of a token's input and output, float64 [blocks], from 0 to 2: ShortGPT's BI."""
+    """Compute 1 - the mean cosine of a token's input and output, float64 [blocks], from 0 to 2: ShortGPT's BI.
+
+    It takes one forward pass.
+    """
     begun = saved.load("scores")
     scores: list[float] = begun.values if begun else []
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
         if index < len(scores):
             return
-        total = 0.0
-        for where, output in inputs.outputs(block):
+        similarities: list[float] = []
+
+        def see(before: Tensor, after: Tensor) -> None:
             # [batch, length]: 1 where the block only scales what the residual stream carries.
-            similarity = torch.cosine_similarity(inputs.hidden[where].double(), output.double(), dim=-1)
-            total += float(similarity.sum())
-        scores.append(1 - total / inputs.hidden[..., 0].numel())
+            similarities.append(float(torch.cosine_similarity(before.double(), after.double(), dim=-1).sum()))
+
+        inputs.carry(block, see)
+        scores.append(1 - sum(similarities) / inputs.hidden[..., 0].numel())
         if saved.due():
             saved.save("scores", {}, scores)
 
@@ -141,8 +171,18 @@ SCORES: dict[str, Score] = {
     "block_influence": block_influence,
 }
 COMPOUND = "compound"
-BLOCKWISE = ("magnitude", "block_influence")
-"""Scores that look at one block at a time: the model's blocks may be kept elsewhere. The others need all of them."""
+BLOCKWISE = ("magnitude", "perplexity", "block_influence")
+"""Scores that look at one block at a time: the model's blocks may be kept elsewhere. `taylor` needs all of them."""
+
+
+def parts(method: str) -> tuple[str, ...]:
+    """The scores that a method is made of: itself, or all of them for `compound`."""
+    return tuple(SCORES) if method == COMPOUND else (method,)
+
+
+def blockwise(method: str) -> bool:
+    """Whether the method's scores look at one block at a time (`BLOCKWISE`)."""
+    return set(parts(method)) <= set(BLOCKWISE)
 
 
 def score(

@@ -17,7 +17,7 @@ from tests.benchmarks.kills import end
 from tests.support.project import QUICK, Project, short_corpora
 
 VARIANTS = {
-    "importance": {},
+    "importance": {"importance.method": "compound"},
     "lora": {},
     "lora with dropout, EoRA start and hidden loss": {
         "lora.dropout": 0.1,
