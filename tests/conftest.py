@@ -67,6 +67,9 @@ class FakeStage(Inputs):
     def note(self, **facts):
         self.facts |= facts
 
+    def shelf(self, *_, **__):
+        return checkpoints.NOTHING
+
     def pass_on(self, source, target):
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
 

@@ -23,11 +23,14 @@ if TYPE_CHECKING:
     from dvc.stage import Stage as DvcStage
 
     from tasks.runtime.journal import Journal
+    from tasks.runtime.shelf import Shelf
 
 SCRATCH = Path("data/.scratch")
 """Unfinished outputs; on the same file system as data/ so that moving is atomic. Git and DVC ignore it."""
 JOURNALS = SCRATCH / "journal"
 """Of each stage a folder with what it had finished when it was interrupted (`tasks.runtime.journal`)."""
+SHELVES = SCRATCH / "shelves"
+"""What several stages compute alike, by what it is (`tasks.runtime.shelf`)."""
 ANSWERS = SCRATCH / "answers"
 """Of each stage that asks a model a folder with its answers: another limit or a repetition asks for the rest alone."""
 MODEL = "model"
@@ -129,6 +132,13 @@ class Stage(Inputs):
         from tasks.runtime import journal
 
         return journal.open_for(self.start, ANSWERS / self.address, parameters=False)
+
+    def shelf(self, purpose: str, module: str, inputs: Iterable[Path], **given: Any) -> Shelf:
+        """What stages that have these inputs compute alike of them and of what is `given`, by this module's code."""
+        from tasks.runtime import shelf  # as above
+
+        hashes = {path.as_posix(): self.start.identity["inputs"][path.as_posix()] for path in inputs}
+        return shelf.open_for(self.start, SHELVES / purpose, module, hashes, **given)
 
     def output(self, name: str) -> Path:
         """Where to write this file or folder of the stage's own folder; its parent folder exists.

@@ -234,6 +234,10 @@ class CachedStage(Stage):
         self.scratch = scratch
         self.journal = self.answers = checkpoints.NOTHING
 
+    def shelf(self, *_: Any, **__: Any) -> checkpoints.Saved:
+        """Nothing is shared: what a stage takes is its own."""
+        return checkpoints.NOTHING
+
 
 def changed(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of parsed YAML with other values: {"wanda.keep": 1}."""
