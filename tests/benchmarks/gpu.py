@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -69,6 +70,22 @@ SMOLLM2_135M = {
     "max_position_embeddings": 2048,
 }
 MAIN = ("calibrate", "importance", "depth_prune", "wanda", "lora", "gptq", "eora", "package")
+FORKED = """
+import os
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+from tasks.runtime import lean, warm
+lean.apply()
+for name in warm.LIBRARIES:
+    if not name.startswith("dvc"):
+        __import__(name)
+import torch
+pid = os.fork()
+if not pid:
+    print("a stage forked from the warm process computes", float(torch.ones(2, device="cuda").sum()), flush=True)
+    os._exit(0)
+print("and ends with", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+"""What `tasks.runtime.warm` does, apart from DVC."""
 SMALL = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -204,6 +221,8 @@ def machine(section: Section) -> None:
         except RuntimeError as error:
             described["full"] = accelerator.sentence(error, "lora")
             described["full_words"] = str(error)[:400]
+        forked = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=50)
+        described["forked"] = (forked.stdout + forked.stderr)[-300:]
     (section.given.results / "gpu-machine.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(described), flush=True)
 
