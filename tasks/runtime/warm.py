@@ -285,6 +285,8 @@ def _load() -> None:
     for name in [name for name in sys.modules if name.split(".")[0] in ("tasks", "flows")]:
         del sys.modules[name]
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # as `flows.server.settings` has it
+    # torch (2.13) asks for a GPU while it is imported; the driver would answer this process, and then no child of it
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     for name in LIBRARIES:
         importlib.import_module(name)
     gc.collect()

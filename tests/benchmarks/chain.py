@@ -263,7 +263,7 @@ def declared(path: Path, values: Mapping[str, Any]) -> dict[str, Declared]:
             found[address] = Declared(
                 address,
                 tuple(dict.fromkeys(os.path.normpath(_fill(dep, context)) for dep in stage["deps"])),
-                tuple(stage.get("params", [])),
+                tuple(_fill(key, context) for key in stage.get("params", [])),
                 _fill(out, context),
                 stage.get("frozen", False),
             )

@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -34,49 +35,29 @@ from typing import Any, NamedTuple
 from tasks.runtime import accelerator
 from tests.benchmarks import agreement
 from tests.benchmarks.agreement import SAME
+from tests.benchmarks.random_models import LLAMA_1B, LLAMA_8B, SMOLLM2_135M
 
 COLUMNS = ("section", "stage", "device", "seconds", "peak_mib", "test", "test_ood", "note")
 """Of gpu-stages.csv. peak_mib: of the card's memory, what PyTorch gave to tensors at most; test: perplexity."""
 AGREEMENT = ("section", "stage", "what", "values", "equal", "largest", "note")
 """Of gpu-agreement.csv. equal: share of values, `largest` the largest difference."""
-LLAMA_1B = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 128256,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 2048,
-}
-LLAMA_8B = LLAMA_1B | {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "head_dim": 128,
-    "tie_word_embeddings": False,
-}
-SMOLLM2_135M = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 2048,
-}
+FORKED = """
+import os
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+from tasks.runtime import lean, warm
+lean.apply()
+for name in warm.LIBRARIES:
+    if not name.startswith("dvc"):
+        __import__(name)
+import torch
+pid = os.fork()
+if not pid:
+    print("a stage forked from the warm process computes", float(torch.ones(2, device="cuda").sum()), flush=True)
+    os._exit(0)
+print("and ends with", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+"""What `tasks.runtime.warm` does, apart from DVC."""
 MAIN = ("calibrate", "importance", "depth_prune", "wanda", "lora", "gptq", "eora", "package")
-SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 4096,
-}
-"""In the place of each shape's, to try the script out."""
 REST = ("kv_cache", "baseline_lora", "sensitivity", "baseline", "harness@package-corpus")
 
 
@@ -93,7 +74,7 @@ class Given(NamedTuple):
     @property
     def common(self) -> dict[str, Any]:
         """What differs from params.yaml everywhere."""
-        return {"evaluate.new_tokens": 8, **({"lora.steps": 3} if self.small else {})}
+        return {"evaluate.new_tokens": 8, **({"lora.steps": 3, "calibrate.windows": 4} if self.small else {})}
 
 
 class Tables:
@@ -146,6 +127,20 @@ class Section:
         """A row per file that two runs of a stage wrote."""
         for name, found in agreement.of_folders(one, other):
             self.tables.agreement(section=self.name, stage=address, what=f"{kind}: {name}", **found)
+
+    def model(self, name: str, shape: Mapping[str, Any]) -> Path:
+        """A random model's folder; a row says how long it took to make."""
+        from tests.benchmarks import random_models
+
+        folder = self.given.cache / "models" / name
+        if not folder.exists():
+            began = time.monotonic()
+            count = random_models.make(
+                folder, {**shape, **(random_models.SMALL if self.given.small else {})}, self.given.device
+            )
+            took = time.monotonic() - began
+            self.tables.stage(section=self.name, stage=f"make {name}", seconds=took, note=f"{count:,} parameters")
+        return folder
 
     def measured(self, chain: Any, address: str, label: str = "") -> Path | None:
         """Compute a stage and write its row."""
@@ -204,6 +199,8 @@ def machine(section: Section) -> None:
         except RuntimeError as error:
             described["full"] = accelerator.sentence(error, "lora")
             described["full_words"] = str(error)[:400]
+        forked = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=50)
+        described["forked"] = (forked.stdout + forked.stderr)[-300:]
     (section.given.results / "gpu-machine.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(described), flush=True)
 
@@ -267,25 +264,25 @@ def rest(section: Section) -> None:
 
 def llama_1b(section: Section) -> None:
     """Llama-3.2-1B's shape, all blocks: calibrate, wanda, a short recovery; GPTQ of two blocks."""
-    folder = _random_model(section, "llama-1b", LLAMA_1B)
+    folder = section.model("llama-1b", LLAMA_1B)
     section.run(_alone(section, folder), ("calibrate", "wanda", "lora"))
-    part = _random_model(section, "llama-1b-2", dict(LLAMA_1B, num_hidden_layers=2))
+    part = section.model("llama-1b-2", dict(LLAMA_1B, num_hidden_layers=2))
     section.run(_alone(section, part), ("calibrate", "wanda", "lora", "gptq"), "2 blocks")
 
 
 def smollm2(section: Section) -> None:
     """SmolLM2-135M, or a random model of its shape: all blocks up to recovery, and GPTQ of four."""
-    folder = section.given.model or _random_model(section, "smollm2", SMOLLM2_135M)
+    folder = section.given.model or section.model("smollm2", SMOLLM2_135M)
     section.run(_alone(section, folder), ("calibrate", "importance", "wanda", "lora"))
-    part = _random_model(section, "smollm2-4", dict(SMOLLM2_135M, num_hidden_layers=4))
+    part = section.model("smollm2-4", dict(SMOLLM2_135M, num_hidden_layers=4))
     section.run(_alone(section, part), ("calibrate", "wanda", "lora", "gptq", "eora"), "4 blocks")
 
 
 def llama_8b(section: Section) -> None:
     """Four blocks of Llama-3.1-8B's shape, streamed: all blocks are eight times as much time, and no more memory."""
-    folder = _random_model(section, "llama-8b-4", dict(LLAMA_8B, num_hidden_layers=4))
+    folder = section.model("llama-8b-4", dict(LLAMA_8B, num_hidden_layers=4))
     section.run(_alone(section, folder), ("calibrate", "wanda"), "4 of 32 blocks")
-    part = _random_model(section, "llama-8b-1", dict(LLAMA_8B, num_hidden_layers=1))
+    part = section.model("llama-8b-1", dict(LLAMA_8B, num_hidden_layers=1))
     chain = _alone(section, part, {"gptq.embedding": {"bits": 16, "group_size": 32, "method": "nearest"}})
     section.run(chain, ("calibrate", "wanda", "lora", "gptq"), "1 of 32 blocks")
 
@@ -297,7 +294,7 @@ SECTIONS: dict[str, tuple[Callable[[Section], None], float]] = {
     "llama-1b": (llama_1b, 150),
     "agreement": (beside_the_cpu, 60),
     "llama-8b": (llama_8b, 100),
-    "smollm2": (smollm2, 60),
+    "smollm2": (smollm2, 90),
     "rest": (rest, 240),
 }
 """Name -> what runs, and how many seconds it may take."""
@@ -325,31 +322,6 @@ def _short_texts(section: Section, chain: Any) -> Path:
         shutil.copytree(whole, folder)
         with (whole / "train.jsonl").open(encoding="utf-8") as file:
             (folder / "train.jsonl").write_text("".join(itertools.islice(file, 300)), encoding="utf-8")
-    return folder
-
-
-def _random_model(section: Section, name: str, shape: Mapping[str, Any]) -> Path:
-    """A folder with a random Llama of this shape in bfloat16 and the built-in tokenizer."""
-    import torch
-    import transformers
-
-    from tests.support.paths import ROOT
-
-    folder = section.given.cache / "models" / name
-    if section.given.small:
-        shape = {**shape, **SMALL, "num_hidden_layers": min(4, shape["num_hidden_layers"])}
-    if not (folder / "config.json").exists():
-        began = time.monotonic()
-        torch.manual_seed(0)
-        with torch.device(section.given.device):
-            config = transformers.LlamaConfig(**shape, bos_token_id=0, eos_token_id=0, initializer_range=0.02)
-            model = transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-        model.save_pretrained(folder)
-        count = sum(weight.numel() for weight in model.parameters())
-        for path in (ROOT / "data/base_model/model").glob("tokenizer*"):
-            shutil.copyfile(path, folder / path.name)
-        took = time.monotonic() - began
-        section.tables.stage(section=section.name, stage=f"make {name}", seconds=took, note=f"{count:,} parameters")
     return folder
 
 

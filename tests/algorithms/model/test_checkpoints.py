@@ -8,12 +8,14 @@ import itertools
 import random
 
 import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tasks.algorithms.model import checkpoints
 from tasks.runtime.journal import Journal
 from tests.benchmarks.chain import CachedStage, Chain
 from tests.benchmarks.kills import Killed as KilledProject
 from tests.benchmarks.kills import end
+from tests.support import fake_card
 from tests.support.project import QUICK, Project, short_corpora
 
 VARIANTS = {
@@ -119,6 +121,18 @@ def test_interrupted_anywhere_gives_the_same_bytes(tiny, what, tmp_path):
         assert work(f"resumed{left}", again) == work.undisturbed
         if what != "baseline":  # which quantises its last round again for its files
             assert again.written <= writes - left  # what was written is not done again
+
+
+@pytest.mark.parametrize("what", ["importance", "lora", "lora by block", "eora within a budget"])
+def test_what_was_saved_of_a_card_goes_back_to_it(tiny, what, tmp_path):
+    with sdpa_kernel(SDPBackend.MATH):  # as it is on a card
+        work = Work(tiny, what, tmp_path)
+        expected = work("on the CPU")
+        work.chain = work.chain.variant({"device": "cuda"})
+        with fake_card.installed():
+            with pytest.raises(Killed):
+                work("killed", Short(tmp_path / "journal", left=2))
+            assert work("resumed", Short(tmp_path / "journal")) == expected
 
 
 @SLOW
