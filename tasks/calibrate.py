@@ -81,7 +81,7 @@ def _statistics(model: nn.Module, input_ids: Tensor, progress: Progress) -> dict
     statistics: dict[str, layers.InputStatistics] = {}
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
-        statistics.update(layers.input_statistics(by_block[index], block, inputs))
+        statistics.update(layers.input_statistics(by_block[index], block, inputs, carry=True))
         progress.update(index + 1)
 
     layers.walk(model, input_ids, visit, BATCH)

@@ -154,7 +154,8 @@ def _gptq_memory(params: Params, model: ModelShape) -> int:
 
 
 def _eora_memory(params: Params, model: ModelShape) -> int:
-    return 2 * _dense(model) + _walk(params, model) + 4 * 8 * model.widest**2  # float64 eigenvectors
+    # the student, as it is loaded; of the teacher a block; float64 eigenvectors
+    return 2 * _dense(model) + _walk(params, model) + 4 * 8 * model.widest**2
 
 
 def _wanda_memory(params: Params, model: ModelShape) -> int:

@@ -175,7 +175,11 @@ def carry(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
 
 
 def observe(
-    matrices: Mapping[str, Matrix], block: nn.Module, inputs: BlockInputs, see: Callable[[str, Tensor], None]
+    matrices: Mapping[str, Matrix],
+    block: nn.Module,
+    inputs: BlockInputs,
+    see: Callable[[str, Tensor], None],
+    carry: bool = False,
 ) -> None:
     """Run the block as it is and call `see(name, x)` with each linear's input x [batch * length, in_features].
 
@@ -184,6 +188,7 @@ def observe(
     Args:
         matrices: those of the block to watch (`matrices.by_block(model)[index]`); their modules may be quantised, and
             each runs once in a forward pass.
+        carry: the block's weights stay as they are: its outputs take the place of its inputs in the same pass.
     """
     waiting: set[str] = set()
 
@@ -191,13 +196,16 @@ def observe(
         def saw(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             see(name, arguments[0].detach().flatten(0, -2))  # [batch, length, in_features] flattened
             waiting.discard(name)
-            if not waiting:
+            if not waiting and not carry:
                 raise _SeenAll
 
         return saw
 
     handles = [matrix.module.register_forward_pre_hook(hook(name)) for name, matrix in matrices.items()]
     try:
+        if carry:
+            inputs.carry(block)
+            return
         for where in inputs.batches():
             waiting.update(matrices)
             with contextlib.suppress(_SeenAll):
@@ -208,9 +216,9 @@ def observe(
 
 
 def input_statistics(
-    matrices: Mapping[str, Matrix], block: nn.Module, inputs: BlockInputs
+    matrices: Mapping[str, Matrix], block: nn.Module, inputs: BlockInputs, carry: bool = False
 ) -> dict[str, InputStatistics]:
-    """Sum the squares of each linear's inputs, from the block's own forward, in float64."""
+    """Sum the squares of each linear's inputs, from the block's own forward, in float64; `carry` as for `observe`."""
     statistics: dict[str, InputStatistics] = {}
 
     def see(name: str, x: Tensor) -> None:
@@ -220,7 +228,7 @@ def input_statistics(
             squares += before.sum_of_squares
         statistics[name] = InputStatistics(squares, len(x) + (before.tokens if before else 0))
 
-    observe(matrices, block, inputs, see)
+    observe(matrices, block, inputs, see, carry)
     return statistics
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 BLOCK = 128
 """Columns between two updates of the whole gradient; no effect on the result beyond rounding."""
+GROUP = 16
+"""Columns between two updates of the block's gradient, likewise; divides BLOCK."""
 
 
 class Grid(NamedTuple):
@@ -34,9 +36,9 @@ class Grid(NamedTuple):
 
     def nearest(self, values: Tensor, column: int) -> Tensor:
         """Round values of a column to its grid, float32 [out_features]."""
-        group = self.index[column].long()
+        group = int(self.index[column])
         scale, zero = self.scales[:, group].float(), self.zeros[:, group].float()
-        return scale * (torch.round(values / scale + zero).clamp(0, 2**self.bits - 1) - zero)
+        return values.div(scale).add_(zero).round_().clamp_(0, 2**self.bits - 1).sub_(zero).mul_(scale)
 
 
 @torch.no_grad()
@@ -55,34 +57,48 @@ def descend(
     Returns:
         float32 [out_features, in_features]; its error is at most that of `quantised`.
     """
-    hessian, current = hessian.float(), quantised.float().clone()
+    hessian, start = hessian.float(), quantised.float()
     # G = (W - Q) H is -1/2 of the error's gradient with respect to Q. It is kept up to date, not computed again.
-    gradient = (weight.float() - current) @ hessian  # [out, in]
+    gradient = (weight.float() - start) @ hessian  # [out, in]
+    # Column after column is read and written: as rows of their own, [in, out], each lies in one piece.
+    current, keep = start.T.contiguous(), None if keep is None else keep.T.contiguous()
+    grid = grid._replace(scales=_columns(grid.scales), zeros=_columns(grid.zeros))
     for _ in range(cycles):
         before = current.clone()
-        for start in range(0, current.shape[1], BLOCK):
-            columns = slice(start, min(start + BLOCK, current.shape[1]))
-            steps = _descend_block(current, gradient, hessian, grid, columns, keep)  # [out, block]
+        for first in range(0, len(current), BLOCK):
+            columns = slice(first, min(first + BLOCK, len(current)))
+            steps = _descend_block(current, gradient, hessian, grid, columns, keep)  # [block, out]
             # A step S of Q lowers G by S H; the columns of other blocks hear of it here, all at once.
-            gradient -= steps @ hessian[columns]
+            gradient -= steps.T.contiguous() @ hessian[columns]
         if torch.equal(current, before):
             break  # no single code can be bettered: all further cycles would repeat this one
-    return current
+    return current.T.contiguous()
+
+
+def _columns(matrix: Tensor) -> Tensor:
+    """The same matrix, float32, with each column in one piece of memory."""
+    return matrix.float().T.contiguous().T
 
 
 def _descend_block(
     current: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid, columns: slice, keep: Tensor | None
 ) -> Tensor:
-    """Set the columns of a block, one after the other, in `current`; return by how much, [out_features, block]."""
-    diagonal = hessian.diagonal()
-    near, steps = gradient[:, columns].clone(), torch.zeros_like(current[:, columns])
+    """Set the columns of a block, one after the other, in `current` [in, out]; return by how much, [block, out]."""
+    diagonal = hessian.diagonal()[columns].tolist()
+    near, inside = gradient[:, columns].T.contiguous(), hessian[columns, columns]  # [block, out], [block, block]
+    steps, moved = torch.zeros_like(near), torch.empty_like(near)
     for place, column in enumerate(range(columns.start, columns.stop)):
         # The error is a parabola in each q_ij, with its minimum at q_ij + G_ij / H_jj; the grid's nearest value is the
         # best one on the grid, because a parabola is symmetric.
-        value = grid.nearest(current[:, column] + near[:, place] / diagonal[column], column)  # [out]
+        value = grid.nearest(near[place].div(diagonal[place]).add_(current[column]), column)  # [out]
         if keep is not None:
-            value = value * keep[:, column]
-        steps[:, place] = value - current[:, column]
-        near -= steps[:, place, None] * hessian[column, columns]  # G of this block, by the step's outer product
-        current[:, column] = value
+            value *= keep[column]
+        torch.sub(value, current[column], out=steps[place])
+        current[column] = value
+        # G of the group's later columns, by the step's outer product; those before it are done for this cycle.
+        end = place // GROUP * GROUP + GROUP
+        later = slice(place + 1, end)
+        near[later] -= torch.mul(inside[place, later, None], steps[place], out=moved[later])
+        if place + 1 == end:  # and of the block's later columns, by the steps of the group
+            near[end:] -= inside[end - GROUP : end, end:].T @ steps[end - GROUP : end]
     return steps

@@ -75,12 +75,18 @@ def refit(delta: Tensor, moments: Tensor, a: Tensor) -> Tensor:
 def spectrum(delta: Tensor, moments: Tensor) -> Tensor:
     """Tell what each further rank of `factors` removes of ||X delta^T||_F^2, float64 [smaller side], falling.
 
-    Their sum is all of it, where `moments` is X^T X.
+    Their sum is all of it, where `moments` is X^T X. In float64; below 1e-16 of the largest they are rounding.
     """
-    eigenvalues, vectors = torch.linalg.eigh(moments.double())  # C = Q L Q^T: [in_features], [in_features, in_features]
-    # D Q L^(1/2) has the singular values of X D^T. By Eckart and Young a rank removes the square of its own; rounding
-    # can make eigenvalues of nothing negative.
-    return torch.linalg.svdvals(delta.double() @ (vectors * eigenvalues.clamp_min(0).sqrt())).square()
+    delta, moments = delta.double(), moments.double()
+    # By Eckart and Young a rank removes the square of its singular value of X D^T: an eigenvalue of D C D^T, and of
+    # R^T D^T D R with C = R R^T, whichever is smaller. A decomposition of C itself is needed for the second alone.
+    if delta.shape[0] > delta.shape[1]:
+        eigenvalues, vectors = torch.linalg.eigh(moments)  # C = Q L Q^T: [in_features], [in_features, in_features]
+        product = delta @ (vectors * eigenvalues.clamp_min(0).sqrt())  # D Q L^(1/2); rounding can make L negative
+        gram = product.T @ product
+    else:
+        gram = delta @ moments @ delta.T
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
 
 
 def lost(name: str, weight: Tensor, wanted: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ class Size(NamedTuple):
     rank: int | Mapping[str, int]
     bits: int = HALF
 
+    def of(self, name: str) -> int:
+        """The rank of one linear's branch."""
+        return self.rank if isinstance(self.rank, int) else self.rank[name]
+
 
 class Branch(NamedTuple):
     """This is the branch of one linear, x -> x A^T B^T, and what it is good for.
@@ -86,9 +90,11 @@ def compensate(
             if before := saved.load(name):
                 branches[name] = _recalled(before, left[name].weight.device)
             else:
-                known = known if name in known else output_error.second_moments(left, block, inputs)
-                rank = size.rank if isinstance(size.rank, int) else size.rank[name]
-                branches[name] = _branch(name, left[name].weight, teacher[name], known[name], rank, size.bits)
+                # Where no weight changes any more, the pass that measures is the walk's own.
+                carry = not inputs.carried and not any(size.of(other) for other in left)
+                known = known if name in known else output_error.second_moments(left, block, inputs, carry)
+                weights = left[name].weight, teacher[name]
+                branches[name] = _branch(name, *weights, known[name], size.of(name), size.bits)
                 saved.save(name, *_noted(branches[name]))
             moments, matrix = known.pop(name, None), left.pop(name)
             if len(branches[name].a):
@@ -123,9 +129,14 @@ def group_size(length: int) -> int:
 def _branch(name: str, weight: Tensor, wanted: Tensor, moments: Tensor, rank: int, bits: int) -> Branch:
     """Compute the branch of one linear, and the errors before and after it."""
     delta = eora.lost(name, weight, wanted)  # D, [out_features, in_features]
+    if not rank:
+        error = output_error.relative_error(delta, wanted, moments)
+        return Branch(
+            delta.new_empty(0, delta.shape[1]).half(), delta.new_empty(len(delta), 0).half(), None, error, error
+        )
     a, b = eora.factors(delta, moments, rank)
     coded = None
-    if rank and bits != HALF:
+    if bits != HALF:
         # First A, along its rows; then B by what A has become, so that only B's own rounding is left uncompensated.
         coded_a = rounding.quantise(a, bits, group_size(a.shape[1]))
         a = rounding.values(coded_a)

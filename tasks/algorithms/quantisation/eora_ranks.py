@@ -18,6 +18,10 @@ from tasks.algorithms.model import checkpoints, head, layers, matrices
 from tasks.algorithms.model.device import beside, repeatable_attention
 from tasks.algorithms.quantisation import eora, output_error
 
+MEASURED = 8
+"""Calibration windows on which ranks are weighed, at most: their order is asked for, not their digits. Branches are
+computed on all of them."""
+
 Done = Callable[[str, float], None]
 """Called after each linear with its name and an error: the one left, or the one that there is."""
 
@@ -108,7 +112,7 @@ def gains(
 
     Args:
         model: the compressed model with ordinary float32 linears; left as it was.
-        input_ids, teacher, saved: as for `eora_branches.compensate`.
+        input_ids, teacher, saved: as for `eora_branches.compensate`; the first `MEASURED` windows are used.
 
     Returns:
         Full module name -> float64 [smaller side], falling; ranks that remove nothing are 0.
@@ -116,6 +120,7 @@ def gains(
     Raises:
         InputError: a teacher's weight of another shape.
     """
+    input_ids = input_ids[:MEASURED]
     weights = curvature(model, input_ids, saved)
     worth: dict[str, Tensor] = {}
 
@@ -127,7 +132,7 @@ def gains(
                 done(name, error)
             return
         errors = {}
-        for name, moments in output_error.second_moments(block_matrices, block, inputs).items():
+        for name, moments in output_error.second_moments(block_matrices, block, inputs, carry=True).items():
             delta = eora.lost(name, block_matrices[name].weight, teacher[name])
             # To second order KL is 1/2 e^T F e: with F taken as curvature * I, a rank's part of ||e||_F^2 alone counts.
             worth[name] = eora.spectrum(delta, moments) * weights[name] / (2 * input_ids.numel())

@@ -7,6 +7,7 @@ weights out, and its scales are those that a file holds: float16, or powers of a
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,12 +50,43 @@ class MaskedQuantizer(library.gptq.Quantizer):
             # zero, so that it clips at half the maximum. Few groups of 32 are like that, many with half of it pruned.
             # Anything below zero makes it [-max, max]; so small that it counts for nothing in the search by `mse`.
             x = torch.cat([x, -1e-30 * x.any(dim=1, keepdim=True)], dim=1)
+        widest, self.maxshrink = self.maxshrink, self._shrink(x)
         super().find_params(x, weight=weight)
+        self.maxshrink = widest
         chosen = self.scale  # [out_features, 1]
         # A scale of 0 would divide by zero: 2^-24 is the smallest float16 above it.
         self.scale = (rounding.snap(chosen, self.steps) if self.steps else chosen.half()).float().clamp(min=2.0**-24)
         if not self.qcfg.sym:  # the lower end of the range, -zero * scale, stays nearly where it was
             self.zero = torch.round(self.zero * chosen / self.scale).clamp(0, self.maxq)
+
+    def _shrink(self, x: Tensor) -> float:
+        """By how much of its range gptqmodel's search may have to shrink a group [out_features, columns], at most.
+
+        It tries the range times p = 1, 0.99, … 0.21 and keeps the first of least error. From some p on the largest
+        value of a group is clipped by more than the whole error at p = 1: nothing further can be chosen.
+        """
+        power = float(self.qcfg.mse or 0)
+        if not power:
+            return self.maxshrink
+        steps, most = int(self.maxshrink * self.grid), 2**self.qcfg.bits - 1
+        low, high = x.amin(dim=1).clamp(max=0), x.amax(dim=1).clamp(min=0)  # [out_features]
+        largest = torch.maximum(-low, high)
+        if self.qcfg.sym:
+            low, high, zero = -largest, largest, torch.full_like(largest, (most + 1) / 2)
+        scale = (high - low) / most
+        if not self.qcfg.sym:
+            zero = (-low / scale).round()
+        errors = x / scale[:, None] + zero[:, None]
+        errors = scale[:, None] * (errors.round_().clamp_(0, most) - zero[:, None]) - x
+        error = errors.abs_().pow_(power).sum(dim=1)  # of the range as it is
+        # The codes reach as far as p * (largest + a step, or half of one): what is beyond is lost of the largest value.
+        reach = largest + scale * (0.5 if self.qcfg.sym else 1.0)
+        needed = (largest - (1.001 * error).pow(1 / power)) / reach  # p below which more than the error is lost
+        lowest = float(torch.where(largest > 0, needed, torch.ones_like(needed)).min())
+        if not math.isfinite(lowest):  # a broken model's, which is refused later
+            return self.maxshrink
+        tried = min(steps, math.ceil((1 - lowest) * self.grid) + 1)
+        return (tried + 0.5) / self.grid  # gptqmodel rounds down
 
     def quantize(self, x: Tensor) -> Tensor:
         """Round columns [out_features, columns] to the grid's nearest values; pruned weights become zero."""

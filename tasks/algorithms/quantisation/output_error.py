@@ -13,10 +13,15 @@ from tasks.algorithms.model import layers
 from tasks.algorithms.model.matrices import Matrix
 
 
-def second_moments(matrices: Mapping[str, Matrix], block: nn.Module, inputs: layers.BlockInputs) -> dict[str, Tensor]:
+def second_moments(
+    matrices: Mapping[str, Matrix], block: nn.Module, inputs: layers.BlockInputs, carry: bool = False
+) -> dict[str, Tensor]:
     """Sum up X^T X of each matrix's inputs X, float64 [in, in], in one pass through the block.
 
     Matrices that get one and the same input, such as queries, keys and values, have one sum: don't change it in place.
+
+    Args:
+        carry: as for `layers.observe`.
     """
     moments: dict[str, Tensor] = {}
     owners: dict[str, str] = {}  # whose sum a matrix has
@@ -33,7 +38,7 @@ def second_moments(matrices: Mapping[str, Matrix], block: nn.Module, inputs: lay
             moments[name] = x.new_zeros(x.shape[1], x.shape[1])
         moments[name].addmm_(x.T, x)
 
-    layers.observe(matrices, block, inputs, see)
+    layers.observe(matrices, block, inputs, see, carry)
     return {name: moments[owners[name]] for name in matrices}
 
 

@@ -91,6 +91,27 @@ def test_input_statistics_equal_hooks_on_the_whole_forward(make_model, make_wind
         assert torch.allclose(found[name].norm.float(), inputs.flatten(0, 1).norm(dim=0), rtol=1e-4)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_visit_that_watches_may_run_the_block_for_the_walk(batch, make_model, make_windows):
+    """The same sums and outputs in one pass instead of two."""
+    model, ids = make_model(), make_windows(3, 7)
+    by_block, found, ran = matrices.by_block(model), {True: {}, False: {}}, []
+    for block in families.blocks(model):
+        block.mlp.act_fn.register_forward_hook(lambda *_: ran.append(1))
+
+    def walk(carry):
+        def visit(index, block, inputs):
+            found[carry].update(layers.input_statistics(by_block[index], block, inputs, carry))
+
+        return layers.walk(model, ids, visit, batch)
+
+    last = walk(carry=True)
+    assert len(ran) == 4 * -(-3 // batch)
+    assert torch.equal(last, walk(carry=False)) and len(found[True]) == 28
+    for name, (squares, tokens) in found[True].items():
+        assert tokens == found[False][name].tokens and torch.equal(squares, found[False][name].sum_of_squares)
+
+
 def test_what_follows_the_last_linear_that_is_watched_does_not_run(make_model, make_windows):
     model, ids = make_model(), make_windows(3, 7)
     ran = []

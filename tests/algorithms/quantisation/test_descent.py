@@ -19,7 +19,7 @@ def problem(rows=6, cols=24, bits=3, group=8, seed=0, asymmetric=False, pruned=F
     if pruned:
         weight *= keep
     index = torch.arange(cols) // group
-    scales = weight.view(rows, -1, group).abs().amax(2) / 2 ** (bits - 1)
+    scales = weight.view(rows, -1, group).abs().amax(2).clamp(min=1e-3) / 2 ** (bits - 1)  # all may be pruned
     zeros = torch.full_like(scales, 2 ** (bits - 1))
     if asymmetric:
         zeros += torch.randint(-1, 2, zeros.shape, generator=generator)
@@ -95,3 +95,18 @@ def test_without_correlations_it_is_round_to_nearest():
     wrong = scales[:, index] * (torch.zeros_like(start) - zeros[:, index])  # all codes 0
     found = descent.descend(weight, wrong, hessian.diagonal().diag(), grid, 1)
     assert torch.allclose(found, start, atol=1e-6)
+
+
+@pytest.mark.parametrize("cols", [40, 128, 296])
+@pytest.mark.parametrize("options", [{}, {"asymmetric": True, "pruned": True}])
+def test_columns_hear_of_steps_at_once_or_in_groups(cols, options, monkeypatch):
+    """The gradient computed anew after every column, against blocks and groups of columns."""
+    weight, start, hessian, grid, keep = problem(rows=9, cols=cols, bits=4, **options)
+    hessian = hessian / hessian.diagonal().mean()
+    expected = start.double().clone()
+    for _, column in itertools.product(range(3), range(cols)):
+        gradient = (weight.double() - expected) @ hessian.double()
+        value = grid.nearest((expected[:, column] + gradient[:, column] / hessian[column, column]).float(), column)
+        expected[:, column] = value if keep is None else value * keep[:, column]
+    found = descent.descend(weight, start, hessian, grid, 3, keep)
+    assert torch.equal(found, expected.float())

@@ -101,3 +101,17 @@ def test_groups_divide_the_rows_and_bytes_are_counted_per_rank():
     assert eora_branches.rank_bytes((64, 192), 16) == 2 * 256
     assert eora_branches.rank_bytes((64, 192), 8) == 256 + 2 * (1 + 3)
     assert eora_branches.rank_bytes((64, 192), 4) == 128 + 2 * (1 + 3)
+
+
+def test_a_linear_without_a_branch_costs_no_factors_and_its_block_one_pass(make_model, make_windows, monkeypatch):
+    wanted = {name: linear.weight.detach().clone() for name, linear in families.block_linears(make_model()).items()}
+    student, windows, passes, factored = make_model(seed=1), make_windows(3, 16), [], []
+    for index, block in enumerate(families.blocks(student)):
+        block.mlp.down_proj.register_forward_hook(lambda *_, index=index: passes.append(index))
+    factors = eora.factors
+    monkeypatch.setattr(eora, "factors", lambda *given: factored.append(given[2]) or factors(*given))
+    ranks = {name: 2 if name == "model.layers.2.mlp.up_proj" else 0 for name in wanted}
+    eora_branches.compensate(student, windows, wanted, eora_branches.Size(ranks))
+    assert factored == [2]
+    # three windows; block 2 hands on what it computes with its branch, and down_proj is watched in a second look
+    assert [passes.count(index) for index in range(4)] == [3, 3, 3, 3]

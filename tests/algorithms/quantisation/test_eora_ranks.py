@@ -100,3 +100,11 @@ def test_gains_are_the_spectra_on_the_compressed_models_inputs_times_the_curvatu
     assert torch.allclose(found[name], lost * importance[name] / (2 * 4 * 32), rtol=1e-4, atol=1e-12)
     with pytest.raises(InputError, match="in the teacher .*another model's"):
         eora_ranks.gains(student, windows, wanted | {name: wanted[name].T})
+
+
+def test_ranks_are_weighed_on_the_first_windows(make_model, make_windows):
+    teacher, student, windows = make_model(), make_model(seed=1), make_windows(eora_ranks.MEASURED + 3, 16)
+    wanted = {name: linear.weight.detach().clone() for name, linear in families.block_linears(teacher).items()}
+    found = eora_ranks.gains(student, windows, wanted)
+    few = eora_ranks.gains(student, windows[: eora_ranks.MEASURED], wanted)
+    assert all(torch.equal(found[name], few[name]) for name in wanted)

@@ -62,3 +62,30 @@ def test_a_symmetric_group_without_negative_weights_keeps_its_largest():
     weight = normal(8, 64).abs() + 0.1
     found = library_gptq(weight, torch.eye(64))[0]
     assert (found - weight).abs().max() < 0.6 * 2 * weight.max() / 15  # its range ends half a step below it
+
+
+def groups(kind):
+    """Groups of 64 weights of 200 rows, two of them without negative or without any weights."""
+    x = normal(200, 64, seed=7)
+    x[3], x[4] = 0, x[4].abs()
+    return {"normal": x, "outliers": x**5, "pruned": x * two_of_four(x), "uniform": x.sign() * x.abs().frac()}[kind]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["normal", "outliers", "pruned", "uniform"])
+@pytest.mark.parametrize("mse", [2.0, 2.4, 4.0])
+def test_the_search_that_ends_early_finds_what_the_whole_one_does(bits, symmetric, kind, mse, monkeypatch):
+    settings = gptqmodel_settings.config(**SETTINGS | {"symmetric": symmetric, "mse": mse, "bits": bits})
+    found = []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(masked_grid.MaskedQuantizer, "_shrink", lambda quantiser, _: quantiser.maxshrink)
+        quantiser = masked_grid.MaskedQuantizer(settings, "", None)
+        quantiser.configure(perchannel=True)
+        if not whole and bits > 3:  # 80 ranges are there to be tried
+            assert quantiser._shrink(groups(kind)) < 0.5
+        quantiser.find_params(groups(kind), weight=True)
+        assert quantiser.maxshrink == 0.8
+        found.append((quantiser.scale, quantiser.zero))
+    assert all(torch.equal(early, late) for early, late in zip(*found, strict=True))
