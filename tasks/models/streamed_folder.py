@@ -159,7 +159,8 @@ def _return_freed() -> None:
     """Give freed memory back to the kernel.
 
     glibc (2.36) keeps it: once a large piece has been freed, pieces up to that size come from its heap, where what a
-    block leaves is in pieces. 16 blocks of 9 MB took 52 MB more than 4 so, and 1 MB more with this.
+    block leaves is in pieces. In calibrate 16 blocks of 9 MB took 52 MB more than 4 so, and 1 MB more with this (in
+    wanda 28).
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none and keep nothing
     if trim is not None:

@@ -21,6 +21,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, masks
 from tasks.algorithms.quantisation import rounding
 from tasks.models import model_files
+from tasks.models.stored_tensors import StoredTensors
 from tasks.packed.description import read_bytes
 from tasks.packed.model_config import clean
 from tasks.packed.shapes import Shapes, shapes_of
@@ -63,21 +64,15 @@ def read(
     )
 
 
-class _Tensors:
-    """The tensors of a model folder, in one file or several."""
+class _Tensors(StoredTensors):
+    """The tensors of a model folder, an adapter's too."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
         self.folder = folder
-        names = model_files.weights(folder)
-        if not names:
-            raise InputError(
-                f"{folder} holds no {model_files.SINGLE} and no {model_files.INDEX}: it is no model folder"
-            )
-        self.files = {name: safe_open(folder / name, framework="pt") for name in names}
-        self.where = {name: file for file in self.files.values() for name in sorted(file.keys())}
 
     def __contains__(self, name: str) -> bool:
-        return name in self.where
+        return name in self.entries
 
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """The tensor, of this shape.
@@ -87,10 +82,10 @@ class _Tensors:
         """
         if name not in self:
             raise InputError(f"{self.folder} has no tensor {name}, which its config asks for: run the stages again")
-        tensor = self.where[name].get_tensor(name)
-        if shape is not None and tuple(tensor.shape) != tuple(shape):
-            raise InputError(f"{name} of {self.folder} is {tuple(tensor.shape)}, its config says {tuple(shape)}")
-        return tensor
+        found = tuple(self.entries[name].shape)
+        if shape is not None and found != tuple(shape):
+            raise InputError(f"{name} of {self.folder} is {found}, its config says {tuple(shape)}")
+        return self.read(name)
 
 
 class _Masks:
