@@ -65,7 +65,7 @@ def run(stage: Stage) -> None:
     coded = source_folder.read_codes(stage.input("sensitivity/embedding.safetensors"))
     start = dense_folder.load_dense(dense).to(stage.params.device)
     block_quantisation.place(start, coded)
-    harm = block_quantisation.read_harm(stage.input("sensitivity.csv"))
+    harm = block_quantisation.read_harm(stage.input("sensitivity/sensitivity.csv"))
     choices = block_quantisation.choices(harm, start, {}, "dense", chosen)
     widths = plan(stage, choices, start, coded, limit)
     del start

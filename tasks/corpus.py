@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def run(stage: Stage) -> None:
     """Write train, calibration, test and prose (out-of-domain) as rows `{"text", "domain"}`."""
     p = stage.params.corpus
-    grammar = [splits.load(stage.input(name)) for name in ("domains.yaml", "frames.yaml")]
+    grammar = [splits.load(stage.input(name)) for name in ("grammar/domains.yaml", "grammar/frames.yaml")]
     parts = splits.split(*grammar, p.seed)
     folder = stage.output("corpus")
     folder.mkdir()
@@ -29,7 +29,7 @@ def run(stage: Stage) -> None:
         part, path = parts[name], folder / f"{name}.jsonl"
         _write(path, documents.documents(part, size, p.seed))
         print(f"{name}: {len(part.frames)} frames, {len(part.domains)} domains, {path.stat().st_size} bytes")
-    shutil.copyfile(stage.input("prose.jsonl"), folder / "prose.jsonl")
+    shutil.copyfile(stage.input("grammar/prose.jsonl"), folder / "prose.jsonl")
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

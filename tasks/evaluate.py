@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, layers, masks
 from tasks.algorithms.scoring import generation_failures, likelihood, protocols
 from tasks.models import dense_folder, model_files
+from tasks.parameters import prompt_file
 from tasks.runners import any_folder
 from tasks.runtime import files
 from tasks.sources import json_lines
@@ -74,7 +74,7 @@ def run(stage: Stage) -> None:
             f" ({score.label}, {score.windows} windows)"
         )
     print(f"{metrics['bytes']['total']} bytes, {metrics['zero_fraction']:.4f} zeros in the blocks")
-    prompts = read_prompts(stage.input(os.path.relpath(p.prompts)))
+    prompts = prompt_file.read(stage.input(os.path.relpath(p.prompts)))
     written = completions(model, tokenizer, prompts, p.new_tokens, stage.journal)
     metrics["failures"] = generation_failures.count(written)
     _write_documents(stage, tables)
@@ -117,21 +117,6 @@ def sparsity(weights: Iterable[torch.Tensor]) -> dict[str, Any]:
             else:
                 densest[str(of)] = max(before, masks.densest_group(weight, of))
     return {"block_parameters": parameters, "zeros": zeros, "zero_fraction": zeros / parameters, "max_kept": densest}
-
-
-def read_prompts(path: Path) -> list[str]:
-    """A prompt per line of a text file, blanks around it and empty lines left out.
-
-    Raises:
-        InputError: it holds none, or is no UTF-8.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"evaluate.prompts = {path} is no UTF-8 ({error.reason}); save it as such") from error
-    if prompts := [line.strip() for line in lines if line.strip()]:
-        return prompts
-    raise InputError(f"evaluate.prompts = {path} holds no prompt; write one on a line")
 
 
 def completions(

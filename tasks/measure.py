@@ -40,10 +40,11 @@ def run(stage: Stage) -> None:
     workload = measuring_process.Workload(p.threads, p.prompt_tokens, p.new_tokens, p.generations)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in distinct}
     with stage.progress("measure", p.rounds * len(distinct)) as progress:
-        for step in range(p.rounds * len(distinct)):
-            name = distinct[step % len(distinct)]
-            rounds[name].append(measuring_process.measure(folders[name], workload))
-            progress.update(step + 1)
+        turns = distinct * p.rounds
+        measured = measuring_process.measure_each([folders[name] for name in turns], workload)
+        for step, (name, found) in enumerate(zip(turns, measured, strict=True), 1):
+            rounds[name].append(found)
+            progress.update(step)
     asked = p.model_dump(exclude={"enabled"})
     figures = {name: summary(rounds[of[name]], p) | {"files": digests[name]} for name in folders}
     stage.note(measured=figures, workload=asked, host=measuring_process.machine())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
+from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +27,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take minutes begin: the last ones to end are short, and no process is left alone with a long one."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+_looked_at = 0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        _leave_libraries_alone()
+
+
+def pytest_runtest_logfinish() -> None:
+    if len(sys.modules) > _looked_at + 100:  # a library was imported by a test
+        _leave_libraries_alone()
+
+
+def _leave_libraries_alone() -> None:
+    """A look for garbage at every object of torch takes half a second, and gptqmodel asks for several per model."""
+    global _looked_at
+    _looked_at = len(sys.modules)
+    gc.collect()
+    gc.freeze()
 
 
 pytest_plugins = ["tests.support.fetch_stage", "tests.support.model_hub"]
@@ -66,6 +94,9 @@ class FakeStage(Inputs):
 
     def note(self, **facts):
         self.facts |= facts
+
+    def shelf(self, *_, **__):
+        return checkpoints.NOTHING
 
     def pass_on(self, source, target):
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
@@ -149,11 +180,3 @@ def tiny_llama():
     """tiny_llama(folder) -> the folder, with a random Llama of four layers (hidden 64) and a byte-level tokenizer."""
 
     return project.tiny_llama
-
-
-@pytest.fixture(scope="module")
-def quick_collections():
-    """gptqmodel collects garbage several times per model: without a look at every object of torch, it takes no time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 BATCH = 4
 """Windows per forward pass: no effect on the result beyond rounding, and no parameter."""
-MEASURED = 4
+MEASURED = 2
 """Calibration windows on which sensitivities are measured, at most."""
 SNAPPED_BITS = 6
 """What a scale of `scale_steps` takes when coded: an estimate, the package's coder sees how they are distributed."""

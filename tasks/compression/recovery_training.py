@@ -7,16 +7,17 @@ not choose what to prune, and does not quantise.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families, matrices
+from tasks.algorithms.model import checkpoints, families, matrices
 from tasks.algorithms.recovery import masked_lora, reconstruction
 from tasks.algorithms.scoring import perplexity
 from tasks.models import dense_folder
@@ -26,10 +27,13 @@ from tasks.sources import json_lines
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tasks.algorithms.model import checkpoints
     from tasks.parameters.schema import Lora
     from tasks.runtime.stage import Stage
 
+STAGES = ("lora", "baseline_lora")
+"""They train on the same windows with the same teacher."""
+CODE = "compression/recovery_training"
+"""The module whose code what they share depends on."""
 EORA_WINDOWS = 64
 """Windows of lora.length tokens, from the train corpus, on which lora.start = eora measures inputs."""
 
@@ -57,7 +61,7 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
     config = dense_folder.config(source)
     _check(params, config)
     tokenizer = dense_folder.load_tokenizer(source)
-    tokens = perplexity.tokenise(tokenizer, json_lines.documents(stage.input("fetch/corpora") / "train.jsonl"))
+    tokens = _tokens(stage, tokenizer)
     device = stage.params.device
     model, teacher = dense_folder.load_dense(source).to(device), None
     if _needs_teacher(params):
@@ -73,8 +77,37 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
         if params.method == "block_reconstruction":
             history = _reconstruct(params, model, teacher, tokens, keep, kept, report, stage.journal)
         else:
-            model, history = _adapt(params, model, teacher, tokens, keep, kept, report, stage.journal)
+            shared = _shared_targets(stage, tokenizer)
+            model, history = _adapt(params, model, teacher, tokens, keep, kept, report, stage.journal, *shared)
     return Recovered(model.cpu().to(_dtype(config)), history)
+
+
+def _tokens(stage: Stage, tokenizer: Any) -> Tensor:
+    """The training corpus, int32 [tokens]; the two recoveries tokenise it once."""
+    corpora = stage.input("fetch/corpora")
+    shelf = _shelf(stage, "tokens", [corpora], tokenizer)
+    if found := shelf.load("train"):
+        return found.tensors["ids"]
+    tokens = perplexity.tokenise(tokenizer, json_lines.documents(corpora / "train.jsonl"))
+    shelf.save("train", {"ids": tokens})
+    return tokens
+
+
+def _shared_targets(stage: Stage, tokenizer: Any) -> tuple[checkpoints.Saved, int]:
+    """Where the two recoveries leave the targets of their windows, which are the same, and whose turn this one has."""
+    params = stage.params.lora
+    inputs = [stage.input("fetch/corpora"), stage.input("vocabulary/model")]
+    windows = [params.seed, params.batch, params.length]
+    shelf = _shelf(stage, "targets", inputs, tokenizer, device=stage.params.device, windows=windows)
+    return shelf, STAGES.index(stage.name)
+
+
+def _shelf(stage: Stage, purpose: str, inputs: Sequence[Path], tokenizer: Any, **given: Any) -> checkpoints.Saved:
+    """For both recoveries, whose models have one tokenizer; nothing is shared of one that isn't a file of its own."""
+    if not tokenizer.is_fast:
+        return checkpoints.NOTHING
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    return stage.shelf(purpose, CODE, inputs, tokenizer=digest, **given)
 
 
 def write(recovered: Recovered, source: Path, model: Path, history: Path) -> None:
@@ -97,6 +130,8 @@ def _adapt(
     kept: Sequence[int],
     report: reconstruction.Report,
     saved: checkpoints.Saved,
+    shared: checkpoints.Saved,
+    turn: int,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Methods masked and remasked: train adapters, merge."""
     _check_zeros(model, keep)
@@ -120,6 +155,8 @@ def _adapt(
         kept=kept,
         report=report,
         saved=saved,
+        shared=shared,
+        turn=turn,
     )
     if params.method == "masked":
         return masked_lora.merge(adapted, keep), history

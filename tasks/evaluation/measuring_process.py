@@ -1,8 +1,8 @@
 """How fast, how large and how hungry one model is on this machine: measured in a process of its own.
 
 `python -m tasks.evaluation.measuring_process FOLDER '{"threads": 1, …}'` is that process and prints one line of JSON;
-`measure` starts it, so that no model warms another, and what the caller has imported doesn't count. The model is any
-folder that `tasks.runners.engines` runs. Its files are read once before, so that the disk has no part in the times.
+`measure_each` starts it, so that no model warms another, and what the caller has imported doesn't count. The model is
+any folder that `tasks.runners.engines` runs. Its files are read once before, so that the disk has no part in the times.
 
 | figure | what it is |
 |---|---|
@@ -26,11 +26,12 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tasks.algorithms.errors import InputError
 from tasks.parameters.machine import processor
@@ -40,6 +41,8 @@ ROOT = Path(__file__).resolve().parents[2]
 POWER = Path("/sys/class/powercap")
 TOGETHER = 4
 """Sequences of the larger batch."""
+READY = "imported"
+"""The process's first line."""
 REFUSED = 2
 """Exit code of the process after an InputError, whose sentence is its last line."""
 
@@ -66,12 +69,36 @@ class Workload:
 
 
 def measure(folder: Path, workload: Workload) -> dict[str, Any]:
-    """The figures of a model folder, from a process of its own.
+    """The figures of a model folder, from a process of its own; raises as `measure_each`."""
+    return next(measure_each([folder], workload))
+
+
+def measure_each(folders: Sequence[Path], workload: Workload) -> Iterator[dict[str, Any]]:
+    """The figures of model folders, each from a process of its own, one after another.
+
+    On two cores two processes import their libraries at once, and nothing else happens meanwhile: a model is loaded
+    and asked while no other process does anything.
 
     Raises:
-        InputError: the model can't be loaded, its engine isn't installed, or the process was killed.
+        InputError: a model can't be loaded, its engine isn't installed, or its process was killed.
         RuntimeError: it failed otherwise.
     """
+    together = min(2, len(os.sched_getaffinity(0)))
+    for first in range(0, len(folders), together):
+        with contextlib.ExitStack() as stack:
+            started = [
+                (folder, stack.enter_context(_started(folder, workload)))
+                for folder in folders[first : first + together]
+            ]
+            for _, (process, _) in started:
+                process.stdout.readline()  # READY, or nothing: then it has ended
+            for folder, (process, errors) in started:
+                yield _figures(folder, process, errors)
+
+
+@contextlib.contextmanager
+def _started(folder: Path, workload: Workload) -> Iterator[tuple[subprocess.Popen, IO[str]]]:
+    """The process, which imports and then waits for a line, and the file with its errors."""
     environment = os.environ | {name: str(workload.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     call = [
         sys.executable,
@@ -80,21 +107,36 @@ def measure(folder: Path, workload: Workload) -> dict[str, Any]:
         str(folder.resolve()),
         json.dumps(asdict(workload)),
     ]
-    done = subprocess.run(call, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
-    if done.returncode == REFUSED:
-        raise InputError(done.stderr.splitlines()[-1])
-    if done.returncode < 0:
-        raise InputError(
-            f"the process that measured {folder} was ended by signal {-done.returncode}; where it was the memory that"
-            " ran out, end other programs or take a smaller model, and run again"
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            call, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
         )
-    if done.returncode:
-        raise RuntimeError(f"measuring {folder} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+        try:
+            yield process, errors
+        finally:
+            process.kill()
+            with contextlib.suppress(BrokenPipeError):
+                process.communicate()
 
 
-def here(folder: Path, workload: Workload) -> dict[str, Any]:
-    """The figures, measured in this process.
+def _figures(folder: Path, process: subprocess.Popen, errors: IO[str]) -> dict[str, Any]:
+    said, _ = process.communicate("\n")
+    errors.seek(0)
+    words = errors.read()
+    if process.returncode == REFUSED:
+        raise InputError(words.splitlines()[-1])
+    if process.returncode < 0:
+        raise InputError(
+            f"the process that measured {folder} was ended by signal {-process.returncode}; where it was the memory"
+            " that ran out, end other programs or take a smaller model, and run again"
+        )
+    if process.returncode:
+        raise RuntimeError(f"measuring {folder} failed:\n{words}")
+    return json.loads(said.splitlines()[-1])
+
+
+def here(folder: Path, workload: Workload, imported: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """The figures, measured in this process; `imported` is called between the imports and the rest.
 
     Raises:
         InputError: the model can't be loaded, or its engine isn't installed.
@@ -106,6 +148,7 @@ def here(folder: Path, workload: Workload) -> dict[str, Any]:
     _import_engine(folder)
     found: dict[str, Any] = {"import_seconds": time.perf_counter() - started}
     libraries = processes.peak()
+    imported()
     from tasks.runners import engines
 
     started = time.perf_counter()
@@ -210,11 +253,17 @@ def main(folder: str, workload: str) -> int:
     processes.die_with_parent()
     lean.apply()
     try:
-        print(json.dumps(here(Path(folder), Workload(**json.loads(workload)))))
+        print(json.dumps(here(Path(folder), Workload(**json.loads(workload)), _wait)))
     except InputError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return REFUSED
     return 0
+
+
+def _wait() -> None:
+    """Say that all is imported, and wait until it is this process's turn."""
+    print(READY, flush=True)
+    sys.stdin.readline()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ What memory and disk the stages need is estimated by `needs`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model.shape import ModelShape, shape_of_config
 from tasks.algorithms.quantisation import packable
 from tasks.algorithms.scoring import protocols
-from tasks.parameters import needs, special_tokens
+from tasks.parameters import needs, prompt_file, special_tokens
 from tasks.parameters.schema import Params
 
 DEVICES = Path("data/devices")
@@ -129,6 +129,7 @@ def check(
     tokenizer: special_tokens.Known | None = None,
     stage: str | None = None,
     devices: Path | None = None,
+    found: Iterable[str] = (),
 ) -> None:
     """Check every enabled stage against the model and the machine.
 
@@ -138,6 +139,7 @@ def check(
         tokenizer: which special tokens there are, where known.
         stage: the stage about to run; memory and disk are counted for it and the ones after it. None: for all.
         devices: folder of the device profiles.
+        found: problems that are known already, told with the others.
 
     Raises:
         InputError: one line per problem.
@@ -145,7 +147,8 @@ def check(
     model = model_shape(config)
     if tokenizer_size is not None:
         check_tokenizer(tokenizer_size, model.vocabulary)
-    problems = [sentence for name, rule in RULES.items() if _enabled(params, name) for sentence in rule(params, model)]
+    problems = list(found)
+    problems += [sentence for name, rule in RULES.items() if _enabled(params, name) for sentence in rule(params, model)]
     problems += special_tokens.problems(params, tokenizer) if tokenizer else []
     problems += [*_device_problems(params, devices or DEVICES), *_accelerator_problems(params)]
     todo = [name for name in _from(stage) if _enabled(params, name)]
@@ -154,16 +157,26 @@ def check(
 
 
 def check_workspace(params: Params, stage: str | None = None) -> None:
-    """`check` with the model that params.yaml names, if its config.json is here already; else the devices alone.
+    """`check` with the model that params.yaml names, if its config.json is here already; else what needs no model.
 
     Raises:
         InputError: one line per problem.
     """
     fetched = stage is None or _position(stage) > _position("fetch")  # before that, FETCHED may be another model
     if folder := _model_folder(params, fetched):
-        check(params, read_config(folder), tokenizer=special_tokens.of_files(folder), stage=stage)
+        tokenizer = special_tokens.of_files(folder)
+        check(params, read_config(folder), tokenizer=tokenizer, stage=stage, found=_prompt_problems(params))
     else:
-        _raise([*_device_problems(params, DEVICES), *_accelerator_problems(params)])
+        _raise([*_prompt_problems(params), *_device_problems(params, DEVICES), *_accelerator_problems(params)])
+
+
+def _prompt_problems(params: Params) -> Iterator[str]:
+    path = Path(params.evaluate.prompts) if params.evaluate.enabled else None
+    if path and path.is_file():  # else DVC says that it isn't there
+        try:
+            prompt_file.read(path)
+        except InputError as error:
+            yield str(error)
 
 
 def at_once(params: Params, fetched: bool) -> int | None:

@@ -130,10 +130,10 @@ def read(stage: Stage) -> Evidence:
         plain_history=plain_history,
         ledgers={name: _table(stage.input(f"{name}/sparsity.csv")) for name in LEDGERS},
         bits=bits,
-        manifest=_json(stage.input("manifest.json")),
-        fit=_json(stage.input("fit.json")),
+        manifest=_json(stage.input("package/model/manifest.json")),
+        fit=_json(stage.input("hardware_fit/fit.json")),
         task_scores=_task_scores(stage, measured=metrics),
-        devices=_table(stage.input("devices.csv")),
+        devices=_table(stage.input("hardware_fit/devices.csv")),
         host=_host(stage, metrics),
         kv_cache=_table(stage.input("kv_cache.csv")),
         inputs={

@@ -100,6 +100,7 @@ def claim(start: Start) -> None:
     outputs = {lineage.name(out): lineage.md5(out) for out in start.stage.outs}
     CLAIMS.mkdir(parents=True, exist_ok=True)
     said = {key: start.identity[key] for key in ("inputs", "parameters")} | {"outputs": outputs}
+    files.remove_left(_claim(start.stage))  # a stage runs in one process at a time
     files.write_json(_claim(start.stage), said)
 
 

@@ -32,7 +32,7 @@ from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
 from tasks.parameters import parameter_file, preflight
-from tasks.runtime import code, edits, failures, lazily, lineage, locks, mend, parent, spilling
+from tasks.runtime import accelerator, code, edits, failures, lazily, lineage, locks, mend, parent, spilling
 from tasks.runtime.stage import JOURNALS, SCRATCH, Stage
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ def _perform(stage: Stage) -> dict[str, float]:
     if altered := failures.altered_inputs(stage):
         raise InputError(f"{' and '.join(altered)} {failures.ALTERED}")
     preflight.check_workspace(stage.everything, stage.address)
+    accelerator.prepare(getattr(stage.params, "device", "cpu"))
     if not stage.enabled:
         print(f"{stage.address}: switched off, its input is passed on")
     with contextlib.nullcontext() if stage.enabled else lazily.imported():

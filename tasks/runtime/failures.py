@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dvc.exceptions import DvcException
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import edits, lineage, refusals
+from tasks.runtime import accelerator, edits, lineage, refusals
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -36,6 +36,8 @@ def sentence(error: Exception, address: str, stage: Stage | None) -> str | None:
         stage: None where it couldn't even be read from dvc.yaml.
     """
     if said := refusals.sentence(error, f"the outputs of stage {address}"):
+        return said
+    if said := accelerator.sentence(error, address):
         return said
     if isinstance(error, MemoryError) or refusals.number(error) == errno.ENOMEM or OUT_OF_MEMORY.search(str(error)):
         return (

@@ -7,6 +7,7 @@ old file or the new one, whenever this is interrupted.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -31,6 +32,12 @@ def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
         put(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def remove_left(path: Path) -> None:
+    """Remove what those who were killed left of a file that they were `replacing`; only where nobody writes it now."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def put(unfinished: Path, path: Path) -> None:

@@ -227,15 +227,19 @@ def open_for(start: Start, folder: Path, parameters: bool = True) -> Journal:
 
 def fingerprint(start: Start, parameters: bool = True) -> str:
     """A hash of everything that the result of the stage depends on; without its parameters where that is asked."""
-    machine = {
+    described = {"format": FORMAT, "stage": start.stage.addressing, "machine": machine(), **start.identity}
+    if not parameters:  # two devices round differently: no answer of one is one of the other
+        described["parameters"] = {"device": described["parameters"].get("device")}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:SHORT]
+
+
+def machine() -> dict[str, Any]:
+    """What of this machine changes how results are rounded."""
+    return {
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    described = {"format": FORMAT, "stage": start.stage.addressing, "machine": machine, **start.identity}
-    if not parameters:  # two devices round differently: no answer of one is one of the other
-        described["parameters"] = {"device": described["parameters"].get("device")}
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:SHORT]
 
 
 def _read(path: Path) -> Entry:

@@ -53,8 +53,7 @@ def keep_lock() -> None:
     Stages that start side by side do it one after another, so that none takes back what another one kept.
     """
     with _copy_guarded():
-        for left in KEPT.parent.glob(f".{KEPT.name}.*.tmp"):  # of one that was killed here
-            left.unlink()
+        files.remove_left(KEPT)
         now = _entries(LOCK)
         if now is None:
             return

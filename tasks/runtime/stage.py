@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tasks.parameters import schema
-from tasks.runtime import edits, lineage
 from tasks.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -24,11 +23,14 @@ if TYPE_CHECKING:
     from dvc.stage import Stage as DvcStage
 
     from tasks.runtime.journal import Journal
+    from tasks.runtime.shelf import Shelf
 
 SCRATCH = Path("data/.scratch")
 """Unfinished outputs; on the same file system as data/ so that moving is atomic. Git and DVC ignore it."""
 JOURNALS = SCRATCH / "journal"
 """Of each stage a folder with what it had finished when it was interrupted (`tasks.runtime.journal`)."""
+SHELVES = SCRATCH / "shelves"
+"""What several stages compute alike, by what it is (`tasks.runtime.shelf`)."""
 ANSWERS = SCRATCH / "answers"
 """Of each stage that asks a model a folder with its answers: another limit or a repetition asks for the rest alone."""
 MODEL = "model"
@@ -62,9 +64,15 @@ class Inputs:
     def input(self, name: str) -> Path:
         """The declared dependency whose path ends with `name` ("corpora", "fetch/model", "masks.safetensors").
 
+        Or what lies in a declared folder, by its name ("hardware_fit/fit.json" where that is `data/hardware_fit`).
+
         Raises:
             LookupError: dvc.yaml declares no such dependency for this stage, or several.
         """
+        if not _matches(self.places, name):
+            for folder in Path(name).parents[:-1]:  # the last one is "."
+                if len(found := _matches(self.places, str(folder))) == 1:
+                    return self.places[found[0]] / Path(name).relative_to(folder)
         return self.places[_find(self.places, name, f"dependency of stage {self.address}")]
 
     def has_input(self, name: str) -> bool:
@@ -91,6 +99,8 @@ class Stage(Inputs):
     """
 
     def __init__(self, address: str, repo: Repo) -> None:
+        from tasks.runtime import edits, lineage  # they import DVC, which the benchmarks' stages do without
+
         self.dvc = lineage.stage_of(repo, address)
         self.start = edits.Start(self.dvc)
         files = [_relative(dep) for dep in self.dvc.deps if not getattr(dep, "params", ())]
@@ -122,6 +132,13 @@ class Stage(Inputs):
         from tasks.runtime import journal
 
         return journal.open_for(self.start, ANSWERS / self.address, parameters=False)
+
+    def shelf(self, purpose: str, module: str, inputs: Iterable[Path], **given: Any) -> Shelf:
+        """What stages that have these inputs compute alike of them and of what is `given`, by this module's code."""
+        from tasks.runtime import shelf  # as above
+
+        hashes = {path.as_posix(): self.start.identity["inputs"][path.as_posix()] for path in inputs}
+        return shelf.open_for(self.start, SHELVES / purpose, module, hashes, **given)
 
     def output(self, name: str) -> Path:
         """Where to write this file or folder of the stage's own folder; its parent folder exists.

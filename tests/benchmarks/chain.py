@@ -37,7 +37,7 @@ import yaml
 from tasks.algorithms.model import checkpoints
 from tasks.models import model_files
 from tasks.parameters import schema
-from tasks.runtime import files
+from tasks.runtime import accelerator, files
 from tasks.runtime.stage import Inputs, Stage
 from tests.support.paths import ROOT
 
@@ -205,6 +205,7 @@ class Chain:
 
     def _compute(self, stage: Declared, places: Mapping[str, Path], folder: Path, identity: Mapping[str, Any]) -> None:
         print(f"computing {stage.address}", file=sys.stderr, flush=True)
+        accelerator.prepare(self.everything.device)
         with contextlib.redirect_stdout(sys.stderr):  # gptqmodel prints when it is imported
             module = importlib.import_module(f"tasks.{stage.name}")
         with _publishing(folder, identity) as unfinished, contextlib.redirect_stdout(sys.stderr):
@@ -233,6 +234,10 @@ class CachedStage(Stage):
         self.scratch = scratch
         self.journal = self.answers = checkpoints.NOTHING
 
+    def shelf(self, *_: Any, **__: Any) -> checkpoints.Saved:
+        """Nothing is shared: what a stage takes is its own."""
+        return checkpoints.NOTHING
+
 
 def changed(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of parsed YAML with other values: {"wanda.keep": 1}."""
@@ -258,7 +263,7 @@ def declared(path: Path, values: Mapping[str, Any]) -> dict[str, Declared]:
             found[address] = Declared(
                 address,
                 tuple(dict.fromkeys(os.path.normpath(_fill(dep, context)) for dep in stage["deps"])),
-                tuple(stage.get("params", [])),
+                tuple(_fill(key, context) for key in stage.get("params", [])),
                 _fill(out, context),
                 stage.get("frozen", False),
             )

@@ -43,8 +43,8 @@ from tasks.runtime import lineage, locks, mend
 from tasks.runtime.journal import SECONDS
 from tests.support.project import Project, clean_environment, tiny_llama
 
-DVC = ("-m", "dvc", "repro", "report")
-FLOW = ("-m", "tasks", "run", "report")
+DVC = ("-m", "dvc", "repro")
+FLOW = ("-m", "tasks", "run")
 VICTIMS = {"group": DVC, "stage": DVC, "dvc": DVC, "flow": FLOW, "flow's server": FLOW, "flow's group": FLOW}
 """What is killed -> the command that runs: its process group, or one process of it alone."""
 WEIGHTS = (10, 4, 3, 1, 1, 1)
@@ -72,20 +72,24 @@ class Run(NamedTuple):
 class Killed:
     """The project in which stages are killed.
 
+    Args:
+        interval: seconds between two writes of a journal.
+        target: the stage that every command makes, with all that it needs.
+
     Attributes:
         expected: hash of each output in dvc.lock after the undisturbed run.
         lengths: stage -> seconds from the start of its process to the end of `dvc repro report`, undisturbed.
     """
 
-    def __init__(self, project: Project, interval: float) -> None:
-        self.project = project
+    def __init__(self, project: Project, interval: float, target: str = "report") -> None:
+        self.project, self.target = project, target
         self.environment = {**clean_environment(), SECONDS: str(interval)}
         self.notes = project.path.parent / "undisturbed.json"
         if self.notes.exists():
             self.expected, self.lengths = json.loads(self.notes.read_text(encoding="utf-8"))
-            project.repro()  # where a piece ended in the middle of a kill
+            project.repro(target)  # where a piece ended in the middle of a kill
         else:
-            project.repro()
+            project.repro(target)
             self.expected, self.lengths = project.lock(), {}
             self._note()
 
@@ -110,7 +114,7 @@ class Killed:
         printed = self.project.path.parent / "printed"
         with printed.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, *command],
+                [sys.executable, *command, self.target],
                 cwd=self.project.path,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -208,7 +212,7 @@ class Killed:
                     whole = False
                 elif found != locked:
                     yield f"{path} of {other} is {'missing' if found is None else 'altered'}"
-            if not whole and stage not in repo.status(["report"], with_deps=True):
+            if not whole and stage not in repo.status([self.target], with_deps=True):
                 yield "dvc status says nothing"
 
     def faults(self) -> Iterator[str]:
@@ -219,7 +223,7 @@ class Killed:
             for stage, path, locked, found in self._outputs(repo):
                 if found != locked:
                     yield f"{path} of {stage} differs"
-            if repo.status(["report"], with_deps=True):
+            if repo.status([self.target], with_deps=True):
                 yield "dvc status is not clean"
         scratch = [path for path in (self.project.path / "data/.scratch").iterdir() if path.suffix != ".lock"]
         yield from (f"{path.name} is left in the scratch folder" for path in scratch if any(path.rglob("*")))

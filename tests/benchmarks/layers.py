@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import math
 import tempfile
 import time
@@ -46,7 +47,8 @@ def measure(layers: int, sizes: dict[str, int]) -> dict[str, tuple[float, float]
         for name in CHAIN:
             stage, module = stage_memory.MeasuredStage(name, root, params), import_module(f"tasks.{name}")
             before, began = stage_memory.fresh(), time.process_time()
-            (module.skip if name in PASSED_ON else module.run)(stage)
+            with contextlib.redirect_stdout(io.StringIO()):
+                (module.skip if name in PASSED_ON else module.run)(stage)
             found[name] = time.process_time() - began, (processes.peak() - before) / 2**20
     return {name: found[name] for name in MEASURED}
 

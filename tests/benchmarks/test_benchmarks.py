@@ -16,22 +16,17 @@ from tasks.parameters import schema
 from tests.benchmarks import chain as chains
 from tests.benchmarks import curve, quantisation, recovery, sparsity, table
 from tests.benchmarks.chain import Chain, declared
+from tests.support import project
 from tests.support.paths import ROOT
-from tests.support.project import DOCUMENT, SMALL
 
-QUICK = {key: value for key, value in SMALL.items() if not key.startswith("fetch.")} | {"lora.steps": 2}
+QUICK = project.QUICK | {"lora.steps": 2}
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, tiny_llama):
     """A chain on a random Llama and four short corpora."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    corpora = {}
-    for name, first in (("train", 0), ("calibration", 500), ("test", 700), ("test_ood", 900)):
-        rows = [{"text": "".join(DOCUMENT.format(n=first + row + i) for i in range(8))} for row in range(60)]
-        corpora[name] = folder / f"{name}.jsonl"
-        corpora[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return Chain(tiny_llama(folder / "model"), corpora, folder / "cache", QUICK)
+    return Chain(tiny_llama(folder / "model"), project.short_corpora(folder), folder / "cache", QUICK)
 
 
 def test_a_model_is_fetched_and_evaluated_as_in_a_plain_loop(tiny):

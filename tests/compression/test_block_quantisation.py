@@ -13,8 +13,6 @@ from tasks.models import gptq_folder
 from tests.support.matrices import normal, two_of_four
 from tests.support.pruned_model import inputs_of_the_stage, sections
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 
 @pytest.fixture(scope="module")
 def pruned(tiny_llama, tmp_path_factory):

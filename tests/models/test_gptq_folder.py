@@ -14,8 +14,6 @@ from tasks.models import dense_folder, gptq_folder
 from tests.support.gptq_oracle import SETTINGS
 from tests.support.pruned_model import inputs_of_the_stage
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 
 @pytest.fixture(scope="module")
 def pruned(tiny_llama, tmp_path_factory):

@@ -360,6 +360,18 @@ def test_workspace_with_a_local_model(workspace: Path) -> None:
             preflight.check_workspace(with_values(LOCAL | TOO_MANY), stage)
 
 
+@pytest.mark.parametrize(("content", "words"), [(b" \n\n", "holds no prompt"), (b"\xff\n", "is no UTF-8")])
+@pytest.mark.parametrize("values", [LOCAL | TOO_MANY, AT_HUB])
+def test_workspace_with_a_file_without_prompts(workspace: Path, values: dict, content: bytes, words: str) -> None:
+    Path("prompts.txt").write_bytes(content)
+    values = values | {"evaluate.prompts": "prompts.txt"}
+    for stage in (None, "code", "fetch"):
+        with pytest.raises(InputError, match=f"evaluate.prompts = prompts.txt {words}") as caught:
+            preflight.check_workspace(with_values(values), stage)
+        assert ("of 12 layers" in str(caught.value)) == (values["fetch.model.hub"] is None)  # all at once
+    preflight.check_workspace(with_values(values | {"evaluate.enabled": False} | {"depth_prune.remove": 1}))
+
+
 def test_workspace_before_the_model_is_there(workspace: Path) -> None:
     (workspace / "here/config.json").unlink()
     preflight.check_workspace(with_values(LOCAL | TOO_MANY), "base_model")

@@ -81,5 +81,6 @@ def test_each_stage_asks_the_files(model_folder: Path, monkeypatch) -> None:
     given = {}
     monkeypatch.setattr(preflight, "check", lambda *_, **named: given.update(named))
     source = SimpleNamespace(path=str(model_folder), hub=None)
-    preflight.check_workspace(SimpleNamespace(fetch=SimpleNamespace(model=source)), "harness")
+    off = SimpleNamespace(enabled=False)
+    preflight.check_workspace(SimpleNamespace(fetch=SimpleNamespace(model=source), evaluate=off), "harness")
     assert given["tokenizer"] == of_files(model_folder)

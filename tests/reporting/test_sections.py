@@ -41,14 +41,14 @@ def test_ledgers_are_summed_per_stage_and_listed_per_linear(make, results):
 
 
 def test_a_pattern_that_was_asked_for_and_broken_is_labelled_dense(make, results, tmp_path):
-    results["manifest.json"].write_text(json.dumps(manifest() | {"pattern": "dense", "asked": "2:4"}))
+    results["package/model/manifest.json"].write_text(json.dumps(manifest() | {"pattern": "dense", "asked": "2:4"}))
     dense = metrics("package") | {"max_kept": {"4": 4, "8": 8, "16": 16, "32": 32}}
     (tmp_path / "data/evaluate/package/metrics.json").write_text(json.dumps(dense))
     text = page(make())
     assert {row[0]: row for row in cells(text)[STAGES]}["package"][3] == "dense (asked 2:4)"
     sentence = "2:4 was asked for, but a later stage broke it: the package is labelled and stored as dense."
     assert text.count(sentence) == 2  # in the verdict and with the ledgers
-    results["manifest.json"].write_text(json.dumps(manifest() | {"asked": "2:4"}))
+    results["package/model/manifest.json"].write_text(json.dumps(manifest() | {"asked": "2:4"}))
     assert "was asked for" not in page(make("again"))
 
 

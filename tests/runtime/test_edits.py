@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from tasks.algorithms.errors import InputError
-from tasks.runtime import journal
+from tasks.runtime import edits, journal
 from tasks.runtime.stage import Stage
 from tests.support.paths import ROOT
 from tests.support.project import clean_environment
@@ -114,6 +114,14 @@ def test_an_edit_just_after_a_stage(toy: Toy) -> None:
     assert again.returncode == 0 and "is cached" not in again.stdout
     assert toy.outputs()["data/toy/table.csv"] == "3"
     assert toy("-c", MEND).stdout == ""
+
+
+def test_what_a_kill_left_of_a_claim_goes_with_the_next_one(made: Toy, run_here) -> None:
+    left = edits.CLAIMS / ".toy.json.1.tmp"
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_text("{")
+    run_here(write)
+    assert [path.name for path in edits.CLAIMS.iterdir()] == ["toy.json"]
 
 
 def test_a_journal_is_of_what_the_stage_began_with(made: Toy, run_here) -> None:

@@ -27,7 +27,10 @@ TELLING = {
     "copytree": (OSError([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")]), "the disk is full"),
     "memory": (MemoryError(), "stage toy ran out of memory; end other programs, lower its batch"),
     "the linker's memory": (ImportError("libtorch.so: cannot allocate memory"), "stage toy ran out of memory"),
-    "the graphics card's memory": (RuntimeError("CUDA out of memory. Tried to"), "stage toy ran out of memory"),
+    "the graphics card's memory": (
+        RuntimeError("CUDA out of memory. Tried to"),
+        "stage toy ran out of memory on the GPU; set device",
+    ),
     "no memory for a thread": (RuntimeError("can't start new thread"), "stage toy ran out of memory"),
     "a user's value": (InputError("wanda.keep = 9 is wrong"), "wanda.keep = 9 is wrong"),
 }

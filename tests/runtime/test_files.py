@@ -74,7 +74,9 @@ def test_a_kill_leaves_the_old_file(tmp_path: Path, moment: str) -> None:
     done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL and path.read_text() == "old"
     files.write_text(path, "newer")
-    assert path.read_text() == "newer"
+    assert path.read_text() == "newer" and len(list(tmp_path.iterdir())) == 2
+    files.remove_left(path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_it_may_lie_in_another_folder_meanwhile(tmp_path: Path) -> None:

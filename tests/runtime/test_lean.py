@@ -58,4 +58,3 @@ def test_imports_collect_no_garbage_and_later_looks_leave_them_out() -> None:
     finally:
         gc.callbacks.pop()
         gc.enable()
-        gc.unfreeze()

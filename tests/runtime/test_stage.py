@@ -51,6 +51,16 @@ def test_the_model_in_is_the_first_one(toy: Toy, run_here) -> None:
         _ = Stage("toy", Repo()).model_in
 
 
+def test_what_lies_in_a_declared_folder_is_found_by_its_name() -> None:
+    inputs = Inputs("toy", {Path(path): Path("elsewhere") / path for path in ("data/a", "data/b/c", "data/a/x/model")})
+    assert inputs.input("a/table.csv") == Path("elsewhere/data/a/table.csv")
+    assert inputs.input("b/c/d/e.json") == Path("elsewhere/data/b/c/d/e.json")
+    assert inputs.input("a/x/model") == Path("elsewhere/data/a/x/model")
+    for name in ("table.csv", "d/table.csv"):
+        with pytest.raises(LookupError, match=f"`{name}` is no dependency"):
+            inputs.input(name)
+
+
 def test_a_path_that_ends_another_one_is_itself() -> None:
     declared = ["test.jsonl", "wiki/test.jsonl", "a/model", "b/a/model"]
     inputs = Inputs("toy", {Path(path): Path("elsewhere") / path for path in declared})

@@ -47,6 +47,20 @@ if how == "wait":
         sys.exit(130)
 if how == "killed":
     os.kill(os.getpid(), 9)
+if how == "late":
+    import atexit, ctypes, tempfile, threading
+    made = tempfile.TemporaryDirectory()
+    Path("made").write_text(made.name)
+    atexit.register(print, "at exit")
+    threading.Thread(target=lambda: (time.sleep(0.2), Path("thread").write_text("done"))).start()
+    ctypes.CDLL(None).printf(b"of C\\n")
+    sys.exit(5)
+if how == "unread":
+    sys.stdin.read()
+    print("into a closed pipe")
+    sys.exit(6)
+if how == "sentence":
+    sys.exit("a sentence")
 if how == "raises":
     raise ValueError("boom")
 """
@@ -112,6 +126,28 @@ def test_a_child_that_is_killed_kills_its_client(folder: Path, server: warm.Serv
 def test_a_traceback_is_the_childs(folder: Path, server: warm.Server) -> None:
     code, out, err = finish(start(folder, "raises", server))
     assert (code, out) == (1, "warm __main__\n") and err.endswith("ValueError: boom\n")
+
+
+@pytest.mark.parametrize("how", ["late", "sentence"])
+def test_what_is_left_to_do_at_the_end_is_done(folder: Path, server: warm.Server, how: str) -> None:
+    alone, forked = (finish(start(folder, how, one)) for one in (None, server))
+    lines = sorted(alone[1].replace("cold body", "warm __main__").splitlines())  # C's are written when its buffer is
+    assert (forked[0], sorted(forked[1].splitlines()), forked[2]) == (alone[0], lines, alone[2])
+    if how == "late":
+        assert forked[0] == 5 and set(forked[1].splitlines()[1:]) == {"at exit", "of C"}
+        assert (folder / "thread").read_text() == "done" and not Path((folder / "made").read_text()).exists()
+
+
+def test_an_answer_that_nobody_reads_is_told_as_ever(folder: Path, server: warm.Server) -> None:
+    ended = []
+    for one, first in ((None, "cold body\n"), (server, "warm __main__\n")):
+        process = start(folder, "unread", one)
+        assert process.stdout.readline() == first
+        process.stdout.close()
+        process.stdin.close()
+        ended.append((process.wait(120), process.stderr.read().splitlines()[-1]))
+    assert ended[0] == ended[1]
+    assert ended[0][0] and ended[0][1] == "BrokenPipeError: [Errno 32] Broken pipe"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -175,13 +175,6 @@ def stage(tmp_path: Path, make_stage, model_folder: Path):
     return make_stage({"evaluate": dict(PARAMS)}, inputs, item="wanda")
 
 
-@pytest.mark.parametrize(("content", "words"), [(b" \n\n", "holds no prompt"), (b"\xff\n", "is no UTF-8")])
-def test_a_file_without_prompts_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
-    (tmp_path / "prompts.txt").write_bytes(content)
-    with pytest.raises(InputError, match=f"evaluate.prompts = .*prompts.txt {words}"):
-        evaluate.read_prompts(tmp_path / "prompts.txt")
-
-
 def test_metrics_agree_with_the_definitions(stage, model_folder: Path) -> None:
     evaluate.run(stage)
     metrics = json.loads(stage.output("metrics.json").read_text())

@@ -20,8 +20,6 @@ from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger,
 from tests.support.gptq_oracle import NAME
 from tests.support.pruned_model import inputs_of_the_stage, sections
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 
 @pytest.fixture(scope="module")
 def pruned(tiny_llama, tmp_path_factory):

@@ -19,11 +19,12 @@ from tasks import baseline_lora, lora
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families
 from tasks.algorithms.pruning import depth_prune
-from tasks.algorithms.recovery import masked_lora
+from tasks.algorithms.recovery import masked_lora, targets
 from tasks.compression import recovery_training
 from tasks.models import dense_folder, mask_files
 from tasks.parameters.compression_sections import Distillation, Lora
 from tasks.runtime.files import write_json
+from tasks.runtime.shelf import Shelf
 from tasks.runtime.stage import Inputs
 from tests.support.paths import ROOT
 from tests.support.pruned_llama import llama, prune
@@ -37,7 +38,7 @@ class FakeStage(Inputs):
         data = [Path(dep) for dep in deps if dep.startswith("data/")]
         super().__init__(name, {path: folder / path.relative_to("data") for path in data})
         self.folder, self.out, self.name = folder, folder / run, name
-        self.journal = checkpoints.NOTHING
+        self.journal = self.shared = checkpoints.NOTHING
         self.params = SimpleNamespace(device="cpu", lora=params, wanda=SimpleNamespace(enforce=True))
         self.updates: list[tuple[int, float]] = []
         self.total = 0
@@ -49,6 +50,9 @@ class FakeStage(Inputs):
 
     def pass_on(self, source: Path, target: Path) -> None:
         shutil.copytree(source, target)
+
+    def shelf(self, *_: object, **__: object) -> checkpoints.Saved:
+        return self.shared
 
     def progress(self, description: str, total: int) -> FakeStage:
         self.total = total
@@ -260,3 +264,21 @@ def test_skip_passes_the_model_on(folder):
     assert files(stage.out / "lora/model") == files(folder / "wanda/model")
     assert (stage.out / "lora/history.csv").read_text() == ",".join(masked_lora.COLUMNS) + "\n"
     assert {row["revived"] for row in rows(stage.out / "lora/sparsity.csv")} == {"0"}
+
+
+def test_what_the_two_recoveries_share_changes_nothing_and_is_computed_once(folder, monkeypatch) -> None:
+    shutil.copytree(folder / "vocabulary/model", folder / "baseline/model")
+    alone = {}
+    for name, module in (("lora", lora), ("baseline_lora", baseline_lora)):
+        module.run(FakeStage(folder, params(), f"alone-{name}", name))
+        alone[name] = files(folder / f"alone-{name}")
+    asked, texts = [], []
+    states, tokenise = targets.head.states, recovery_training.perplexity.tokenise
+    monkeypatch.setattr(targets.head, "states", lambda model, ids: asked.append(model.training) or states(model, ids))
+    monkeypatch.setattr(recovery_training.perplexity, "tokenise", lambda *given: texts.append(1) or tokenise(*given))
+    for name, module in (("lora", lora), ("baseline_lora", baseline_lora), ("lora", lora)):
+        stage = FakeStage(folder, params(), f"shared-{name}-{len(asked)}", name)
+        stage.shared = Shelf(folder / "shelf")
+        module.run(stage)
+        assert files(stage.out) == alone[name]
+    assert len(texts) == 1 and asked.count(False) == 5  # the teacher, of as many steps

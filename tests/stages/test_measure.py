@@ -55,11 +55,12 @@ def turns(monkeypatch) -> list[str]:
     """The models in the order in which a stand-in for the process measured them, each slower than the one before."""
     order: list[str] = []
 
-    def process(folder, workload):
-        order.append(folder.parent.name)
-        return figures(len(order), energy=None if len(order) == 1 else 2.0, peak=len(order))
+    def each(folders, workload):
+        for folder in folders:
+            order.append(folder.parent.name)
+            yield figures(len(order), energy=None if len(order) == 1 else 2.0, peak=len(order))
 
-    monkeypatch.setattr(measuring_process, "measure", process)
+    monkeypatch.setattr(measuring_process, "measure_each", each)
     return order
 
 
@@ -131,6 +132,42 @@ def test_a_process_of_its_own_measures_a_model(model_folder: Path) -> None:
     assert libraries == pytest.approx(peak_of_imports(), rel=0.05)
 
 
+def test_while_one_is_asked_no_other_process_does_anything(tmp_path: Path, monkeypatch) -> None:
+    code = (
+        "import json, sys, time\n"
+        "times = [time.monotonic()]; print('imported', flush=True); sys.stdin.readline()\n"
+        "times.append(time.monotonic()); time.sleep(0.2); times.append(time.monotonic()); print(json.dumps(times))"
+    )
+    (tmp_path / "tasks/evaluation").mkdir(parents=True)
+    (tmp_path / "tasks/evaluation/measuring_process.py").write_text(code)
+    monkeypatch.setattr(measuring_process, "ROOT", tmp_path)
+    for cores in ({0}, {0, 1}):
+        monkeypatch.setattr(measuring_process.os, "sched_getaffinity", lambda _, cores=cores: cores)
+        found = list(measuring_process.measure_each([tmp_path] * 3, measuring_process.Workload(1, 1, 1, 1)))
+        assert all(ended < begun for (_, _, ended), (_, begun, _) in zip(found, found[1:], strict=False))
+        # the second one had imported before the first was asked, where there are two cores; the third never
+        assert [begun < asked for (begun, _, _), (_, asked, _) in zip(found[1:], found, strict=False)] == [
+            len(cores) == 2,
+            False,
+        ]
+
+
+def test_a_process_that_is_left_is_ended(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "tasks/evaluation").mkdir(parents=True)
+    code = (
+        "import sys\nif sys.argv[1].endswith('bad'): sys.exit(1)\nprint('imported', flush=True); sys.stdin.readline()"
+    )
+    (tmp_path / "tasks/evaluation/measuring_process.py").write_text(code)
+    monkeypatch.setattr(measuring_process, "ROOT", tmp_path)
+    monkeypatch.setattr(measuring_process.os, "sched_getaffinity", lambda _: {0, 1})
+    begun: list[subprocess.Popen] = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: begun.append(popen(*a, **k)) or begun[-1])
+    with pytest.raises(RuntimeError, match="bad failed"):
+        list(measuring_process.measure_each([tmp_path / "bad", tmp_path], measuring_process.Workload(1, 1, 1, 1)))
+    assert len(begun) == 2 and [one.returncode for one in begun] == [1, -9]
+
+
 def peak_of_imports() -> int:
     """Bytes at their most of a process that imports what loads a model in PyTorch, and no more."""
     code = "from tasks.runtime import lean; lean.apply()\n"
@@ -166,7 +203,7 @@ def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch, code: str, e
 def test_what_the_process_refuses_is_a_sentence(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(measuring_process.processes, "die_with_parent", lambda: None)
 
-    def refuse(folder, workload):
+    def refuse(folder, workload, imported):
         raise InputError("line one\nline two")
 
     monkeypatch.setattr(measuring_process, "here", refuse)

@@ -158,8 +158,8 @@ def test_switched_off_stages_are_named(make, results, empty):
     results["removed.json"].write_text(
         json.dumps({"removed": [], "kept": list(range(12)), "method": "taylor", "schedule": "greedy"})
     )
-    results["fit.json"].write_text(json.dumps({"verdict": "NOT_CHECKED"}))
-    results["manifest.json"].write_text(json.dumps({"files": {}, "pattern": None, "lineage": {}}))
+    results["hardware_fit/fit.json"].write_text(json.dumps({"verdict": "NOT_CHECKED"}))
+    results["package/model/manifest.json"].write_text(json.dumps({"files": {}, "pattern": None, "lineage": {}}))
     stage = make()
     for folder in (stage.input("data/evaluate") / name for name in MODELS):
         (folder / "metrics.json").write_text(json.dumps({"model": folder.name, "evaluated": False}))
@@ -174,7 +174,7 @@ def test_switched_off_stages_are_named(make, results, empty):
 
 
 def test_a_model_that_does_not_fit_and_an_infinite_perplexity(make, results, tmp_path):
-    results["fit.json"].write_text(json.dumps(fit() | fit_on("siracusa", "DOES_NOT_FIT", 4_000_000)))
+    results["hardware_fit/fit.json"].write_text(json.dumps(fit() | fit_on("siracusa", "DOES_NOT_FIT", 4_000_000)))
     worst = metrics("wanda")
     worst["perplexity"]["test"] = float("inf")
     (tmp_path / "data/evaluate/wanda/metrics.json").write_text(json.dumps(worst))

@@ -50,10 +50,7 @@ class Project:
             target.parent.mkdir(parents=True, exist_ok=True)
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
         shutil.copytree(model, path / "source/model")
-        for name, first in (("train", 0), ("calibration", 500), ("test", 700), ("test_ood", 900)):
-            rows = [{"text": "".join(DOCUMENT.format(n=first + row + i) for i in range(8))} for row in range(60)]
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            (path / f"source/{name}.jsonl").write_text(text, encoding="utf-8")
+        short_corpora(path / "source")
         self.change(SMALL)
         self("git", "init", "-q")
         self("git", "add", "-A")
@@ -128,6 +125,20 @@ SMALL = {
     "harness.enabled": False,
     "hardware_fit.context": 64,
 }
+
+
+QUICK = {key: value for key, value in SMALL.items() if not key.startswith("fetch.")}
+"""Of SMALL what is no path."""
+
+
+def short_corpora(folder: Path) -> dict[str, Path]:
+    """Write four short texts that don't overlap; returns split -> .jsonl file."""
+    paths = {}
+    for name, first in (("train", 0), ("calibration", 500), ("test", 700), ("test_ood", 900)):
+        rows = [{"text": "".join(DOCUMENT.format(n=first + row + i) for i in range(8))} for row in range(60)]
+        paths[name] = folder / f"{name}.jsonl"
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return paths
 
 
 def save_byte_level_tokenizer(folder: Path, context: int) -> int:

@@ -129,6 +129,9 @@ class MeasuredStage(Inputs):
     def note(self, **facts: Any) -> None:
         pass
 
+    def shelf(self, *_: Any, **__: Any) -> checkpoints.Saved:
+        return checkpoints.NOTHING
+
     def pass_on(self, source: Path, target: Path) -> None:
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
 

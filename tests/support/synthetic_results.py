@@ -351,7 +351,12 @@ def failures(name):
 
 def records():
     removed = {"removed": [6, 5], "kept": [], "method": "block_influence", "schedule": "one_shot"}
-    return {"removed.json": removed, "manifest.json": manifest(), "fit.json": fit(), "overlap.json": overlap()}
+    return {
+        "removed.json": removed,
+        "package/model/manifest.json": manifest(),
+        "hardware_fit/fit.json": fit(),
+        "overlap.json": overlap(),
+    }
 
 
 def write(folder):
@@ -359,11 +364,11 @@ def write(folder):
     inputs = {name: folder / "data" / name for name in (*tables(), *records())}
     inputs |= {f"data/{name}": folder / "data" / name for name in ("evaluate", "harness", "measure")}
     inputs |= {"kv_cache.csv": inputs["kv_cache/kv_cache.csv"]}
-    inputs |= {"devices.csv": inputs["hardware_fit/devices.csv"]}
     for name, table in tables().items():
         inputs[name].parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(inputs[name], index=False)
     for name, record in records().items():
+        inputs[name].parent.mkdir(parents=True, exist_ok=True)
         inputs[name].write_text(json.dumps(record))
     for item in (*ITEMS, "package-gone"):  # dvc.yaml no longer has the last one
         (folder / "data/harness" / item).mkdir(parents=True)

@@ -6,9 +6,12 @@ An algorithm takes its inputs wherever they are, computes beside the model, and 
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def beside(model: Any, tensor: Tensor) -> Tensor:
@@ -17,3 +20,8 @@ def beside(model: Any, tensor: Tensor) -> Tensor:
         return tensor
     weight = next(itertools.chain(model.parameters(), model.buffers()), None)
     return tensor if weight is None else tensor.to(weight.device)
+
+
+def repeatable_attention(device: torch.device) -> Any:
+    """Return a context in which attention always gives the same bytes: fused GPU kernels add gradients in any order."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()

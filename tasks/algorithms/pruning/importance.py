@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, head, layers, matrices
-from tasks.algorithms.model.device import beside
+from tasks.algorithms.model.device import beside, repeatable_attention
 from tasks.algorithms.scoring.perplexity import from_nll
 
 Score = Callable[[nn.Module, Tensor, int, checkpoints.Saved], Tensor]
@@ -219,4 +219,5 @@ def _add_gradients(model: nn.Module, ids: Tensor, predictions: int) -> None:
         summed = nn.functional.cross_entropy(logits.float(), following[rows], ignore_index=-1, reduction="sum")
         return summed / predictions
 
-    head.backward(model, ids, loss)
+    with repeatable_attention(ids.device):
+        head.backward(model, ids, loss)

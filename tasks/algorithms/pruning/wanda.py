@@ -71,7 +71,7 @@ def unstructured(values: Tensor, sparsity: float) -> Selection:
         sparsity: fraction of zeros in each row.
     """
     # The paper compares within an output (Algorithm 1 sorts dim 1), not within the matrix: each row loses as many.
-    pruned = torch.full((len(values), 1), _asked(values.shape[1], sparsity))
+    pruned = torch.full((len(values), 1), _asked(values.shape[1], sparsity), device=values.device)
     return Selection(_keep_largest(values, pruned))
 
 
@@ -86,7 +86,8 @@ def cumulative(values: Tensor, sparsity: float) -> Selection:
         values: metric [rows, cols].
         sparsity: fraction of zeros in the matrix.
     """
-    sums = values.sort(dim=1, stable=True).values.cumsum(dim=1)  # [rows, cols], ascending
+    # [rows, cols], ascending; summed on the CPU, as a GPU has no order of sums that repeats
+    sums = values.sort(dim=1, stable=True).values.cpu().cumsum(dim=1).to(values.device)
     whole = sums[:, -1:]  # [rows, 1]
     # What pruning up to and with this place costs, as a share of the row's metric; in a row of zeros nothing.
     shares = sums / torch.where(whole > 0, whole, 1)
@@ -94,7 +95,7 @@ def cumulative(values: Tensor, sparsity: float) -> Selection:
 
     def pruned(alpha: float) -> Tensor:
         # [rows, 1]: how many sorted metrics have a share of at most alpha.
-        return torch.searchsorted(shares, torch.full((len(shares), 1), alpha, dtype=shares.dtype), right=True)
+        return torch.searchsorted(shares, torch.full_like(whole, alpha), right=True)
 
     low, high = 0.0, 1.0
     for _ in range(60):  # halves the interval to below the spacing of doubles near 1
@@ -152,5 +153,6 @@ def _asked(weights: int, sparsity: float) -> int:
 def _keep_largest(values: Tensor, pruned: Tensor) -> Tensor:
     """Mask the `pruned` [rows, 1] smallest of each row out: bool [rows, cols], True where kept."""
     order = values.argsort(dim=1, descending=True, stable=True)
-    stays = torch.arange(values.shape[1]) < values.shape[1] - pruned  # [rows, cols]: of the sorted ones
+    places = torch.arange(values.shape[1], device=values.device)
+    stays = places < values.shape[1] - pruned  # [rows, cols]: of the sorted ones
     return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, stays)

@@ -90,9 +90,9 @@ def spectrum(delta: Tensor, moments: Tensor) -> Tensor:
 
 
 def lost(name: str, weight: Tensor, wanted: Tensor) -> Tensor:
-    """Subtract: what compression took from a weight, float32 [out_features, in_features]."""
+    """Subtract: what compression took from a weight, float32 [out_features, in_features], on the weight's device."""
     if wanted.shape != weight.shape:
         raise InputError(
             f"{name} is {tuple(weight.shape)}, in the teacher {tuple(wanted.shape)}: it is another model's"
         )
-    return wanted.float() - weight.detach()
+    return wanted.to(weight.device, torch.float32) - weight.detach()

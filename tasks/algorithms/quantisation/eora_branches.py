@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.model import checkpoints, layers, matrices
@@ -87,7 +88,7 @@ def compensate(
         known: dict[str, Tensor] = {}  # moments that are still those of the block as it is
         for name in list(left):
             if before := saved.load(name):
-                branches[name] = _recalled(before)
+                branches[name] = _recalled(before, left[name].weight.device)
             else:
                 # Where no weight changes any more, the pass that measures is the walk's own.
                 carry = not inputs.carried and not any(size.of(other) for other in left)
@@ -156,9 +157,9 @@ def _noted(branch: Branch) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"coding": coding, "errors": [branch.error_before, branch.error_after]}
 
 
-def _recalled(entry: checkpoints.Entry) -> Branch:
-    """Make the branch again that `_noted` made an entry of."""
-    tensors, values = entry
+def _recalled(entry: checkpoints.Entry, device: torch.device) -> Branch:
+    """Make the branch again that `_noted` made an entry of, on this device."""
+    tensors, values = {name: tensor.to(device) for name, tensor in entry.tensors.items()}, entry.values
     sides = zip("ab", values["coding"], strict=False)
     coded = [rounding.Coded(tensors[f"{side}.codes"], tensors[f"{side}.scales"], *coding) for side, coding in sides]
     return Branch(tensors["a"], tensors["b"], tuple(coded) or None, *values["errors"])

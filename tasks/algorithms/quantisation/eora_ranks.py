@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.model import checkpoints, head, layers, matrices
+from tasks.algorithms.model.device import beside, repeatable_attention
 from tasks.algorithms.quantisation import eora, output_error
 
 MEASURED = 8
@@ -46,9 +47,9 @@ def curvature(model: nn.Module, input_ids: Tensor, saved: checkpoints.Saved = ch
     if begun := saved.load("curvature"):
         first, squares = begun.values
         generator.set_state(begun.tensors["generator"])
-    with _watching_gradients(model, squares), torch.enable_grad():
+    with _watching_gradients(model, squares), torch.enable_grad(), repeatable_attention(model.device):
         for done, ids in enumerate(input_ids.split(1)[first:], start=first + 1):
-            head.backward(model, ids, lambda _, logits: _own_loss(logits.float(), generator))
+            head.backward(model, beside(model, ids), lambda _, logits: _own_loss(logits.float(), generator))
             if saved.due():
                 saved.save("curvature", {"generator": generator.get_state()}, [done, squares])
     return {name: square / input_ids.numel() for name, square in squares.items()}
@@ -57,8 +58,9 @@ def curvature(model: nn.Module, input_ids: Tensor, saved: checkpoints.Saved = ch
 def _own_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Return the summed loss of labels that the logits [rows, vocabulary] draw themselves."""
     # Fisher information is E[g g^T] over labels y ~ p(y | x), g the gradient of -log p(y | x).
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)  # [rows]
-    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+    # They are drawn on the CPU, as the generator is there: one seed is one series of labels.
+    labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)  # [rows]
+    return nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
 
 
 @contextlib.contextmanager

@@ -215,7 +215,7 @@ class MaskedGptq:
         """Replace `GPTQ.quantize`, the sweep over the columns of a linear (GPTQ's Algorithm 1)."""
         name = gptq._named_module.full_name
         if entry := self._finished.take(name):
-            answer, result = _recalled(entry)
+            answer, result = _recalled(entry, gptq.module.weight.device)
         else:
             answer, result = self._solved(gptq, name, blocksize)
             self._saved.save(name, *_noted(answer, result))
@@ -231,8 +231,9 @@ class MaskedGptq:
         weight = gptq.module.weight.detach().clone()  # [out, in]
         mask = self._keep.get(name)
         if mask is not None:
+            mask = _checked(name, mask, weight).to(hessian.device)
             # The sweep visits columns in this order, and asks the quantiser for one after the other.
-            gptq.quantizer.mask = _checked(name, mask, weight)[:, _order(hessian, gptq.qcfg)]
+            gptq.quantizer.mask = mask[:, _order(hessian, gptq.qcfg)]
         if self._settings.joint:
             answer, mask = _solve_jointly(gptq, *self._settings.joint)
         else:
@@ -286,9 +287,9 @@ def _noted(answer: Answer, result: LayerResult) -> tuple[dict[str, Tensor], dict
     return tensors, {"answer": list(answer[len(TENSORS) :]), "error": result.error, "damp": result.damp}
 
 
-def _recalled(entry: checkpoints.Entry) -> tuple[Answer, LayerResult]:
-    """Make the answer and the result again that `_noted` made an entry of."""
-    tensors, values = entry
+def _recalled(entry: checkpoints.Entry, device: torch.device) -> tuple[Answer, LayerResult]:
+    """Make the answer and the result again that `_noted` made an entry of, on this device."""
+    tensors, values = {name: tensor.to(device) for name, tensor in entry.tensors.items()}, entry.values
     answer = Answer(*(tensors[name] for name in TENSORS), *values["answer"])
     return answer, LayerResult(values["error"], values["damp"], tensors.get("keep"))
 
@@ -310,7 +311,7 @@ def _solve_jointly(gptq: Any, keep: int, of: int) -> tuple[Answer, Tensor]:
     group_size = gptq.qcfg.group_size
     swept = sparsegpt.sweep(weight, factor, keep, of, group_size, gptq.quantizer)
     size = weight.shape[1] if group_size == -1 else group_size
-    index = torch.arange(weight.shape[1], dtype=torch.int32) // size  # [in], columns are in their own order
+    index = torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device) // size  # [in], in their own order
     quantised = swept.quantised.to(gptq.module.weight.dtype)
     spent = time.monotonic() - started
     loss = swept.loss / gptq.nsamples
@@ -336,7 +337,7 @@ def _order(hessian: Tensor, qcfg: Any) -> Tensor:
     if qcfg.desc_act:
         return torch.argsort(diagonal, descending=True)  # act-order: the inputs with the most energy first
     if not qcfg.act_group_aware:
-        return torch.arange(len(hessian))
+        return torch.arange(len(hessian), device=hessian.device)
     # Groups by their largest diagonal, and columns within each by their own: no group is torn apart.
     within, largest = library.gar.compute_local_perms(diagonal, qcfg.group_size, return_values=True)
     between = library.gar.compute_global_perm(diagonal, qcfg.group_size, precomputed_values=largest)

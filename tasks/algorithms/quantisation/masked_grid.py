@@ -130,7 +130,7 @@ def _by_group(
     settings = copy.copy(quantisation)
     settings.bits = bits
     quantiser = MaskedQuantizer(settings, "", scale_steps)
-    quantiser.mask = keep
+    quantiser.mask = None if keep is None else keep.to(weight.device)
     quantiser.configure(perchannel=True)
     for group in weight.split(size, dim=1):  # [out_features, size]
         quantiser.find_params(group, weight=True)

@@ -56,7 +56,7 @@ def relative_error(delta: Tensor, weight: Tensor, hessian: Tensor) -> float:
     hessian = hessian.double()
 
     def energy(matrix: Tensor) -> float:
-        matrix = matrix.double()
+        matrix = matrix.to(hessian)  # its type and device
         return float(((matrix @ hessian) * matrix).sum().clamp_min(0))  # tr(M H M^T) = ||X M^T||_F^2, H = X^T X
 
     lost, whole = energy(delta), energy(weight)

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from tasks.algorithms.quantisation import gptqmodel_library as library
 
+UNPACKED = "unpacked_weight"
+"""The buffer with the weight that a linear was unpacked to once."""
+
 
 def quantised_linears(model: nn.Module) -> dict[str, Any]:
     """List gptqmodel's quantised linears by their full module names, in the model's order."""
@@ -21,6 +24,9 @@ def quantised_linears(model: nn.Module) -> dict[str, Any]:
 
 def dequantised(linear: Any) -> Tensor:
     """Unpack the weight of a quantised linear, float32 [out_features, in_features], without its adapter."""
+    unpacked = getattr(linear, UNPACKED, None)
+    if unpacked is not None:
+        return unpacked.T.contiguous()
     scales = linear.scales
     linear.scales = scales.float()  # in half precision code x scale would be rounded
     try:
@@ -36,8 +42,9 @@ def unpack_once(model: nn.Module) -> None:
     gptqmodel's own cache of unpacked weights leaves the adapter out of the forward pass.
     """
     for linear in quantised_linears(model).values():
-        weight = dequantised(linear).T  # [in_features, out_features], as the kernel multiplies
-        linear.dequantize_weight = lambda num_itr=1, weight=weight: weight
+        # [in_features, out_features], as the kernel multiplies; a buffer, so that it goes where the model goes
+        linear.register_buffer(UNPACKED, dequantised(linear).T, persistent=False)
+        linear.dequantize_weight = lambda num_itr=1, linear=linear: getattr(linear, UNPACKED)
 
 
 def densify(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +33,13 @@ import torch.nn.functional as F
 from peft import LoraConfig, LoraModel
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, head, layers, masks, matrices
+from tasks.algorithms.model.device import repeatable_attention
 from tasks.algorithms.quantisation import eora, output_error
 from tasks.algorithms.recovery import distillation
+from tasks.algorithms.recovery.targets import Targets
 
 COLUMNS = ("step", "loss", "causal_lm", "distillation", "hidden", "learning_rate")
 """A row of a training's history has these keys."""
@@ -268,13 +269,28 @@ def sample(tokens: Tensor, windows: int, length: int, generator: torch.Generator
     Raises:
         InputError: the corpus is shorter than a window.
     """
+    starts = _starts(tokens, windows, length, generator)
+    return tokens.unfold(0, length, 1)[starts].long()  # of a view [tokens - length + 1, length] of all there are
+
+
+def _starts(tokens: Tensor, windows: int, length: int, generator: torch.Generator) -> Tensor:
     if len(tokens) < length:
         raise InputError(
             f"the training corpus has {len(tokens)} tokens, less than one window of {length}: "
             "give a longer corpus or lower `length`"
         )
-    every = tokens.unfold(0, length, 1)  # a view [tokens - length + 1, length]
-    return every[torch.randint(len(every), (windows,), generator=generator)].long()
+    return torch.randint(len(tokens) - length + 1, (windows,), generator=generator)
+
+
+def drawn(tokens: Tensor, recipe: Recipe) -> Callable[[int], Tensor]:
+    """Draw the windows of all steps; returns what gives those of one, from 1, int64 [batch, length].
+
+    Raises:
+        InputError: as `sample`.
+    """
+    sampler = torch.Generator().manual_seed(recipe.seed)
+    starts = [_starts(tokens, recipe.batch, recipe.length, sampler) for _ in range(recipe.steps)]
+    return lambda step: tokens.unfold(0, recipe.length, 1)[starts[step - 1]].long()
 
 
 def train(
@@ -286,6 +302,8 @@ def train(
     kept: Sequence[int] | None = None,
     report: Callable[[int, float], None] = lambda step, loss: None,
     saved: checkpoints.Saved = checkpoints.NOTHING,
+    shared: checkpoints.Saved = checkpoints.NOTHING,
+    turn: int = 0,
 ) -> list[dict[str, float]]:
     """Train the adapters with AdamW (no weight decay) on windows cut from the corpus at seeded random places.
 
@@ -298,6 +316,8 @@ def train(
             None: the same block, in models of one depth.
         report: called after each step with its number (from 1) and its loss.
         saved: what it holds of an interrupted training of the same model is taken up: the rest gives the same bytes.
+        shared, turn: where targets are left for another training on the same windows, and found (`Targets`); not
+            with `recipe.hidden`, whose targets are the blocks'.
 
     Returns:
         One row per step with the keys `COLUMNS`, losses in nats before that step's update (`hidden` is relative);
@@ -313,8 +333,11 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0, fused=True)
-    sampler = torch.Generator().manual_seed(recipe.seed)
-    generators = [sampler, torch.default_generator, *torch.cuda.default_generators]  # the global ones: dropout
+    windows = drawn(tokens, recipe)
+    generators = [torch.default_generator, *torch.cuda.default_generators]  # dropout's
+    targets = None
+    if teacher is not None and not recipe.hidden:
+        targets = Targets(teacher, lambda step: windows(step).to(device), recipe.steps, shared, turn)
     history: list[dict[str, float]] = []
     model.train()
     with _seeded(recipe.seed), repeatable_attention(device):
@@ -322,8 +345,8 @@ def train(
             checkpoints.restore_training(before.tensors, parameters, optimizer, generators)
             history = before.values
         for step in range(len(history) + 1, recipe.steps + 1):
-            ids = sample(tokens, recipe.batch, recipe.length, sampler).to(device)  # [batch, length]
-            losses = _losses(model, teacher, ids, recipe, kept)
+            ids = windows(step).to(device)  # [batch, length]
+            losses = _losses(model, teacher, ids, recipe, kept, targets and targets.of(step))
             learning_rate = rate(step, recipe)
             update(losses[0], optimizer, step, learning_rate)
             figures = [float(value.detach()) for value in losses]
@@ -336,20 +359,30 @@ def train(
 
 
 def _losses(
-    model: LoraModel, teacher: nn.Module | None, ids: Tensor, recipe: Recipe, kept: Sequence[int] | None
+    model: LoraModel,
+    teacher: nn.Module | None,
+    ids: Tensor,
+    recipe: Recipe,
+    kept: Sequence[int] | None,
+    states: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the losses of a batch: all together, causal LM, distillation, hidden; ids int64 [batch, length]."""
+    """Return the losses of a batch: all together, causal LM, distillation, hidden.
+
+    Args:
+        ids: int64 [batch, length].
+        states: the teacher's, [batch * length, hidden], where they are known already.
+    """
     ours, theirs, target = [], [], None
     if recipe.hidden:
         ours = list(families.blocks(model.model))
         blocks = families.blocks(teacher)
         # each block is compared with the one that it came from, whatever depth pruning removed around it
         theirs = [blocks[index] for index in (range(len(ours)) if kept is None else kept)]
-    if teacher is not None:
+    if teacher is not None and states is None:
         with torch.no_grad(), distillation.outputs_of(theirs) as wanted:  # inference_mode's can't be part of a loss
             states = head.states(teacher, ids)  # [batch * length, hidden]
-        if recipe.distillation:
-            target = distillation.Said(states, teacher.get_output_embeddings())
+    if recipe.distillation:
+        target = distillation.Said(states, teacher.get_output_embeddings())
     with distillation.outputs_of(ours) as outputs:
         said = distillation.Said(head.states(model.model, ids), model.model.get_output_embeddings())
     loss, causal, distilled = distillation.token_losses(said, ids, target, recipe.distillation, recipe.temperature)
@@ -392,11 +425,6 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
-
-
-def repeatable_attention(device: torch.device) -> Any:
-    """Return a context in which attention always gives the same bytes: fused GPU kernels add gradients in any order."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
 def _listed(names: Iterable[str]) -> str:

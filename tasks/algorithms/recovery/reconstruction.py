@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.model import checkpoints, families, layers, matrices
+from tasks.algorithms.model.device import repeatable_attention
 from tasks.algorithms.recovery import distillation
-from tasks.algorithms.recovery.masked_lora import COLUMNS, STATE, Recipe, rate, repeatable_attention, sample, update
+from tasks.algorithms.recovery.masked_lora import COLUMNS, STATE, Recipe, rate, sample, update
 
 Report = Callable[[int, float], None]
 """It is called after each step with its number (from 1, over all blocks) and its loss."""

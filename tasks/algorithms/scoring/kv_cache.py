@@ -18,6 +18,7 @@ It isn't fast: the reference implementation saves memory, no time. Keys get no s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,6 +117,14 @@ class Cached:
     def get_output_embeddings(self) -> nn.Module:
         """Return the model's own head."""
         return self.model.get_output_embeddings()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the model's own weights, which say on which device it computes."""
+        return self.model.parameters()
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Yield the model's own buffers."""
+        return self.model.buffers()
 
 
 def held_bytes(cache: Cache) -> dict[str, int]:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-import json
 import random
 
 import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tasks.algorithms.model import checkpoints
 from tasks.runtime.journal import Journal
 from tests.benchmarks.chain import CachedStage, Chain
 from tests.benchmarks.kills import Killed as KilledProject
 from tests.benchmarks.kills import end
-from tests.support.project import DOCUMENT, SMALL, Project
+from tests.support import fake_card
+from tests.support.project import QUICK, Project, short_corpora
 
-QUICK = {key: value for key, value in SMALL.items() if not key.startswith("fetch.")}
 VARIANTS = {
     "importance": {"importance.method": "compound"},
     "lora": {},
@@ -74,22 +74,26 @@ class Short(Journal):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, tiny_llama):
     folder = tmp_path_factory.mktemp("resume")
-    corpora = {}
-    for name, first in (("train", 0), ("calibration", 500), ("test", 700), ("test_ood", 900)):
-        rows = [{"text": "".join(DOCUMENT.format(n=first + row + i) for i in range(8))} for row in range(60)]
-        corpora[name] = folder / f"{name}.jsonl"
-        corpora[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return Chain(tiny_llama(folder / "model"), corpora, folder / "cache", QUICK)
+    return Chain(tiny_llama(folder / "model"), short_corpora(folder), folder / "cache", QUICK)
 
 
 class Work:
-    """One stage with these parameters, to be run again and again."""
+    """One stage with these parameters, to be run again and again.
+
+    Attributes:
+        undisturbed: what it writes without a journal, once for all tests.
+    """
+
+    known = {}
 
     def __init__(self, chain, what, folder) -> None:
         self.chain = chain.variant(VARIANTS[what])
         self.stage = self.chain.stages[what.split()[0]]
         self.places = {dep: self.chain._place(self.stage, dep) for dep in self.stage.deps}
         self.folder = folder
+        if what not in self.known:
+            self.known[what] = self("undisturbed")
+        self.undisturbed = self.known[what]
 
     def __call__(self, name, journal=checkpoints.NOTHING):
         """The files that it wrote."""
@@ -103,22 +107,32 @@ class Work:
 @pytest.mark.parametrize("what", [what if what in FAST else pytest.param(what, marks=SLOW) for what in VARIANTS])
 def test_interrupted_anywhere_gives_the_same_bytes(tiny, what, tmp_path):
     work = Work(tiny, what, tmp_path)
-    expected = work("undisturbed")
     journal = Short(tmp_path / "journal")
-    assert work("journaled", journal) == expected
+    assert work("journaled", journal) == work.undisturbed
     writes = journal.written
     assert writes >= 3
     for left in sorted({1, writes // 2, writes}):
-        folder = tmp_path / f"journal{left}"
+        folder = tmp_path / "journal"  # of the whole run
         if left < writes:
+            folder = tmp_path / f"journal{left}"
             with pytest.raises(Killed):
                 work(f"killed{left}", Short(folder, left))
-        else:
-            work(f"killed{left}", Short(folder))
         again = Short(folder)
-        assert work(f"resumed{left}", again) == expected
+        assert work(f"resumed{left}", again) == work.undisturbed
         if what != "baseline":  # which quantises its last round again for its files
             assert again.written <= writes - left  # what was written is not done again
+
+
+@pytest.mark.parametrize("what", ["importance", "lora", "lora by block", "eora within a budget"])
+def test_what_was_saved_of_a_card_goes_back_to_it(tiny, what, tmp_path):
+    with sdpa_kernel(SDPBackend.MATH):  # as it is on a card
+        work = Work(tiny, what, tmp_path)
+        expected = work("on the CPU")
+        work.chain = work.chain.variant({"device": "cuda"})
+        with fake_card.installed():
+            with pytest.raises(Killed):
+                work("killed", Short(tmp_path / "journal", left=2))
+            assert work("resumed", Short(tmp_path / "journal")) == expected
 
 
 @SLOW
@@ -126,20 +140,18 @@ def test_interrupted_anywhere_gives_the_same_bytes(tiny, what, tmp_path):
 def test_entries_that_wait_for_the_next_write_are_those_of_their_time(tiny, what, tmp_path):
     """Nothing that was handed over changes until it is written."""
     work = Work(tiny, what, tmp_path)
-    expected = work("undisturbed")
     with pytest.raises(Killed):
         work("killed", Short(tmp_path / "journal", left=2, every=3))
-    assert work("resumed", Short(tmp_path / "journal", every=3)) == expected
+    assert work("resumed", Short(tmp_path / "journal", every=3)) == work.undisturbed
 
 
 @SLOW
 @pytest.mark.parametrize("what", ["lora", "gptq", "eora"])
 def test_killed_again_and_again_it_still_ends(tiny, what, tmp_path):
     work = Work(tiny, what, tmp_path)
-    expected = work("undisturbed")
     for attempt in range(100):
         try:
-            assert work(f"run{attempt}", Short(tmp_path / "journal", left=1)) == expected
+            assert work(f"run{attempt}", Short(tmp_path / "journal", left=1)) == work.undisturbed
             break
         except Killed:
             pass
@@ -149,22 +161,21 @@ def test_killed_again_and_again_it_still_ends(tiny, what, tmp_path):
 @pytest.mark.parametrize("what", ["lora", *(pytest.param(what, marks=SLOW) for what in ("gptq", "eora", "baseline"))])
 def test_a_damaged_entry_is_named_and_its_work_done_again(tiny, what, tmp_path, capsys):
     work = Work(tiny, what, tmp_path)
-    expected = work("undisturbed")
     with pytest.raises(Killed):
         work("killed", Short(tmp_path / "journal", left=2))
     for path in (tmp_path / "journal").iterdir():
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 16
         path.write_bytes(data)
-    assert work("resumed", Journal(tmp_path / "journal", 0)) == expected
+    assert work("resumed", Journal(tmp_path / "journal", 0)) == work.undisturbed
     assert "this entry of the journal is damaged" in capsys.readouterr().err
 
 
 @SLOW
 def test_sigkill_at_random_moments_costs_neither_bytes_nor_the_journal(tmp_path, tiny_llama):
     project = Project(tmp_path / "project", tiny_llama(tmp_path / "model"))
-    project.change({"lora.steps": 300})
-    killed = KilledProject(project, interval=0)
+    project.change({"lora.steps": 120, "baseline_lora.enabled": False})
+    killed = KilledProject(project, interval=0, target="baseline")
     generator = random.Random(0)
     for victim, stage in (("group", "lora"), ("dvc", "baseline"), ("stage", "lora")):
         killed.make_stale(stage)

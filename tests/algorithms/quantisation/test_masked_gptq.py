@@ -14,6 +14,8 @@ from tasks.algorithms.model import masks
 from tasks.algorithms.quantisation import gptqmodel_library as library
 from tasks.algorithms.quantisation import gptqmodel_settings, masked_gptq, output_error
 from tasks.models import gptq_folder
+from tasks.runtime.journal import Journal
+from tests.support import fake_card
 from tests.support.gptq_oracle import NAME, SETTINGS, inputs, library_gptq, naive_gptq, rounded_to_nearest
 from tests.support.matrices import normal, two_of_four
 from tests.support.pruned_model import inputs_of_the_stage
@@ -59,6 +61,23 @@ def test_equals_a_naive_gptq_in_double_precision(changed, pruned):
     lost = [float(((weight - q.to(weight.dtype)) @ x.T).norm()) for q in (found, expected)]
     assert lost[0] == pytest.approx(lost[1], rel=0.02)
     assert found[~keep].count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    "changed", [*({"act_order": order, "mse": 2.4} for order in ORDERS), {"joint": (2, 4)}], ids=str
+)
+def test_on_a_card_it_computes_there_and_takes_up_there_what_was_saved(changed, tmp_path):
+    x, weight = inputs(128), normal(24, 128, seed=3)
+    keep = two_of_four(weight)
+    given = {"scale_steps": 8, "cycles": 2, **changed}
+    given |= {} if "joint" in changed else {"keep": keep}
+    expected = library_gptq(weight * keep, x, **given)
+    with fake_card.installed():
+        for _ in range(2):  # the second one takes the entry
+            found = library_gptq(weight * keep, x, **given, device="cuda", saved=Journal(tmp_path / "journal", 0))
+            assert all(isinstance(tensor, fake_card.OnCard) for tensor in found[:3])
+            assert all(torch.equal(one.cpu(), other) for one, other in zip(found[:3], expected[:3], strict=True))
+            assert found[3].error == expected[3].error
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -9,8 +9,6 @@ from tasks.algorithms.quantisation import gptqmodel_settings, masked_grid, outpu
 from tests.support.gptq_oracle import SETTINGS, inputs, library_gptq, rounded_to_nearest
 from tests.support.matrices import normal, two_of_four
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
