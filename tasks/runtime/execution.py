@@ -32,7 +32,7 @@ from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
 from tasks.parameters import parameter_file, preflight
-from tasks.runtime import accelerator, code, edits, failures, lazily, lineage, locks, mend, parent
+from tasks.runtime import accelerator, code, edits, failures, lazily, lineage, locks, mend, parent, spilling
 from tasks.runtime.stage import JOURNALS, SCRATCH, Stage
 
 if TYPE_CHECKING:
@@ -166,7 +166,8 @@ def _perform(stage: Stage) -> dict[str, float]:
     with contextlib.nullcontext() if stage.enabled else lazily.imported():
         module = importlib.import_module(f"tasks.{stage.name}")
         start_up, began = _age(), time.monotonic()
-        (module.run if stage.enabled else module.skip)(stage)
+        with spilling.spilling(stage.scratch):
+            (module.run if stage.enabled else module.skip)(stage)
     return {"start_up_seconds": start_up, "computing_seconds": time.monotonic() - began}
 
 

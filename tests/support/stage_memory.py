@@ -85,10 +85,10 @@ VALUES = {
 }
 
 
-def parameters(shape: dict[str, int]) -> schema.Params:
-    """Those of params.yaml with `VALUES`."""
+def parameters(changed: dict[str, Any] | None = None) -> schema.Params:
+    """Those of params.yaml with `VALUES`, and others."""
     raw = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    for key, value in VALUES.items():
+    for key, value in (VALUES | (changed or {})).items():
         *sections, last = key.split(".")
         place = raw
         for section in sections:
@@ -97,7 +97,7 @@ def parameters(shape: dict[str, int]) -> schema.Params:
     return schema.parse(raw, "params.yaml")
 
 
-class _Stage(Inputs):
+class MeasuredStage(Inputs):
     """A stage of dvc.yaml in a folder."""
 
     journal = answers = checkpoints.NOTHING
@@ -163,18 +163,23 @@ def make_model(folder: Path, sizes: dict[str, int]) -> None:
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def chain(root: Path, sizes: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Run all stages in the folder; address -> bytes above what was there, and seconds."""
+def make_source(root: Path, sizes: dict[str, int]) -> None:
+    """A random model and short texts, where `VALUES` look for them."""
     make_model(root / "source/model", sizes)
     for first, name in enumerate(CORPORA):
         rows = [{"text": "".join(f"The {n} pump stops. " for n in range(first + n, first + n + 9))} for n in range(40)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (root / f"source/{name}.jsonl").write_text(text, encoding="utf-8")
-    params, found = parameters(sizes), {}
+
+
+def chain(root: Path, sizes: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Run all stages in the folder; address -> bytes above what was there, and seconds."""
+    make_source(root, sizes)
+    params, found = parameters(), {}
     with contextlib.chdir(root):
         for address in STAGES:
-            stage, began = _Stage(address, root, params), time.process_time()
-            module, before = import_module(f"tasks.{stage.name}"), _fresh()
+            stage, began = MeasuredStage(address, root, params), time.process_time()
+            module, before = import_module(f"tasks.{stage.name}"), fresh()
             module.run(stage)
             found[address] = {"bytes": processes.peak() - before, "seconds": time.process_time() - began}
             print(address, found[address], flush=True)
@@ -184,7 +189,7 @@ def chain(root: Path, sizes: dict[str, int]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _fresh() -> int:
+def fresh() -> int:
     """Bytes that are held now, after all that can be given back was; the peak counts from here."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,6 +1,7 @@
 """The one walk that carries calibration activations from block to block; every algorithm that needs them visits it.
 
-Only the activations at one block boundary are held: [windows, length, hidden]. It does not run the final norm and head,
+Only the activations at one block boundary are held: [windows, length, hidden]; in memory, or where `streaming.SPILL`
+says, such as a mapped file, where they are many. It does not run the final norm and head,
 and computes no gradients. A model may keep its blocks elsewhere (`tasks.models.streamed_folder`: on disk). Such a block
 has its weights while it is open, and whoever reads them, forward passes too, opens it; the walk does so for its visits.
 """
@@ -8,6 +9,7 @@ has its weights while it is open, and whoever reads them, forward passes too, op
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms.model import families
+from tasks.algorithms.model import families, streaming
 from tasks.algorithms.model.device import beside
 from tasks.algorithms.model.matrices import Matrix
 
@@ -140,9 +142,17 @@ def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> T
     Raises:
         InputError: the model's family isn't supported.
     """
-    entered, calls = _enter(model, input_ids.split(batch))
-    hidden = torch.cat(entered)
-    del entered
+    held: list[Tensor] = []  # one: [windows, length, hidden]
+    done = 0
+
+    def enter(states: Tensor) -> None:
+        nonlocal done
+        if not held:
+            held.append(_room((len(input_ids), *states.shape[1:]), states))
+        held[0][done : done + len(states)] = states
+        done += len(states)
+
+    calls, hidden = _enter(model, input_ids.split(batch), enter), held[0]
     for index, block in enumerate(families.blocks(model)):
         inputs = BlockInputs(hidden, {windows: call for (windows, _), call in calls[index].items()}, batch)
         with opened(block):
@@ -165,7 +175,8 @@ def carry(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         InputError: the model's family isn't supported.
     """
-    hidden, calls = _enter(model, batches)
+    hidden: list[Tensor] = []
+    calls = _enter(model, batches, hidden.append)
     for index, block in enumerate(families.blocks(model)):
         with opened(block), torch.no_grad():
             for at, states in enumerate(hidden):
@@ -232,21 +243,34 @@ def input_statistics(
     return statistics
 
 
-def _enter(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[tuple[int, int], Call]]]:
-    """Return each batch's input of the first block, and each block's other arguments by (windows, length) of a batch.
+def _room(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A tensor of this shape, without values: in memory, or where hidden states are spilled to."""
+    spill = streaming.SPILL.get()
+    if spill is not None and like.device.type == "cpu":
+        room = spill(math.prod(shape) * like.element_size())
+        if room is not None:
+            return room.view(like.dtype).view(shape)
+    return like.new_empty(shape)
+
+
+def _enter(
+    model: nn.Module, batches: Sequence[Tensor], enter: Callable[[Tensor], None]
+) -> list[dict[tuple[int, int], Call]]:
+    """Call `enter` with each batch's input of the first block; return the blocks' other arguments.
+
+    Per block they are by (windows, length) of a batch.
 
     The model's own forward runs with blocks that hand their input on and note how they were called: blocks of one model
     can get different masks (sliding windows). All tokens count, so the arguments depend on a batch's sizes only.
     """
     blocks = families.blocks(model)
     calls: list[dict[tuple[int, int], Call]] = [{} for _ in blocks]
-    entered: list[Tensor] = []
 
     def stand_in(index: int) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
             calls[index].setdefault((hidden_states.shape[0], hidden_states.shape[1]), (positional, named))
             if index == 0:
-                entered.append(hidden_states)
+                enter(hidden_states)
             return hidden_states
 
         return forward
@@ -263,4 +287,4 @@ def _enter(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Tensor], l
             del block.forward
             if forward is not None:
                 block.forward = forward
-    return entered, calls
+    return calls

@@ -62,7 +62,7 @@ def descend(
     gradient = (weight.float() - start) @ hessian  # [out, in]
     # Column after column is read and written: as rows of their own, [in, out], each lies in one piece.
     current, keep = start.T.contiguous(), None if keep is None else keep.T.contiguous()
-    grid = grid._replace(scales=_columns(grid.scales), zeros=_columns(grid.zeros))
+    grid = Grid(_columns(grid.scales), _columns(grid.zeros), grid.index.cpu(), grid.bits)
     for _ in range(cycles):
         before = current.clone()
         for first in range(0, len(current), BLOCK):
