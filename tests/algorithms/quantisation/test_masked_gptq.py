@@ -20,7 +20,6 @@ from tests.support.gptq_oracle import NAME, SETTINGS, inputs, library_gptq, naiv
 from tests.support.matrices import normal, two_of_four
 from tests.support.pruned_model import inputs_of_the_stage
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
 ORDERS = ["none", "descending", "group_aware"]
 
 
