@@ -9,11 +9,11 @@ and scores.json:
      "truncated": requests that were cut from the left to fit the model's context,
      "num_fewshot": 0, "version": of the task, "lm_eval": version of the library, "output_type": "multiple_choice",
      "metrics": {name: {"value": float, "stderr": float | null, "higher_is_better": bool | null}},
-     "agreement": null | {"protocol", "log_likelihood", "relative_difference"}}
+     "agreement": null | {"protocol", "documents", "log_likelihood", "relative_difference"}}
 
 or {"model", "task", "evaluated": false} where the stage is switched off. `agreement` is of tasks that score whole
-texts: our own log-likelihood of the same texts (`tasks.algorithms.scoring.likelihood`, protocol rolling; nats, summed)
-    and how far lm_eval's is from it. Standard errors are lm_eval's, null where it has none.
+texts: our own log-likelihood of the first of them (`tasks.algorithms.scoring.likelihood`, protocol rolling; nats,
+summed) and how far lm_eval's is from it. Standard errors are lm_eval's, null where it has none.
 
 `lm_eval.evaluate` seeds nothing (it draws a task's name from `random`, which nothing else here uses); `simple_evaluate`
 would seed random, numpy and torch for the whole process, and run git and pip for a report of its own: so it is the
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
     from tasks.evaluation.lm_eval_model import Model
     from tasks.runtime.stage import Stage
+
+COMPARED = 8
+"""Documents whose log-likelihood is computed a second time, for `agreement`: the whole of it would double the work."""
 
 
 def run(stage: Stage) -> None:
@@ -128,13 +131,15 @@ def _metrics(results: dict[str, Any], higher_is_better: dict[str, bool]) -> dict
 
 
 def _agreement(lm: Model, samples: Sequence[dict[str, Any]], batch: int) -> dict[str, Any]:
-    """Our own log-likelihood of the texts that lm_eval scored."""
+    """Our own log-likelihood of the first texts that lm_eval scored."""
     protocol = protocols.protocol("rolling", lm.max_length, lm.max_length)
+    samples = sorted(samples, key=lambda sample: sample["doc_id"])[:COMPARED]
     texts = [sample["arguments"][0][0] for sample in samples]
     own = -float(likelihood.score(lm.model, likelihood.prepare(protocol, lm.tokenizer, texts), batch).nll.sum())
     theirs = sum(sample["filtered_resps"][0] for sample in samples)
     return {
         "protocol": protocol.label,
+        "documents": len(texts),
         "log_likelihood": own,
         "relative_difference": abs(theirs - own) / abs(own),
     }

@@ -85,12 +85,12 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
 def _tokens(stage: Stage, tokenizer: Any) -> Tensor:
     """The training corpus, int32 [tokens]; the two recoveries tokenise it once."""
     corpora = stage.input("fetch/corpora")
+
+    def compute() -> dict[str, Tensor]:
+        return {"ids": perplexity.tokenise(tokenizer, json_lines.documents(corpora / "train.jsonl"))}
+
     shelf = _shelf(stage, "tokens", [corpora], tokenizer)
-    if found := shelf.load("train"):
-        return found.tensors["ids"]
-    tokens = perplexity.tokenise(tokenizer, json_lines.documents(corpora / "train.jsonl"))
-    shelf.save("train", {"ids": tokens})
-    return tokens
+    return (compute() if shelf is checkpoints.NOTHING else shelf.once("train", compute))["ids"]
 
 
 def _shared_targets(stage: Stage, tokenizer: Any) -> tuple[checkpoints.Saved, int]:
@@ -102,7 +102,7 @@ def _shared_targets(stage: Stage, tokenizer: Any) -> tuple[checkpoints.Saved, in
     return shelf, STAGES.index(stage.name)
 
 
-def _shelf(stage: Stage, purpose: str, inputs: Sequence[Path], tokenizer: Any, **given: Any) -> checkpoints.Saved:
+def _shelf(stage: Stage, purpose: str, inputs: Sequence[Path], tokenizer: Any, **given: Any) -> Any:
     """For both recoveries, whose models have one tokenizer; nothing is shared of one that isn't a file of its own."""
     if not tokenizer.is_fast:
         return checkpoints.NOTHING

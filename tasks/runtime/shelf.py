@@ -11,10 +11,11 @@ meanwhile nothing is added, as in a journal. It lies outside the outputs; a fold
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,28 @@ class Shelf:
             if held + len(content) <= min(ROOM, shutil.disk_usage(self.folder).free // 10) and self.pure():
                 files.write_bytes(self.folder / _name(key, content), content)
 
+    def once(self, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """The tensors of this key; where there are none, they are computed, while others who want them wait."""
+        if found := self.load(key):
+            return found.tensors
+        with _alone(self.folder.with_suffix(".lock")):
+            if found := self.load(key):
+                return found.tensors
+            tensors = compute()
+            self.save(key, tensors)
+            return tensors
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until nobody else holds the lock in this file; where it can't be written, nobody waits."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "a", encoding="utf-8"))
+            fcntl.flock(file, fcntl.LOCK_EX)  # the kernel's: it ends with the process
+        yield
+
 
 def open_for(start: Start, purpose: Path, module: str, inputs: Mapping[str, str | None], **given: Any) -> Shelf:
     """The shelf of what these inputs and facts give; those of others with the same purpose are removed.
@@ -84,8 +107,8 @@ def open_for(start: Start, purpose: Path, module: str, inputs: Mapping[str, str 
     }
     name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[: journal.SHORT]
     for other in purpose.iterdir() if purpose.is_dir() else ():
-        if other.name != name:
-            shutil.rmtree(other, ignore_errors=True)
+        if other.stem != name:
+            shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink(missing_ok=True)
     return Shelf(purpose / name, pure=start.inputs_are_same)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,6 +59,32 @@ def test_it_takes_no_more_than_its_room(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(shelves.shutil, "disk_usage", lambda _: SimpleNamespace(free=20 * path.stat().st_size))
     shelf.save("other", STATES)
     assert len(held(shelf)) == 2
+
+
+def test_one_computes_while_the_others_wait(tmp_path: Path) -> None:
+    computed: list[int] = []
+    begun, end = threading.Event(), threading.Event()
+
+    def slowly() -> dict[str, torch.Tensor]:
+        computed.append(1)
+        begun.set()
+        assert end.wait(60)
+        return STATES
+
+    found: list[torch.Tensor] = []
+    shelves_ = [Shelf(tmp_path / "shelf") for _ in range(3)]
+    threads = [threading.Thread(target=lambda s=s: found.append(s.once("all", slowly)["states"])) for s in shelves_]
+    threads[0].start()
+    assert begun.wait(60)
+    for thread in threads[1:]:
+        thread.start()
+    assert not found
+    end.set()
+    for thread in threads:
+        thread.join(60)
+    assert computed == [1] and len(found) == 3 and all(each.equal(STATES["states"]) for each in found)
+    (tmp_path / "file").write_text("")
+    assert Shelf(tmp_path / "file/shelf").once("all", lambda: STATES) is STATES  # nothing can be written
 
 
 def test_what_cannot_be_written_is_not_kept(tmp_path: Path) -> None:
