@@ -8,7 +8,7 @@ what DVC knows of its result is removed, and `dvc repro report` or the flow has 
 the stage's process and the end of the command (the outputs' move into place and DVC's own work included) one of
 `VICTIMS` gets SIGKILL. Looked at after it: processes that are left, whether what is in place is whole, whether `dvc
 status` tells what is missing. Then the next `dvc repro report` has to complete, with every output and dvc.lock as the
-undisturbed run has them, an intact cache, nothing in scratch but shelves, no journal and no lock of a dead process.
+undisturbed run has them, an intact cache, nothing in scratch but whole shelves, no journal, no lock of a dead process.
 
 Times are counted from the start of the stage's process: `lost` is what killed and next run took together above an
 undisturbed one. A stage that starts over loses what it had done, one that resumes what the journal had not written.
@@ -39,7 +39,7 @@ import yaml
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from tasks.runtime import lineage, locks, mend
+from tasks.runtime import lineage, locks, mend, shelf
 from tasks.runtime.journal import SECONDS
 from tasks.runtime.stage import SHELVES
 from tests.support.project import Project, clean_environment, tiny_llama
@@ -226,9 +226,11 @@ class Killed:
                     yield f"{path} of {stage} differs"
             if repo.status([self.target], with_deps=True):
                 yield "dvc status is not clean"
-        kept = (SHELVES.name,)  # for the next run
-        inside = (self.project.path / "data/.scratch").iterdir()
-        scratch = [path for path in inside if path.suffix != ".lock" and path.name not in kept]
+        shelves = self.project.path / SHELVES  # stay for later runs
+        for path in shelves.rglob(f"*{shelf.ENDING}"):
+            if hashlib.sha256(path.read_bytes()).hexdigest() not in path.name:
+                yield f"{path} of the shelves is damaged"
+        scratch = [path for path in shelves.parent.iterdir() if path.suffix != ".lock" and path != shelves]
         yield from (f"{path.name} is left in the scratch folder" for path in scratch if any(path.rglob("*")))
         held = json.loads((self.project.path / ".dvc/tmp/rwlock").read_text(encoding="utf-8"))
         if held.get("write"):  # readers that died stay in it until somebody writes what they read
