@@ -19,6 +19,7 @@ from tasks.parameters import needs, preflight, schema
 from tests.support.paths import ROOT
 
 AVAILABLE_MEMORY = needs.available_memory
+USAGE = namedtuple("USAGE", "total used free")  # what shutil.disk_usage gives
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "num_hidden_layers": 12,
@@ -74,12 +75,13 @@ def with_values(values: dict) -> schema.Params:
 
 @pytest.fixture(autouse=True)
 def roomy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with room, and two devices."""
+    """A machine with memory and disk, whatever this one has, and two devices."""
     for name in ("siracusa", "phone"):
         (tmp_path / "devices").mkdir(exist_ok=True)
         (tmp_path / "devices" / f"{name}.yaml").touch()
     monkeypatch.setattr(preflight, "DEVICES", tmp_path / "devices")
     monkeypatch.setattr(needs, "available_memory", lambda: 2**40)
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda _: USAGE(2**45, 0, 2**45))
     return tmp_path
 
 
@@ -284,8 +286,7 @@ def test_where_no_value_helps_none_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_disk_has_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")(2**40, 2**40, 3 * 2**20)
-    monkeypatch.setattr(needs.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda _: USAGE(2**40, 2**40, 3 * 2**20))
     large = {"hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128256}
     (sentence,) = problems({}, large)
     assert sentence.startswith("the stages still to run write about ") and ", 3.0 MiB are free" in sentence
