@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.parameters.section import Count, CountOrZero, Fraction, Rate, Section, Seed
+from tasks.parameters.section import Auto, Count, CountOrZero, Fraction, OrAuto, Rate, Section, Seed
 
 
 class Vocabulary(Section):
@@ -37,7 +37,7 @@ class Importance(Section):
 
 class DepthPrune(Section):
     enabled: bool
-    remove: CountOrZero
+    remove: Annotated[CountOrZero | Auto, OrAuto]
     """Layers."""
     protect_first: CountOrZero
     protect_last: CountOrZero
@@ -94,13 +94,13 @@ class Lora(Section):
     """The update is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)]
     targets: Literal["all-linear", "attention", "mlp"]
-    steps: Count
+    steps: Annotated[Count | Auto, OrAuto]
     """Optimiser steps."""
     batch: Count
     """Windows per step."""
     length: Annotated[int, Field(ge=8)]
     """Tokens per window."""
-    learning_rate: Rate
+    learning_rate: Annotated[Rate | Auto, OrAuto]
     warmup: Fraction
     distillation: Distillation
 
@@ -163,7 +163,7 @@ class Gptq(Section):
 class Eora(Section):
     enabled: bool
     rank: Count | None
-    budget_bytes: Count | None
+    budget_bytes: Annotated[Count | None | Auto, OrAuto]
     """Instead of `rank`: ranks are chosen per linear under this sum, by the error removed per byte."""
     bits: Literal[4, 8, 16]
     """Of the stored factors; 16: float16."""
