@@ -64,8 +64,6 @@ def _one_shot(stage: Stage, model: nn.Module, scores: Tensor) -> list[int]:
 
 def _greedy(stage: Stage, model: nn.Module, scores: Tensor) -> list[int]:
     params, scoring = _settled(stage), stage.params.importance
-    if not importance.blockwise(scoring.method):
-        model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
     input_ids = tensor_files.load_tensors(stage.input("windows.safetensors"))["input_ids"][: scoring.windows].long()
     with stage.progress("depth_prune", params.remove) as progress:
 
