@@ -127,7 +127,7 @@ def _manifest(stage: Stage, folder: Path, pattern: str, pruned: int) -> dict[str
         "files": {str(path.relative_to(folder)): describe(path) for path in paths},
         "bound": {name: bits / 8 for name, bits in sizes.bound(folder).items()},
         "pattern": pattern,
-        "asked": asked(stage.params.wanda, stage.params.gptq),
+        "asked": asked(_settled(stage)["wanda"], stage.params.gptq),
         "pruned_matrices": pruned,
         "lineage": _lineage(stage),
     }

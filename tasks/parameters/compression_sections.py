@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.parameters.section import Auto, Count, CountOrZero, Fraction, OrAuto, Rate, Section, Seed
+from tasks.parameters.section import AUTO, Auto, Count, CountOrZero, Fraction, OrAuto, Rate, Section, Seed
 
 
 class Vocabulary(Section):
@@ -50,7 +50,7 @@ class Wanda(Section):
     method: Literal["wanda", "wanda_alpha"]
     """wanda_alpha searches the share of each row's cumulative metric that is pruned, by bisection, per linear."""
     pattern: Literal["n_m", "unstructured"]
-    keep: Count | None
+    keep: Annotated[Count | None | Auto, OrAuto]
     of: Annotated[int, Field(ge=2, le=32)] | None
     """n_m: `keep` weights stay of every `of` consecutive inputs of a row."""
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None
@@ -63,7 +63,9 @@ class Wanda(Section):
         if self.pattern == "n_m":
             if self.keep is None or self.of is None:
                 raise ValueError("pattern n_m needs `keep` and `of`")
-            if self.keep >= self.of:
+            if self.keep == AUTO and self.of != 4:
+                raise ValueError(f"keep = auto is a choice of 4, and of = {self.of}: give a number, or set of to 4")
+            if self.keep != AUTO and self.keep >= self.of:
                 raise ValueError(f"keep = {self.keep} must be below of = {self.of}: otherwise nothing is pruned")
         elif self.sparsity is None:
             raise ValueError("pattern unstructured needs `sparsity`")

@@ -32,6 +32,11 @@ def _layers(model: ModelShape, device: str) -> int:
     return model.layers // 6 if model.hidden <= SMALL else 0
 
 
+def _kept(model: ModelShape, device: str) -> int:
+    """Of every `wanda.of`: half, or three quarters where less recovery has to make up for what is gone."""
+    return 2 if model.hidden <= SMALL else 3
+
+
 def _steps(model: ModelShape, device: str) -> int:
     """200 up to the built-in's size; beyond, time grows with the square root of a block, not with the block."""
     return 200 if device == "cuda" else max(1, round(200 * math.sqrt(min(1.0, BLOCK / model.in_block))))
@@ -48,6 +53,7 @@ def _adapter_bytes(model: ModelShape, device: str) -> int:
 
 RULES: dict[str, dict[str, Callable[[ModelShape, str], Any]]] = {
     "DepthPrune": {"remove": _layers},
+    "Wanda": {"keep": _kept},
     "Lora": {"steps": _steps, "learning_rate": _learning_rate},
     "Eora": {"budget_bytes": _adapter_bytes},
 }
