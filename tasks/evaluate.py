@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.model import checkpoints, layers, masks
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.scoring import generation_failures, likelihood, protocols
 from tasks.models import dense_folder, model_files
-from tasks.parameters import prompt_file
+from tasks.parameters import prompt_file, rules
 from tasks.runners import any_folder
 from tasks.runtime import files
 from tasks.sources import json_lines
@@ -69,7 +70,8 @@ def run(stage: Stage) -> None:
 
 def measure(stage: Stage) -> None:
     """Measure and write all, whatever other items found."""
-    folder, p = stage.model_in, stage.params.evaluate
+    folder = stage.model_in
+    p = rules.settle(stage.params.evaluate, shape_of_config(any_folder.config(folder)), stage.params.device)
     model, tokenizer = any_folder.load_or_stream(folder, stage.params.device), dense_folder.load_tokenizer(folder)
     protocol = protocols.protocol(p.protocol, p.length, p.stride)
     protocols.check_context(protocol, getattr(model.config, "max_position_embeddings", None))

@@ -51,11 +51,17 @@ def _adapter_bytes(model: ModelShape, device: str) -> int:
     return max(1, round(model.in_blocks * 8000 / (10 * BLOCK)))
 
 
+def _windows(model: ModelShape, device: str) -> int:
+    """Of each split and for ten models: with more, evaluating a real model would take as long as recovering it."""
+    return 60 if model.hidden <= SMALL else 16
+
+
 RULES: dict[str, dict[str, Callable[[ModelShape, str], Any]]] = {
     "DepthPrune": {"remove": _layers},
     "Wanda": {"keep": _kept},
     "Lora": {"steps": _steps, "learning_rate": _learning_rate},
     "Eora": {"budget_bytes": _adapter_bytes},
+    "Evaluate": {"max_windows": _windows},
 }
 """Class of a section -> parameter -> its rule, from the shape of a model and the device.
 

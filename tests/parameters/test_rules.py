@@ -33,7 +33,7 @@ def asked(section: dict, prefix: str = "") -> list[str]:
 def test_the_project_s_own_values_for_the_built_in_model() -> None:
     """Those that were chosen on it, in the days when params.yaml named them."""
     params = settled(BUILT_IN)
-    assert params.wanda.keep == 2
+    assert (params.wanda.keep, params.evaluate.max_windows) == (2, 60)
     assert (params.depth_prune.remove, params.lora.steps, params.lora.learning_rate) == (2, 200, 0.01)
     assert rules.settle(schema.parse(RAW, "params.yaml").eora, shape(BUILT_IN | {"num_hidden_layers": 10}), "cpu") == (
         schema.parse(RAW, "").eora.model_copy(update={"budget_bytes": 8000})
