@@ -244,7 +244,7 @@ def input_statistics(
 
 
 def room(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A tensor of this shape, without values: in memory, or where hidden states are spilled to."""
+    """Make a tensor of this shape, without values: in memory, or where hidden states are spilled to."""
     spill = streaming.SPILL.get()
     if spill is not None and like.device.type == "cpu":
         room = spill(math.prod(shape) * like.element_size())

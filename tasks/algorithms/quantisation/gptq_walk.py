@@ -59,7 +59,7 @@ def quantise(
     done: Done,
     settings: Settings = PLAIN,
     saved: checkpoints.Saved = checkpoints.NOTHING,
-) -> None:
+) -> Tensor:
     """Quantise the linears of a dense model in place; its blocks may be kept elsewhere, and are changed while open.
 
     Args:
@@ -68,6 +68,9 @@ def quantise(
         keep: full name -> bool [out_features, in_features], True where kept; linears without one are not pruned.
         config: gptqmodel's QuantizeConfig.
         saved: linears that it holds are taken from it, others are saved to it.
+
+    Returns:
+        The last quantised block's outputs [windows, length, hidden], before the final norm.
 
     Raises:
         InputError: as `masked_gptq.quantise`; a mask of no linear; windows longer than the model's positions; `joint`
@@ -83,7 +86,9 @@ def quantise(
     if unknown:
         raise InputError(f"there is a mask for {unknown[0]}, which the model does not have: run the stage wanda again")
     block_of = _Block(keep, config, settings, saved, done)
-    layers.walk(model, input_ids, lambda index, block, inputs: block_of.quantise(by_block[index], block, inputs), BATCH)
+    return layers.walk(
+        model, input_ids, lambda index, block, inputs: block_of.quantise(by_block[index], block, inputs), BATCH
+    )
 
 
 class _Block:
