@@ -24,7 +24,15 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, layers, matrices
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import eora_branches, eora_ranks
-from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, streamed_folder, tensor_files
+from tasks.models import (
+    dense_folder,
+    gptq_folder,
+    gptq_tensors,
+    mask_files,
+    sparsity_ledger,
+    streamed_folder,
+    tensor_files,
+)
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -54,7 +62,7 @@ def run(stage: Stage) -> None:
         check_budget(shapes, chosen.budget_bytes, chosen.bits)
     teacher = read_teacher(stage, described)
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
-    model = gptq_folder.load_dequantised(source).to(stage.params.device)
+    model = streamed_folder.open_dense(source, stage.params.device, gptq_tensors.Dequantised(source))
     write_ledger(stage, model)
     with stage.progress("eora", len(teacher) * (1 if chosen.budget_bytes is None else 2)) as progress:
         finished: list[str] = []
@@ -179,7 +187,7 @@ def write_ledger(stage: Stage, model: nn.Module) -> None:
         InputError: they break the pattern, and wanda.enforce says that they must not.
     """
     keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
-    found = sparsity_ledger.ledger(matrices.weights(model), keep, pattern)
+    found = sparsity_ledger.ledger_of_blocks(layers.weights(model), keep, pattern)
     sparsity_ledger.write(found, stage.output("sparsity.csv"))
     sparsity_ledger.check(found, "gptq", stage.params.wanda.enforce)
 

@@ -16,9 +16,10 @@ import pandas as pd
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tasks.algorithms.model import layers
 from tasks.algorithms.quantisation import unpacking
 from tasks.compression import block_quantisation, linear_quantisation
-from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
+from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, streamed_folder, tensor_files
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def skip(stage: Stage) -> None:
     tensor_files.save_tensors(stage.output("embedding.safetensors"), {}, {"bits": "16", "group_size": "-1"})
     files.write_csv(stage.output("layers.csv"), pd.DataFrame(columns=COLUMNS))
     keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
-    table = sparsity_ledger.ledger(gptq_folder.block_weights(dense_folder.load_dense(dense)), keep, pattern)
+    table = sparsity_ledger.ledger_of_blocks(layers.weights(streamed_folder.open_dense(dense)), keep, pattern)
     sparsity_ledger.check(table, "gptq", stage.params.wanda.enforce)
     sparsity_ledger.write(table, stage.output("sparsity.csv"))
 

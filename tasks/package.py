@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.algorithms.errors import InputError
 from tasks.models import mask_files, sparsity_ledger
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed import reader, sizes, source_folder, writer
@@ -103,18 +102,8 @@ def asked(wanda: Wanda, gptq: Gptq) -> str:
 
 
 def _ledger(blocks: Iterable[Mapping[str, Linear]], keep: Mapping[str, Tensor], pattern: str) -> pd.DataFrame:
-    """`sparsity.ledger` with one block in memory."""
-    tables, known = [], set()
-    for linears in blocks:
-        weights = {name: linear.values() for name, linear in linears.items()}
-        known |= set(weights)
-        tables.append(sparsity_ledger.ledger(weights, {name: keep[name] for name in weights if name in keep}, pattern))
-    foreign = sorted(set(keep) - known)
-    if foreign:
-        raise InputError(f"there is a mask for {foreign[0]}, which the model does not have: run stage wanda again")
-    import pandas as pd
-
-    return pd.concat(tables, ignore_index=True)
+    weights = ({name: linear.values() for name, linear in linears.items()} for linears in blocks)
+    return sparsity_ledger.ledger_of_blocks(weights, keep, pattern)
 
 
 def _manifest(stage: Stage, folder: Path, pattern: str, pruned: int) -> dict[str, Any]:

@@ -45,16 +45,38 @@ def save_masks(path: Path, keep: Mapping[str, Tensor], pattern: str) -> None:
             write(name, mask)
 
 
-def load_masks(path: Path) -> tuple[dict[str, Tensor], str]:
+class Masks(Mapping[str, Tensor]):
+    """The masks of a file, module name -> bool [rows, cols]: packed bits, each unpacked anew when it is asked for.
+
+    Raises:
+        InputError: (when one is asked for) its bytes don't fit its shape.
+    """
+
+    def __init__(self, packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> None:
+        self._packed, self._shapes = packed, shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        return masks.unpack(self._packed[name], *self._shapes[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._packed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+
+def load_masks(path: Path) -> tuple[Masks, str]:
     """The masks of `save_masks` (module name -> bool [rows, cols], True = kept) and their pattern.
 
     Raises:
-        InputError: the file has no pattern, or a mask's bytes don't fit its shape.
+        InputError: the file has no pattern.
     """
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if "pattern" not in metadata:
             raise InputError(f"{path} is no mask file: its metadata has no `pattern`; run the stage wanda again")
         shapes = {name: tuple(map(int, metadata[name].split(","))) for name in sorted(file.keys())}
-        keep = {name: masks.unpack(file.get_tensor(name), *shape) for name, shape in shapes.items()}
-    return keep, metadata["pattern"]
+        return Masks({name: file.get_tensor(name) for name in shapes}, shapes), metadata["pattern"]

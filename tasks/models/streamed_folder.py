@@ -1,4 +1,4 @@
-"""A dense model folder as a model whose blocks stay on disk until they are asked for, and the same written.
+"""A model folder as a dense model whose blocks stay on disk until they are asked for, and the same written.
 
 Embedding, head, final norm and what else is outside of the blocks are in memory, in float32. A block's weights are read
 from safetensors within `layers.opened(block)` and dropped afterwards: memory is that of one block, however many there
@@ -58,8 +58,13 @@ class StoredBlock:
             _return_freed()
 
 
-def open_dense(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The model of a dense folder, in evaluation mode, with its blocks on disk; it computes as `load_dense`'s does.
+def open_dense(
+    folder: Path, device: torch.device | str = "cpu", tensors: StoredTensors | None = None
+) -> PreTrainedModel:
+    """The model of a folder, in evaluation mode, with its blocks on disk; it computes as `load_dense`'s does.
+
+    Args:
+        tensors: the model's; None: the folder's as they are stored.
 
     Raises:
         InputError: tensors are missing, unexpected or of another shape than the config calls for, a file is damaged, a
@@ -70,7 +75,7 @@ def open_dense(folder: Path, device: torch.device | str = "cpu") -> PreTrainedMo
     model_files.check_sizes(folder)
     model_files.check_unambiguous(folder)
     model = skeleton.build(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-    tensors = StoredTensors(folder)
+    tensors = tensors or StoredTensors(folder)
     stored_tensors.compare(tensors.shapes, skeleton.shapes(model), skeleton.tied(model))
     inside = f"{families.of_model(model).blocks}."
     for index, block in enumerate(families.blocks(model)):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tasks.algorithms.quantisation import rounding
+from tasks.algorithms.quantisation.codes import Codes
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 """Of what isn't quantised, by the names that safetensors gives them."""
@@ -70,14 +71,7 @@ class Linear:
         """The weight [out_features, in_features], without adapter: float32(scale) * (code - zero), or as stored."""
         if self.codes is None:
             return self.weight
-        rows, cols = self.codes.shape
-        if self.group_index is None:
-            steps = self.codes.to(torch.int16).view(rows, -1, self.group_size)
-            steps -= 2 ** (self.bits - 1) if self.zeros is None else self.zeros.to(torch.int16).unsqueeze(2)
-            return (self.scales.float().unsqueeze(2) * steps).view(rows, cols)
-        index, steps = self.group_index.long(), self.codes.to(torch.int16)
-        steps -= 2 ** (self.bits - 1) if self.zeros is None else self.zeros.to(torch.int16)[:, index]
-        return self.scales.float()[:, index] * steps
+        return Codes(self.codes, self.scales, self.zeros, self.bits, self.group_size, self.group_index).values()
 
 
 @dataclass

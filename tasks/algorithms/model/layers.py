@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tasks.algorithms.model import families, streaming
 from tasks.algorithms.model.device import beside
-from tasks.algorithms.model.matrices import Matrix
+from tasks.algorithms.model.matrices import Matrix, by_block
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a block after its hidden states: masks, position embeddings, …"""
@@ -37,6 +37,17 @@ def opened(block: nn.Module) -> contextlib.AbstractContextManager[None]:
 def kept_elsewhere(model: Any) -> bool:
     """Whether a block of the model has to be opened for a forward pass."""
     return isinstance(model, nn.Module) and any(hasattr(module, STORED) for module in model.modules())
+
+
+def weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Yield full name -> weight [out, in] of each block's matrices, the block open until the next one is asked for.
+
+    Raises:
+        InputError: the model's family isn't supported.
+    """
+    for block, inside in zip(families.blocks(model), by_block(model), strict=True):
+        with opened(block):
+            yield {name: matrix.weight for name, matrix in inside.items()}
 
 
 @contextlib.contextmanager
