@@ -55,7 +55,7 @@ class StoredBlock:
             yield
         finally:
             block.to("meta")
-            _return_freed()
+            return_freed()
 
 
 def open_dense(
@@ -87,7 +87,7 @@ def open_dense(
     model.load_state_dict(outside, strict=False, assign=True)
     model.tie_weights()
     skeleton.compute_positions(model, device)
-    model.generation_config = _generation(folder)
+    model.generation_config = generation(folder)
     left = [name for name in skeleton.missing(model) if not name.startswith(inside)]
     if left:
         raise RuntimeError(f"the streamed model has no {left[0]}: its family isn't described fully")
@@ -160,7 +160,7 @@ def _sources(model: PreTrainedModel) -> Mapping[str, tuple[StoredTensors, str]]:
     return found
 
 
-def _return_freed() -> None:
+def return_freed() -> None:
     """Give freed memory back to the kernel.
 
     glibc (2.36) keeps it: once a large piece has been freed, pieces up to that size come from its heap, where what a
@@ -172,7 +172,7 @@ def _return_freed() -> None:
         trim(0)
 
 
-def _generation(folder: Path) -> GenerationConfig:
+def generation(folder: Path) -> GenerationConfig:
     """The folder's settings for generation as `from_pretrained` finds them: in their own file, or in the config."""
     from transformers import GenerationConfig
 

@@ -7,7 +7,7 @@ gptqmodel's format has no place for, come from files beside it, and must have th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -83,7 +83,7 @@ class _Masks:
         return masks.unpack(self.file.get_tensor(name), rows, cols), self.pattern
 
 
-class _Blocks:
+class _Blocks(Sequence[Mapping[str, Linear]]):
     """The blocks of a model folder; each pass reads them anew."""
 
     def __init__(
@@ -97,9 +97,11 @@ class _Blocks:
         if foreign:
             raise InputError(f"there is a mask or an adapter for {foreign[0]}, which {folder} doesn't have")
 
-    def __iter__(self) -> Iterator[dict[str, Linear]]:
-        for block in self.shapes.linears:
-            yield {name: self._linear(name, shape) for name, shape in block.items()}
+    def __len__(self) -> int:
+        return len(self.shapes.linears)
+
+    def __getitem__(self, index: int) -> dict[str, Linear]:
+        return {name: self._linear(name, shape) for name, shape in self.shapes.linears[index].items()}
 
     def _linear(self, name: str, shape: tuple[int, int]) -> Linear:
         keep, pattern = self.keep.get(name)

@@ -6,7 +6,7 @@ back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,14 +80,14 @@ class Model:
 
     Attributes:
         config: the model's config.json.
-        blocks: per block, full module name -> Linear in running order; read once, so an iterator will do.
+        blocks: per block, full module name -> Linear in running order; one is read whenever it is asked for.
         embedding: [vocabulary, hidden], of a float type or coded.
         head: the same of an untied head; None where it is the embedding.
         rest: full parameter name -> tensor: all norms.
     """
 
     config: dict[str, Any]
-    blocks: Iterable[Mapping[str, Linear]]
+    blocks: Sequence[Mapping[str, Linear]]
     embedding: rounding.Coded | Tensor
     head: rounding.Coded | Tensor | None
     rest: Mapping[str, Tensor] = field(default_factory=dict)
