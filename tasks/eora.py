@@ -11,6 +11,7 @@ The branch is never merged, so the pattern of pruned weights is that of the quan
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -77,7 +78,9 @@ def run(stage: Stage) -> None:
             worth = eora_ranks.gains(model, windows, teacher, done, stage.journal)
             ranks = eora_ranks.allocate(worth, sizes, chosen.budget_bytes)
         size = eora_branches.Size(ranks, chosen.bits)
-        branches = eora_branches.compensate(model, windows, teacher, size, done, stage.journal)
+        # a walk ends before the head, and of nothing else is there as much beside a block
+        entered = functools.partial(streamed_folder.drop_outside, model)
+        branches = eora_branches.compensate(model, windows, teacher, size, done, stage.journal, entered)
     stage.pass_on(source, target)
     gptq_folder.save_adapter(target, {name: (branch.a, branch.b) for name, branch in branches.items()})
     save_codes(stage.output("adapter.safetensors"), branches, chosen.bits)
@@ -150,7 +153,7 @@ class Teacher(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: Path, kept: list[int] | range) -> None:
-        self._model = streamed_folder.open_dense(folder)
+        self._model = streamed_folder.open_dense(folder, outside=False)
         blocks = matrices.by_block(self._model)
         if max(kept) >= len(blocks):
             raise InputError(

@@ -72,7 +72,9 @@ def skip(stage: Stage) -> None:
     tensor_files.save_tensors(stage.output("embedding.safetensors"), {}, {"bits": "16", "group_size": "-1"})
     files.write_csv(stage.output("layers.csv"), pd.DataFrame(columns=COLUMNS))
     keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
-    table = sparsity_ledger.ledger_of_blocks(layers.weights(streamed_folder.open_dense(dense)), keep, pattern)
+    table = sparsity_ledger.ledger_of_blocks(
+        layers.weights(streamed_folder.open_dense(dense, outside=False)), keep, pattern
+    )
     sparsity_ledger.check(table, "gptq", stage.params.wanda.enforce)
     sparsity_ledger.write(table, stage.output("sparsity.csv"))
 

@@ -35,7 +35,7 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """Pass the pruned model on; a history without rows."""
-    _ledger(stage, streamed_folder.open_dense(stage.model_in))
+    _ledger(stage, streamed_folder.open_dense(stage.model_in, outside=False))
     stage.pass_on(stage.model_in, stage.output("lora/model"))
     recovery_training.write_history([], stage.output("history.csv"))
 

@@ -59,12 +59,13 @@ class StoredBlock:
 
 
 def open_dense(
-    folder: Path, device: torch.device | str = "cpu", tensors: StoredTensors | None = None
+    folder: Path, device: torch.device | str = "cpu", tensors: StoredTensors | None = None, outside: bool = True
 ) -> PreTrainedModel:
     """The model of a folder, in evaluation mode, with its blocks on disk; it computes as `load_dense`'s does.
 
     Args:
         tensors: the model's; None: the folder's as they are stored.
+        outside: bring what is outside of the blocks, too; without it the model's weights can be read, and no more.
 
     Raises:
         InputError: tensors are missing, unexpected or of another shape than the config calls for, a file is damaged, a
@@ -80,11 +81,13 @@ def open_dense(
     inside = f"{families.of_model(model).blocks}."
     for index, block in enumerate(families.blocks(model)):
         setattr(block, layers.STORED, StoredBlock(tensors, f"{inside}{index}", device))
-    outside = {}
+    if not outside:
+        return model.eval()
+    found = {}
     for name, (_, source) in _sources(model).items():
         if not name.startswith(inside):
-            outside[name] = tensors.read(source, torch.float32).to(device)
-    model.load_state_dict(outside, strict=False, assign=True)
+            found[name] = tensors.read(source, torch.float32).to(device)
+    model.load_state_dict(found, strict=False, assign=True)
     model.tie_weights()
     skeleton.compute_positions(model, device)
     model.generation_config = generation(folder)
@@ -92,6 +95,16 @@ def open_dense(
     if left:
         raise RuntimeError(f"the streamed model has no {left[0]}: its family isn't described fully")
     return model.eval()
+
+
+def drop_outside(model: PreTrainedModel) -> None:
+    """Drop embedding, head and final norm: the model's blocks can be opened, and it can't run any more."""
+    inside = {id(weight) for block in families.blocks(model) for weight in block.parameters()}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and id(weight) not in inside:
+                module._parameters[name] = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
+    return_freed()
 
 
 class Writer:

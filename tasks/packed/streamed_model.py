@@ -7,7 +7,7 @@ unpack: in memory, or where `streaming.SPILL` says if they are many. Float32 wei
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -46,7 +46,9 @@ def open_model(
         raise RuntimeError(f"the packed model has no {left[0]}: its family isn't described fully")
     held = _Held(shape.in_blocks)
     for index, block in enumerate(families.blocks(model)):
-        own = _StoredBlock(stored, index, f"{described.blocks}.{index}.", held, lambda each: each.to(device, dtype))
+        own = _StoredBlock(
+            stored.blocks, index, f"{described.blocks}.{index}.", held, lambda each: each.to(device, dtype)
+        )
         setattr(block, layers.STORED, own)
     return model.requires_grad_(False).eval()
 
@@ -66,7 +68,12 @@ class _StoredBlock:
     """A block's linears; within a call they are in the block."""
 
     def __init__(
-        self, stored: Model, index: int, prefix: str, held: _Held, place: Callable[[nn.Module], nn.Module]
+        self,
+        stored: Sequence[Mapping[str, Linear]],
+        index: int,
+        prefix: str,
+        held: _Held,
+        place: Callable[[nn.Module], nn.Module],
     ) -> None:
         self._stored, self._index, self._prefix, self._held, self._place = stored, index, prefix, held, place
         self._codes: Mapping[str, Linear] | None = None
@@ -78,7 +85,7 @@ class _StoredBlock:
             return
         linears = self._codes
         if linears is None:
-            linears = self._stored.blocks[self._index]
+            linears = self._stored[self._index]
             if all(each.codes is not None for each in linears.values()):
                 linears = self._codes = self._held.kept(linears)
         empty = self._fill(block, linears)
@@ -92,7 +99,7 @@ class _StoredBlock:
 
     def stay(self, block: nn.Module) -> None:
         """Fill the block for good."""
-        self._fill(block, self._stored.blocks[self._index])
+        self._fill(block, self._stored[self._index])
 
     def _fill(self, block: nn.Module, linears: Mapping[str, Linear]) -> dict[str, nn.Module]:
         """Put the linears into the block; returns the modules that were there, by their names in it."""

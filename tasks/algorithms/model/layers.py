@@ -137,7 +137,9 @@ class InputStatistics(NamedTuple):
 Visit = Callable[[int, nn.Module, BlockInputs], None]
 
 
-def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> Tensor:
+def walk(
+    model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1, entered: Callable[[], None] | None = None
+) -> Tensor:
     """Visit the blocks in order, each with the activations that the blocks before it (as changed by `visit`) produce.
 
     Args:
@@ -146,6 +148,7 @@ def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> T
         visit: called with (index, block, inputs), the block open; it may change the block's weights, and run it for
             the walk (`BlockInputs.carry`).
         batch: windows per forward pass; no effect on the result beyond rounding.
+        entered: called when the walk has no more need of what is outside of the blocks.
 
     Returns:
         The last block's outputs [windows, length, hidden], before the final norm.
@@ -164,6 +167,8 @@ def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> T
         done += len(states)
 
     calls, hidden = _enter(model, input_ids.split(batch), enter), held[0]
+    if entered:
+        entered()
     for index, block in enumerate(families.blocks(model)):
         inputs = BlockInputs(hidden, {windows: call for (windows, _), call in calls[index].items()}, batch)
         with opened(block):
