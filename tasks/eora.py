@@ -34,6 +34,7 @@ from tasks.models import (
     streamed_folder,
     tensor_files,
 )
+from tasks.parameters import rules
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -53,10 +54,10 @@ def run(stage: Stage) -> None:
         InputError: a rank that a linear can't have, a budget below one rank, a teacher of other blocks; the quantised
             weights break the pattern of the masks and it is enforced.
     """
-    chosen = stage.params.eora
     source, target = stage.model_in, stage.output("model")
     described = dense_folder.config(source)
-    shapes = shape_of_config(described).linears
+    shape = shape_of_config(described)
+    chosen, shapes = rules.settle(stage.params.eora, shape, stage.params.device), shape.linears
     if chosen.budget_bytes is None:
         check_rank(shapes, chosen.rank)
     else:
@@ -189,8 +190,8 @@ def write_ledger(stage: Stage, model: nn.Module) -> None:
     Raises:
         InputError: they break the pattern, and wanda.enforce says that they must not.
     """
-    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
-    found = sparsity_ledger.ledger_of_blocks(layers.weights(model), keep, pattern)
+    keep = mask_files.StoredMasks(stage.input("masks.safetensors"))
+    found = sparsity_ledger.ledger_of_blocks(layers.weights(model), keep, keep.pattern)
     sparsity_ledger.write(found, stage.output("sparsity.csv"))
     sparsity_ledger.check(found, "gptq", stage.params.wanda.enforce)
 

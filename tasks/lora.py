@@ -41,7 +41,7 @@ def skip(stage: Stage) -> None:
 
 
 def _ledger(stage: Stage, model: nn.Module) -> None:
-    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
-    table = sparsity_ledger.ledger_of_blocks(layers.weights(model), keep, pattern)
+    keep = mask_files.StoredMasks(stage.input("masks.safetensors"))
+    table = sparsity_ledger.ledger_of_blocks(layers.weights(model), keep, keep.pattern)
     sparsity_ledger.check(table, "lora", stage.params.wanda.enforce)
     sparsity_ledger.write(table, stage.output("sparsity.csv"))

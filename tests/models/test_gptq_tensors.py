@@ -7,9 +7,10 @@ import torch
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, layers
-from tasks.algorithms.quantisation import gptqmodel_settings, masked_gptq
+from tasks.algorithms.quantisation import gptqmodel_settings
 from tasks.models import gptq_folder, gptq_tensors, model_files, streamed_folder
 from tests.support.gptq_oracle import SETTINGS
+from tests.support.packed_models import quantise_linears
 from tests.support.pruned_model import inputs_of_the_stage
 
 
@@ -18,10 +19,9 @@ def quantised(tiny_llama, tmp_path_factory):
     """A folder of asymmetric codes in 3 bits, with groups in another order, and an adapter beside them."""
     pruned = inputs_of_the_stage(tmp_path_factory.mktemp("gptq"), tiny_llama)
     settings = SETTINGS | {"bits": 3, "symmetric": False, "act_order": "descending"}
-    model = gptq_folder.load_for_quantisation(pruned.files["lora/model"], gptqmodel_settings.config(**settings))
-    masked_gptq.quantise(model, pruned.windows, pruned.keep)
+    config, dense = gptqmodel_settings.config(**settings), pruned.files["lora/model"]
     folder = tmp_path_factory.mktemp("quantised") / "model"
-    gptq_folder.save_quantised(model, pruned.files["lora/model"], folder)
+    quantise_linears(streamed_folder.open_dense(dense), dense, folder, pruned.windows, pruned.keep, config)
     linears = families.block_linears(gptq_folder.load_dequantised(folder))
     gptq_folder.save_adapter(
         folder,
