@@ -11,10 +11,11 @@ import contextlib
 import ctypes
 import gc
 import json
+import resource
 import shutil
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,12 +44,15 @@ STAGES = (
     "eora",
     "package",
     "baseline_lora",
+    "sensitivity",
     "baseline",
     "evaluate@fetch",
     "evaluate@package",
+    "measure",
     "kv_cache",
     "harness_data@corpus",
     "harness@fetch-corpus",
+    "harness@package-corpus",
 )
 SHAPES: dict[str, dict[str, int]] = {
     "layers": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "vocab_size": 1024},
@@ -127,7 +131,7 @@ class MeasuredStage(Inputs):
         return path
 
     def note(self, **facts: Any) -> None:
-        pass
+        self.facts |= facts
 
     def shelf(self, *_: Any, **__: Any) -> checkpoints.Saved:
         return checkpoints.NOTHING
@@ -172,21 +176,39 @@ def make_source(root: Path, sizes: dict[str, int]) -> None:
         (root / f"source/{name}.jsonl").write_text(text, encoding="utf-8")
 
 
-def chain(root: Path, sizes: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Run all stages in the folder; address -> bytes above what was there, and seconds."""
+def chain(
+    root: Path, sizes: dict[str, int], changed: dict[str, Any] | None = None, stages: Sequence[str] = STAGES
+) -> dict[str, dict[str, float]]:
+    """Run stages in the folder; address -> bytes above what was there, and processor seconds, its children's too.
+
+    Args:
+        changed: parameters besides `VALUES`.
+        stages: in an order in which they can run.
+    """
     make_source(root, sizes)
-    params, found = parameters(), {}
+    params, found = parameters(changed), {}
     with contextlib.chdir(root):
-        for address in STAGES:
-            stage, began = MeasuredStage(address, root, params), time.process_time()
-            module, before = import_module(f"tasks.{stage.name}"), fresh()
+        for address in stages:
+            stage = MeasuredStage(address, root, params)
+            module, before, began = import_module(f"tasks.{stage.name}"), fresh(), _spent()
             module.run(stage)
-            found[address] = {"bytes": processes.peak() - before, "seconds": time.process_time() - began}
+            found[address] = {"bytes": _held(stage, before), "seconds": _spent() - began}
             print(address, found[address], flush=True)
             if address == "vocabulary":  # what follows keeps the whole one
                 shutil.rmtree(stage.folder)
                 module.skip(stage)
     return found
+
+
+def _held(stage: MeasuredStage, before: int) -> int:
+    """Bytes at the peak above what was held before; of the stage that measures in processes of their own, theirs."""
+    own = processes.peak() - before
+    return max([own, *(each["above_libraries_bytes"] for each in stage.facts.get("measured", {}).values())])
+
+
+def _spent() -> float:
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def fresh() -> int:
