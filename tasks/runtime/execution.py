@@ -32,7 +32,7 @@ from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
 from tasks.parameters import parameter_file, preflight
-from tasks.runtime import accelerator, code, edits, failures, lazily, lineage, locks, mend, parent, spilling
+from tasks.runtime import accelerator, code, edits, estimates, failures, lazily, lineage, locks, mend, parent, spilling
 from tasks.runtime.stage import JOURNALS, SCRATCH, Stage
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ class _Attempt:
             spent = _perform(stage)
             _refuse_edits(stage)
             self._publish(stage)
+            if stage.name == code.STAGE:  # the first of a run: from here on it is known what is to be done
+                _foretell(stage)
             spent["cpu_seconds"] = _cpu_seconds()
             lineage.record(stage, started=self.started, run_ids=run_ids, spent=spent)
             edits.claim(stage.start)
@@ -168,7 +170,14 @@ def _perform(stage: Stage) -> dict[str, float]:
         start_up, began = _age(), time.monotonic()
         with spilling.spilling(stage.scratch):
             (module.run if stage.enabled else module.skip)(stage)
+    estimates.note_work(stage)
     return {"start_up_seconds": start_up, "computing_seconds": time.monotonic() - began}
+
+
+def _foretell(stage: Stage) -> None:
+    flow = locks.holder(locks.FLOW) is not None
+    if told := estimates.foretell(stage.dvc.repo, flow=flow):
+        print(told)
 
 
 def _age() -> float:

@@ -32,7 +32,6 @@ SHAPES: dict[str, dict[str, int]] = {
     "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 32768},
 }
 CHANGED = {
-    "vocabulary.enabled": False,
     "calibrate.windows": 16,
     "importance.windows": 8,
     "importance.method": "compound",
@@ -65,11 +64,10 @@ def compared(params: schema.Params, model: ModelShape, took: Mapping[str, float]
 
 def of_shape(sizes: dict[str, int]) -> None:
     """Run the stages on a random model, and compare."""
-    stages = [name for name in stage_memory.STAGES if name not in ("vocabulary",)]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         root = Path(folder).resolve()
         with contextlib.redirect_stdout(io.StringIO()):
-            found = stage_memory.chain(root, sizes, CHANGED, stages)
+            found = stage_memory.chain(root, sizes, CHANGED)
         params = stage_memory.parameters(CHANGED)
         model = preflight.model_shape(preflight.read_config(root / "source/model"))
         took = {name: each["seconds"] for name, each in found.items() if name.partition("@")[0] not in STARTED}
