@@ -1,5 +1,7 @@
 """What each stage takes of memory: `python -m tests.support.stage_memory OUT.json` runs all of them on random models.
 
+It prints per stage what was measured, what `tasks.parameters.needs` says, and the ratio; OUT.json has the same.
+
 One process runs them one after another, without DVC; a small chain comes first, so that libraries are imported and
 their pages there. Before each stage free memory is given back to Linux and the mark of its peak is set anew, so what is
 measured is the peak above the memory before the stage, mapped files included.
@@ -26,7 +28,7 @@ import transformers
 import yaml
 
 from tasks.algorithms.model import checkpoints
-from tasks.parameters import schema
+from tasks.parameters import needs, preflight, schema
 from tasks.runtime import processes
 from tasks.runtime.stage import Inputs
 from tests.support import project
@@ -56,10 +58,10 @@ STAGES = (
 )
 SHAPES: dict[str, dict[str, int]] = {
     "layers": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "vocab_size": 1024},
-    "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 65536},
-    "mlp": {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 2, "vocab_size": 1024},
+    "width": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 1024},
+    "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 32768},
 }
-"""Sizes of the random models: many layers, a large vocabulary, a wide MLP."""
+"""Sizes of the random models: many layers, wide ones, a large vocabulary."""
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 512}
 VALUES = {
     "fetch.model.path": "source/model",
@@ -179,13 +181,16 @@ def make_source(root: Path, sizes: dict[str, int]) -> None:
 def chain(
     root: Path, sizes: dict[str, int], changed: dict[str, Any] | None = None, stages: Sequence[str] = STAGES
 ) -> dict[str, dict[str, float]]:
-    """Run stages in the folder; address -> bytes above what was there, and processor seconds, its children's too.
+    """Run stages in the folder; address -> what it took.
+
+    "bytes" at the peak are above what was there, as are "predicted" ones; processor "seconds" are its children's, too.
 
     Args:
         changed: parameters besides `VALUES`.
         stages: in an order in which they can run.
     """
     make_source(root, sizes)
+    model = preflight.model_shape(preflight.read_config(root / "source/model"))
     params, found = parameters(changed), {}
     with contextlib.chdir(root):
         for address in stages:
@@ -193,7 +198,9 @@ def chain(
             module, before, began = import_module(f"tasks.{stage.name}"), fresh(), _spent()
             module.run(stage)
             found[address] = {"bytes": _held(stage, before), "seconds": _spent() - began}
-            print(address, found[address], flush=True)
+            if stage.name in needs.MEMORY:
+                found[address]["predicted"] = needs.MEMORY[stage.name](params, model)
+            _print(address, found[address])
             if address == "vocabulary":  # what follows keeps the whole one
                 shutil.rmtree(stage.folder)
                 module.skip(stage)
@@ -204,6 +211,12 @@ def _held(stage: MeasuredStage, before: int) -> int:
     """Bytes at the peak above what was held before; of the stage that measures in processes of their own, theirs."""
     own = processes.peak() - before
     return max([own, *(each["above_libraries_bytes"] for each in stage.facts.get("measured", {}).values())])
+
+
+def _print(address: str, found: dict[str, float]) -> None:
+    measured, predicted = (found.get(name, 0) / 2**20 for name in ("bytes", "predicted"))
+    ratio = f"{predicted:7.0f} predicted, {predicted / max(measured, 0.1):5.2f}" if predicted else ""
+    print(f"{address:24} {measured:7.0f} MiB {ratio:24} {found['seconds']:6.1f} s", flush=True)
 
 
 def _spent() -> float:
@@ -223,6 +236,7 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     found = {}
     for name, sizes in {"warm-up": TINY, **SHAPES}.items():
+        print(name, sizes)
         with tempfile.TemporaryDirectory() as folder:
             found[name] = chain(Path(folder).resolve(), sizes)
         out.write_text(json.dumps(found, indent=1), encoding="utf-8")
