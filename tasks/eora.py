@@ -25,6 +25,7 @@ from tasks.algorithms.model import families, layers, matrices
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import eora_branches, eora_ranks
 from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, streamed_folder, tensor_files
+from tasks.parameters import rules
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ def run(stage: Stage) -> None:
         InputError: a rank that a linear can't have, a budget below one rank, a teacher of other blocks; the quantised
             weights break the pattern of the masks and it is enforced.
     """
-    chosen = stage.params.eora
     source, target = stage.model_in, stage.output("model")
     described = dense_folder.config(source)
-    shapes = shape_of_config(described).linears
+    shape = shape_of_config(described)
+    chosen, shapes = rules.settle(stage.params.eora, shape, stage.params.device), shape.linears
     if chosen.budget_bytes is None:
         check_rank(shapes, chosen.rank)
     else:

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families, matrices
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.recovery import masked_lora, reconstruction
 from tasks.algorithms.scoring import perplexity
 from tasks.models import dense_folder
+from tasks.parameters import rules
 from tasks.runtime import files
 from tasks.sources import json_lines
 
@@ -57,8 +59,8 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
     Raises:
         InputError: parameters, model, masks, teacher or corpus don't fit each other, or the training diverges.
     """
-    params = stage.params.lora
     config = dense_folder.config(source)
+    params = rules.settle(stage.params.lora, shape_of_config(config), stage.params.device)
     _check(params, config)
     tokenizer = dense_folder.load_tokenizer(source)
     tokens = _tokens(stage, tokenizer)

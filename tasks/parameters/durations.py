@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.algorithms.model.shape import ModelShape
-from tasks.parameters import needs, preflight
+from tasks.parameters import needs, preflight, rules
 from tasks.parameters.schema import Params
 
 
@@ -401,16 +401,25 @@ LIGHT = ("code", "corpus", "overlap", "harness_data", "hardware_fit", "report")
 """Stages that import no PyTorch."""
 
 
+def _passed_on(params: Params, model: str) -> bool:
+    """Whether the model of this name is the one before it, whose figures evaluate takes."""
+    nothing = model == "depth_prune" and params.depth_prune.remove == 0
+    return nothing or (model != "package" and not preflight.enabled(params, model))
+
+
 def work(params: Params, model: ModelShape, address: str) -> Work:
     """What a stage of dvc.yaml has to do, its start included.
 
     Args:
         address: a stage, or one item of a matrix: "evaluate@gptq".
     """
+    params = rules.settle_all(params, model)
     name, _, item = address.partition("@")
     enabled = name not in Params.model_fields or preflight.enabled(params, name)
     start = Work(starts=FIRST if enabled and name not in LIGHT else SHORT)
     if not enabled:
+        return start
+    if name == "evaluate" and _passed_on(params, item):
         return start
     if name in MATRIX:
         smaller = item.partition("-")[0] in PRUNED
@@ -426,6 +435,7 @@ def shortest(
     def whole(tried: Params) -> float:
         return sum(work(tried, model, address).seconds(speed) for address in addresses)
 
+    params = rules.settle_all(params, model)
     saved, now = {}, whole(params)
     for name in SHORTENING:
         section, _, key = name.partition(".")

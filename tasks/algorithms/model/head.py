@@ -9,7 +9,7 @@ No family here changes its logits after the head (a soft cap, a scale): what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,17 +76,3 @@ def _nats(model: Any, said: Tensor, following: Tensor) -> Tensor:
     for rows, each in logits(model, said):
         found.append(-torch.log_softmax(each.float(), dim=-1).gather(1, targets[rows]).squeeze(1))
     return torch.cat(found).view(following.shape)
-
-
-def backward(model: nn.Module, input_ids: Tensor, loss: Callable[[slice, Tensor], Tensor]) -> None:
-    """Add the gradients of a loss that is a sum over rows to the weights (not to the head's), as `loss.backward()`.
-
-    Args:
-        input_ids: int64 [batch, length].
-        loss: called with rows of [batch * length] and their logits [rows, vocabulary]; returns the rows' share.
-    """
-    hidden = states(model, input_ids)
-    inputs = hidden.detach().requires_grad_()
-    for rows, each in logits(model, inputs):
-        loss(rows, each).backward()
-    hidden.backward(inputs.grad)

@@ -148,7 +148,7 @@ def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> T
     def enter(states: Tensor) -> None:
         nonlocal done
         if not held:
-            held.append(_room((len(input_ids), *states.shape[1:]), states))
+            held.append(room((len(input_ids), *states.shape[1:]), states))
         held[0][done : done + len(states)] = states
         done += len(states)
 
@@ -243,8 +243,8 @@ def input_statistics(
     return statistics
 
 
-def _room(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A tensor of this shape, without values: in memory, or where hidden states are spilled to."""
+def room(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Make a tensor of this shape, without values: in memory, or where hidden states are spilled to."""
     spill = streaming.SPILL.get()
     if spill is not None and like.device.type == "cpu":
         room = spill(math.prod(shape) * like.element_size())
