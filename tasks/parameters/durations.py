@@ -64,10 +64,14 @@ PASSES = 6
 """How often what a block makes of a token (`needs.ACTIVATIONS`) is read or written in a forward pass."""
 BACKWARD = 2.5
 """Attention's backward pass in forward passes: it computes them again."""
-LOSSES = 8
+LOSSES = 16
 """Exponential functions, or what takes as long, per logit of a training with distillation."""
 SEARCHED = 40
 """Scales that are tried for a group with `gptq.mse`, on average."""
+EMBEDDED = 200
+"""Exponential functions that rounding a value of the embedding takes as long as, its scale included."""
+DIVERGED = 45
+"""Exponential functions that a logit takes as long as in a divergence, which is summed in float64."""
 SWEPT = 400
 """Bytes that GPTQ's sweep moves per weight and row of its blocks."""
 COLUMN_CALLS = 20
@@ -225,7 +229,7 @@ def _embedding(params: Params, model: ModelShape) -> Work:
     if own.bits == 16:
         return Work()
     tables = model.outside // model.hidden
-    nearest = Work(exps=4 * model.outside)
+    nearest = Work(exps=EMBEDDED * model.outside)
     if own.method == "nearest":
         return nearest
     moments = _forward(model, tokens, length, BATCH) + Work(doubles=2 * tokens * model.hidden**2)
@@ -248,7 +252,7 @@ def _harm(params: Params, model: ModelShape) -> Work:
     tokens = min(2, params.calibrate.windows) * length
     linears = model.layers * len(model.linears)
     behind = widths * len(model.linears) * (model.layers + 1) / 2 * _forward(model, tokens, length, BATCH)
-    heads = linears * ((widths + 1) * _head(model, tokens) + Work(exps=widths * 5 * tokens * model.vocabulary))
+    heads = linears * ((widths + 1) * _head(model, tokens) + Work(exps=widths * DIVERGED * tokens * model.vocabulary))
     return behind + heads + widths * _search(params, model.in_blocks)
 
 
@@ -262,7 +266,7 @@ def _baseline(params: Params, model: ModelShape) -> Work:
     return ROUNDS * (_linears(params, model) + _packing(model)) + 2 * _search(params, model.in_blocks)
 
 
-ROUNDS = 1.3
+ROUNDS = 1.1
 """How often stage baseline quantises the model, on average."""
 
 
@@ -345,8 +349,10 @@ def _harness(params: Params, model: ModelShape, item: str) -> Work:
     documents, each = DOCUMENTS.get(task, (0, 0))
     path = Path(f"data/harness_data/{task}/documents.jsonl")
     if task == "corpus" or not documents:
+        lines = path.read_bytes().count(b"\n") if path.is_file() else 0
         size = path.stat().st_size if path.is_file() else text_bytes(params, "test")
-        documents, each = 100, size / needs.BYTES_PER_TOKEN / 100
+        documents = lines or 100
+        each = size / needs.BYTES_PER_TOKEN / documents
     share = min(params.harness.limit or documents, documents) / documents
     tokens = documents * each * share
     length = int(min(max(each, 32), model.context or needs.UNLIMITED))
