@@ -1,6 +1,7 @@
 """What each stage takes of memory: `python -m tests.support.stage_memory OUT.json` runs all of them on random models.
 
 It prints per stage what was measured, what `tasks.parameters.needs` says, and the ratio; OUT.json has the same.
+`--without measure` leaves out a stage that no later one of the list reads, `--shapes width` runs that shape alone.
 
 One process runs them one after another, without DVC; a small chain comes first, so that libraries are imported and
 their pages there. Before each stage free memory is given back to Linux and the mark of its peak is set anew, so what is
@@ -9,13 +10,13 @@ measured is the peak above the memory before the stage, mapped files included.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import gc
 import json
 import resource
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from importlib import import_module
@@ -153,6 +154,8 @@ class _Quiet:
         pass
 
 
+LATE = 60 * 2**20
+"""Bytes that PyTorch's engine imports with its first model, and `needs` counts as the libraries'."""
 CORPORA = ("train", "calibration", "test", "test_ood")
 
 
@@ -213,7 +216,8 @@ def chain(
 def _held(stage: MeasuredStage, before: int) -> int:
     """Bytes at the peak above what was held before; of the stage that measures in processes of their own, theirs."""
     own = processes.peak() - before
-    return max([own, *(each["above_libraries_bytes"] for each in stage.facts.get("measured", {}).values())])
+    theirs = [each["above_libraries_bytes"] - LATE for each in stage.facts.get("measured", {}).values()]
+    return max([own, *theirs])
 
 
 def _print(address: str, found: dict[str, float]) -> None:
@@ -235,15 +239,21 @@ def fresh() -> int:
     return processes.peak()
 
 
-def main(out: Path) -> None:
+def main() -> None:
+    """Run all, and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--without", nargs="+", default=[])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    found = {}
-    for name, sizes in {"warm-up": TINY, **SHAPES}.items():
+    stages, found = [name for name in STAGES if name not in given.without], {}
+    for name, sizes in {"warm-up": TINY, **{name: SHAPES[name] for name in given.shapes}}.items():
         print(name, sizes)
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = chain(Path(folder).resolve(), sizes)
-        out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            found[name] = chain(Path(folder).resolve(), sizes, stages=stages)
+        given.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()
