@@ -30,6 +30,7 @@ class Progress:
         self.bar = _Bar(description, total) if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else None
 
     def __enter__(self) -> Progress:
+        self._forget()  # what a killed run left
         if self.bar:
             self.bar.start()
         return self
@@ -37,8 +38,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.bar:
             self.bar.stop()
-        if self.kept:
-            self.kept.unlink(missing_ok=True)
+        self._forget()
 
     def update(self, done: int, **figures: float) -> None:
         """Say that `done` of `total` steps are finished; `figures` (loss=…) are shown with four digits."""
@@ -55,6 +55,11 @@ class Progress:
             return
         line = f"[progress] {self.description} {done}/{self.total}{shown} eta={left:.0f}s"
         print(line, file=sys.stderr, flush=True)
+
+    def _forget(self) -> None:
+        if self.kept:
+            with contextlib.suppress(OSError):
+                self.kept.unlink(missing_ok=True)
 
     def _note(self, now: float, done: int, left: float) -> None:
         self.noted = now

@@ -244,7 +244,9 @@ def test_a_stage_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     now = [100.0]
     monkeypatch.setattr("tasks.runtime.progress.time.monotonic", lambda: now[0])
     kept = tmp_path / "lora.progress"
+    kept.write_text('{"done": 3, "total": 4, "left": 1.0}')  # of a killed run
     with Progress("recovery", 4, kept) as bar:
+        assert not kept.exists()
         now[0] += 10
         bar.update(1)
         assert json.loads(kept.read_text()) == {"done": 1, "total": 4, "left": 30.0}
