@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,6 +135,26 @@ def writing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: 
     stored = tensor_files.DTYPES[entries[f"{families.of_model(model).embedding}.weight"].dtype]
     files.write_json(folder / model_files.CONFIG, dense_folder.config(folder) | {"dtype": str(stored).split(".")[1]})
     generations.rewrite(folder)
+
+
+def rest(model: PreTrainedModel, matrices: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Name -> dimensions of all weights but these matrices', in the model's order; a tied head is the embedding.
+
+    Args:
+        model: from `open_dense`.
+        matrices: full names of modules.
+    """
+    found = {name: tuple(tensors.entries[source].shape) for name, (tensors, source) in _sources(model).items()}
+    return {name: shape for name, shape in found.items() if name.removesuffix(".weight") not in matrices}
+
+
+def value(model: PreTrainedModel, name: str) -> Tensor:
+    """A weight of the model in float32: as it is in memory, or else in the folder."""
+    held = model.get_parameter(name)
+    if not held.is_meta:
+        return held.detach()
+    tensors, source = _sources(model)[name]
+    return tensors.read(source, torch.float32)
 
 
 def _sources(model: PreTrainedModel) -> Mapping[str, tuple[StoredTensors, str]]:

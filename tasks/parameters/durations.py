@@ -80,8 +80,8 @@ PACKED = 400
 """Exponential functions that packing and reading back a weight takes as long as."""
 TEXT = 8
 """Bytes of text that are tokenised in the time of a small call."""
-FORWARDS = 6
-"""Forward passes of a block in gptqmodel: one per set of linears that have one input, and one to go on."""
+FORWARDS = 1.2
+"""Forward passes of a block in GPTQ's walk: one, window by window."""
 FIRST, SHORT = 1.5, 0.5
 """Imports of PyTorch that a stage's start takes as long as: of one that uses it, of one that doesn't. With a warm
 process (`tasks.runtime.warm`) it is half of that."""
@@ -237,7 +237,7 @@ def _embedding(params: Params, model: ModelShape) -> Work:
 
 
 def _linears(params: Params, model: ModelShape) -> Work:
-    """gptqmodel's run over all blocks, and saving."""
+    """GPTQ's walk over all blocks, and saving."""
     tokens, length = _windows(params)
     work = FORWARDS * _forward(model, tokens, length) + _search(params, model.in_blocks) + _read(model, 8)
     for rows, columns in model.linears.values():

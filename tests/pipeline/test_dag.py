@@ -153,6 +153,7 @@ REACH = {
     "tasks/packed/writer.py": {"package", "baseline"},
     "tasks/packed/source_folder.py": {"package", "baseline"},
     "tasks/algorithms/quantisation/masked_gptq.py": {"gptq", "baseline"},
+    "tasks/algorithms/quantisation/gptq_walk.py": {"gptq", "baseline"},
     "tasks/algorithms/quantisation/sparsegpt.py": {"gptq", "baseline"},
     "tasks/algorithms/quantisation/descent.py": {"gptq", "baseline"},
     "tasks/algorithms/quantisation/sensitivity.py": {"gptq", "sensitivity", "baseline"},
