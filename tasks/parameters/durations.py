@@ -68,6 +68,10 @@ LOSSES = 16
 """Exponential functions, or what takes as long, per logit of a training with distillation."""
 SEARCHED = 40
 """Scales that are tried for a group with `gptq.mse`, on average."""
+ROUNDS = 1.1
+"""How often stage baseline quantises the model, on average."""
+MODELS = 10
+"""That stage measure asks; those that equal another one are asked once."""
 EMBEDDED = 200
 """Exponential functions that rounding a value of the embedding takes as long as, its scale included."""
 DIVERGED = 45
@@ -266,10 +270,6 @@ def _baseline(params: Params, model: ModelShape) -> Work:
     return ROUNDS * (_linears(params, model) + _packing(model)) + 2 * _search(params, model.in_blocks)
 
 
-ROUNDS = 1.1
-"""How often stage baseline quantises the model, on average."""
-
-
 def _eora(params: Params, model: ModelShape) -> Work:
     model = pruned(params, model)
     tokens, length = _windows(params)
@@ -318,10 +318,6 @@ def _evaluate(params: Params, model: ModelShape, item: str) -> Work:
     return passes + _generation(model, own.new_tokens, PROMPTS) + _read(model, 3)
 
 
-MODELS = 10
-"""That stage measure asks; those that equal another one are asked once."""
-
-
 def _measure(params: Params, model: ModelShape) -> Work:
     own = params.measure
     each = _generation(model, (own.generations + 1) * own.new_tokens) + _generation(model, 2 * own.new_tokens, 4)
@@ -349,20 +345,14 @@ def _harness(params: Params, model: ModelShape, item: str) -> Work:
     documents, each = DOCUMENTS.get(task, (0, 0))
     path = Path(f"data/harness_data/{task}/documents.jsonl")
     if task == "corpus" or not documents:
-        lines = path.read_bytes().count(b"\n") if path.is_file() else 0
         size = path.stat().st_size if path.is_file() else text_bytes(params, "test")
-        documents = lines or 100
+        documents = path.read_bytes().count(b"\n") or 1 if path.is_file() else 100
         each = size / needs.BYTES_PER_TOKEN / documents
     share = min(params.harness.limit or documents, documents) / documents
     tokens = documents * each * share
     length = int(min(max(each, 32), model.context or needs.UNLIMITED))
     passes = _forward(model, tokens, length, params.harness.batch) + 2 * _head(model, tokens)
     return passes + _tokenised(2 * tokens * needs.BYTES_PER_TOKEN) + _read(model) + Work(starts=2.0)  # lm_eval
-
-
-def _corpus(params: Params) -> tuple[int, ...]:
-    own = params.corpus
-    return own.train_bytes, own.calibration_bytes, own.test_bytes
 
 
 SHORTENING = (
@@ -379,7 +369,7 @@ SHORTENING = (
 """Parameters that can be halved without another one having to change."""
 Row = Callable[[Params, ModelShape], Work]
 WORK: dict[str, Row] = {
-    "corpus": lambda params, model: _tokenised(sum(_corpus(params)) / 4),
+    "corpus": lambda params, model: _tokenised(params.corpus.train_bytes / 4),
     "fetch": lambda params, model: _read(model, 20),  # hashes and looks at all of it
     "overlap": lambda params, model: _tokenised(text_bytes(params, "train") / 4),
     "vocabulary": lambda params, model: _tokenised(text_bytes(params, params.vocabulary.corpus)) + _read(model),
