@@ -36,6 +36,8 @@ BYTES_PER_TOKEN = 3
 """Of a text, at least: what the longest document is taken for before it is tokenised."""
 PROBE = 128
 """Tokens on which stage vocabulary compares the logits of both models."""
+LOOKED_AT = 2**22
+"""Values that fetch looks at together."""
 UNLIMITED = 2048
 """Tokens that lm_eval takes for the context of a model without one."""
 
@@ -171,6 +173,17 @@ def _eora_memory(params: Params, model: ModelShape) -> int:
     return _block(model) + max(weighed, branches)
 
 
+def _fetch_memory(params: Params, model: ModelShape) -> int:
+    largest = max(model.vocabulary * model.hidden, *(rows * columns for rows, columns in model.linears.values()))
+    # the file, mapped; its largest matrix, and what looks at a piece of it
+    return _stored(model) + model.stored * largest + 12 * min(largest, LOOKED_AT)
+
+
+def _copied(model: ModelShape) -> int:
+    """Bytes at the peak of copying a model: embedding and head in fp32, as they are read, and as they are written."""
+    return 4 * model.outside + model.stored * (2 * model.outside + model.in_blocks // model.layers)
+
+
 def _wanda_memory(params: Params, model: ModelShape) -> int:
     scores = 24 * model.hidden * model.mlp  # sorted, their indices
     return _streamed(model, _walk(params, model) + scores)
@@ -190,12 +203,12 @@ def _importance_memory(params: Params, model: ModelShape) -> int:
 
 
 MEMORY: dict[str, Callable[[Params, ModelShape], int]] = {
-    "fetch": lambda params, model: _stored(model) + 8 * 2**22,  # the file, mapped
+    "fetch": _fetch_memory,
     "vocabulary": lambda params, model: _streamed(model, 3 * 4 * PROBE * model.vocabulary),
     "calibrate": lambda params, model: _streamed(model, _walk(params, model)),
     "importance": _importance_memory,
     "depth_prune": lambda params, model: (
-        _importance_memory(params, model) if params.depth_prune.schedule == "greedy" else _streamed(model)
+        _importance_memory(params, model) if params.depth_prune.schedule == "greedy" else _copied(model)
     ),
     "wanda": _wanda_memory,
     "lora": _lora_memory,
