@@ -200,6 +200,7 @@ def quantise(
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder, codes = Path(scratch) / "model", Path(scratch) / "embedding.safetensors"
         linear_quantisation.quantise_linears(stage, model, windows, {}, widths, folder, saved)
+        del model
         block_quantisation.save_embedding(codes, coded, stage.params.gptq)
         writer.save(source_folder.read(folder, embedding=codes), target)
     return shipped_bytes(target)

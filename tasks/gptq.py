@@ -48,6 +48,7 @@ def run(stage: Stage) -> None:
     shapes = block_quantisation.shapes(model)
     coded = block_quantisation.compress_embedding(model, windows, chosen, stage.journal)
     block_quantisation.save_embedding(stage.output("embedding.safetensors"), coded, chosen)
+    del coded
     widths = chosen.bits
     if chosen.budget_bytes:
         held = (keep, pattern) if chosen.masked else ({}, "dense")

@@ -30,8 +30,12 @@ KEPT = {True: 1.3, False: 1.9}
 """What they take of memory, gaps included, by whether the adapters are masked: plain ones make more that is dropped."""
 BATCH = 4
 """Windows of calibration per forward pass."""
-QUANTISER = 80 * 2**20
-"""Bytes that gptqmodel holds beside models and Hessians, whatever their size."""
+HARMED = 2
+"""Windows on which sensitivities are measured."""
+TRIED = 28
+"""Linears of a block, times widths."""
+COMPARED = 128
+"""Positions whose predictions are compared at once."""
 BYTES_PER_TOKEN = 3
 """Of a text, at least: what the longest document is taken for before it is tokenised."""
 PROBE = 128
@@ -158,11 +162,37 @@ def _table(model: ModelShape) -> int:
     return 4 * model.vocabulary * model.hidden
 
 
+def _embedding_memory(params: Params, model: ModelShape) -> int:
+    """Bytes beside the model while its embedding is quantised: hidden states of the calibration, then its copies."""
+    if params.gptq.embedding.bits == 16:
+        return 0
+    return max(_walk(params, model), 2 * _table(model))
+
+
+def _sensitivity_memory(params: Params, model: ModelShape) -> int:
+    length = params.calibrate.length
+    states = 4 * HARMED * length * model.hidden * (TRIED + 3)  # of each linear and width; before; as unchanged
+    measured = states + 2 * _forward(model, HARMED * length) + 6 * 4 * COMPARED * model.vocabulary
+    return _streamed(model, max(_embedding_memory(params, model), measured))
+
+
+def _linears_memory(params: Params, model: ModelShape) -> int:
+    """Bytes at the peak of GPTQ of all linears, block by block."""
+    tokens = params.calibrate.windows * params.calibrate.length
+    kept = 4 * tokens * (model.hidden + model.heads * model.head_dim + model.mlp)  # at the block's entry and inside
+    hessians = 10 * 4 * model.widest**2  # of the widest linear, its factors, in float64 where they are inverted
+    swept = 6 * 4 * model.hidden * model.mlp  # what is left to quantise, the answer, losses; packed
+    return _streamed(model, kept + max(hessians, swept) + 2 * _forward(model, params.calibrate.length))
+
+
 def _gptq_memory(params: Params, model: ModelShape) -> int:
-    hessians = 6 * 4 * model.widest**2  # of the widest linear, its factors, in float64 where they are inverted
-    working = QUANTISER + 2 * _boundary(params, model) + hessians
-    embedding = 3 * _table(model) if params.gptq.embedding.bits < 16 else 0  # what remains, codes, values
-    return 2 * _dense(model) + max(working, embedding)
+    found = max(_linears_memory(params, model), _streamed(model, _embedding_memory(params, model)))
+    return found if params.gptq.budget_bytes is None else max(found, _sensitivity_memory(params, model))
+
+
+def _package_memory(params: Params, model: ModelShape) -> int:
+    # a block in fp32, and the embedding with its codes as they are packed
+    return 4 * model.in_blocks // model.layers * 4 + 3 * 4 * model.outside
 
 
 def _eora_memory(params: Params, model: ModelShape) -> int:
@@ -214,11 +244,10 @@ MEMORY: dict[str, Callable[[Params, ModelShape], int]] = {
     "lora": _lora_memory,
     "gptq": _gptq_memory,
     "eora": _eora_memory,
-    # the embedding as it is stored and its codes, as they are packed; a block likewise
-    "package": lambda params, model: _streamed(model),
+    "package": _package_memory,
     "baseline_lora": lambda params, model: _lora_memory(params, model, masked=False),
-    "sensitivity": lambda params, model: _loaded(model, _walk(params, model) + 3 * _table(model)),
-    "baseline": _gptq_memory,
+    "sensitivity": _sensitivity_memory,
+    "baseline": lambda params, model: max(_linears_memory(params, model), _package_memory(params, model)),
     "evaluate": _evaluate_memory,
     # whole, above a size in bfloat16; its few tokens at batch 4 hardly count
     "measure": lambda params, model: _dense(model) // (1 if _dense(model) <= streaming.WHOLE else 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pandas as pd
@@ -16,7 +17,7 @@ from tasks.algorithms.model import masks
 from tasks.algorithms.quantisation import gptqmodel_library as library
 from tasks.algorithms.quantisation import rounding, unpacking
 from tasks.compression import block_quantisation
-from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
+from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, streamed_folder, tensor_files
 from tests.support.gptq_oracle import NAME
 from tests.support.pruned_model import inputs_of_the_stage, sections
 
@@ -230,6 +231,27 @@ def test_a_budget_gives_widths_that_stock_gptqmodel_loads(run, pruned):
         assert 2 ** (widths[name] - 1) * 0.5 < max(levels) <= 2 ** widths[name]
     with pytest.raises(InputError, match="budget is 1000 bytes"):
         run("small", budget_bytes=1000)
+
+
+@pytest.mark.parametrize("changed", [{}, {"joint": {"keep": 2, "of": 4}}, {"budget_bytes": 40_000}], ids=str)
+def test_no_model_is_in_memory_as_a_whole(run, unpruned, monkeypatch, changed):
+    held, most = [], []
+
+    @contextlib.contextmanager
+    def counted(self, block):
+        held.append(self.prefix)
+        most.append(len(set(held)))
+        with opened(self, block):
+            yield
+        held.pop()
+
+    opened = streamed_folder.StoredBlock.__call__
+    monkeypatch.setattr(streamed_folder.StoredBlock, "__call__", counted)
+    for module, name in ((dense_folder, "load_dense"), (gptq_folder, "load_quantised")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("a whole model is loaded"))
+    run(given=unpruned, embedding={"bits": 4, "group_size": 16, "method": "gptq"}, **changed)
+    # a linear's harm goes on through the later block while its own is open
+    assert max(most) == (2 if "budget_bytes" in changed else 1)
 
 
 @pytest.mark.parametrize("method", ["nearest", "gptq"])

@@ -81,16 +81,17 @@ def _compensated(weight: Tensor, bits: int, group_size: int, factor: Tensor, sca
         group = remaining[:, start:stop]  # [vocabulary, group], a view
         scale = rounding.choose_scales(group, bits, scale_steps)  # [vocabulary]
         scale = rounding.spread_to_zeros(scale, (group == 0).all(dim=1))
-        errors = torch.empty_like(group)
-        for column in range(group_size):
+        columns = group.T.contiguous()  # [group, vocabulary]: each column in one piece
+        errors = torch.empty_like(columns)
+        for column, values in enumerate(columns):
             row = factor[start + column]  # [hidden]
-            code = rounding.encode(group[:, column], scale, bits)  # [vocabulary]
+            code = rounding.encode(values, scale, bits)  # [vocabulary]
             # GPTQ's Algorithm 1, the loop over columns: E_:,j = (W_:,j - Q_:,j) / [H^-1]_jj, of which eq. 2 moves
             # E_:,j H^-1_j,j: to the columns that follow. H^-1 is the factor there.
-            errors[:, column] = (group[:, column] - rounding.decode(code, scale)) / row[start + column]
-            group[:, column:] -= errors[:, column, None] * row[start + column : stop]
+            torch.div(values - rounding.decode(code, scale), row[start + column], out=errors[column])
+            columns[column + 1 :] -= errors[column] * row[start + column + 1 : stop, None]
             codes.append(code)
         # The lazy batch update (eq. 4), with a group of a scale as the block of columns.
-        remaining[:, stop:] -= errors @ factor[start:stop, stop:]
+        remaining[:, stop:] -= errors.T.contiguous() @ factor[start:stop, stop:]
         scales.append(scale)
     return Coded(torch.stack(codes, dim=1), torch.stack(scales, dim=1), bits, group_size)

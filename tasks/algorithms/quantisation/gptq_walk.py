@@ -10,10 +10,11 @@ What is done with one group is `tasks.algorithms.quantisation.masked_gptq`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
@@ -25,6 +26,8 @@ from tasks.algorithms.quantisation.masked_gptq import PLAIN, Settings
 
 BATCH = 1
 """Windows per forward pass: no effect on the result beyond rounding, and no parameter."""
+STRIP = 256
+"""Rows of a Hessian that are computed at once; no effect on the result (MKL sums up each value alike)."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,20 @@ def _hessian(groups: InputGroups, number: int) -> Tensor:
 
     def see(x: Tensor) -> None:
         nonlocal total, tokens
+        if total is None:
+            total = x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float32)
         for window in x.float():  # [length, in_features]
-            total = window.T @ window if total is None else total.add_(window.T @ window)
+            for rows in _strips(total):  # of its symmetric halves one is computed
+                total[rows, rows.start :] += window[:, rows].T @ window[:, rows.start :]
             tokens += len(window)
 
     groups.observe(number, see)
+    for rows in _strips(total):
+        total[rows.stop :, rows] = total[rows, rows.stop :].T
     return total.mul_(2.0 / tokens)
+
+
+def _strips(matrix: Tensor) -> Iterator[slice]:
+    """Yield the rows of the matrix in strips."""
+    for start in range(0, len(matrix), STRIP):
+        yield slice(start, min(start + STRIP, len(matrix)))
