@@ -191,8 +191,7 @@ def _gptq_memory(params: Params, model: ModelShape) -> int:
 
 
 def _package_memory(params: Params, model: ModelShape) -> int:
-    # a block in fp32, and the embedding with its codes as they are packed
-    return 4 * model.in_blocks // model.layers * 4 + 3 * 4 * model.outside
+    return _streamed(model)  # the embedding as it is stored and its codes, as they are packed; a block likewise
 
 
 def _eora_memory(params: Params, model: ModelShape) -> int:
