@@ -1,6 +1,6 @@
 """The one progress artifact of a flow run: how far it is, and when it will end.
 
-Seconds come from the stages' records of earlier runs, scaled by how this run goes.
+Seconds are `tasks.runtime.estimates`', of earlier runs here or of what there is to do, scaled by how this run goes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import httpx
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from flows.order import Order
+from tasks.runtime import estimates
+from tasks.runtime.order import Order
 
 KEY = "3-progress"
 INTERVAL = 2.0
@@ -69,7 +70,7 @@ class Foresight:
         words = f"{self.ended} of {self.total} stages are done"
         words += f", {' and '.join(running)} now" if running else ""
         known = self.order.known or self.expected
-        return f"{words}; {_minutes(self.left())} left" if known else f"{words}; no earlier run tells how long"
+        return f"{words}; {estimates.about(self.left())} left" if known else f"{words}; no earlier run tells how long"
 
     def show(self, last: bool = False) -> None:
         """Create or update the artifact, not too often; without one, the log still has the lines."""
@@ -86,9 +87,3 @@ class Foresight:
                 update_progress_artifact(self.artifact, percent, description=self.sentence())
         except (httpx.HTTPError, OSError) as error:
             get_run_logger().warning("the progress artifact could not be written: %s", error)
-
-
-def _minutes(seconds: float) -> str:
-    if seconds < 90:
-        return f"about {max(round(seconds), 1)} s"
-    return f"about {round(seconds / 60)} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

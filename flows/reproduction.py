@@ -3,7 +3,7 @@
 DVC plans, locks, restores and writes dvc.lock (`flows.dvc_internals`). A stage becomes a task run whose cache key is
 DVC's own run-cache key (command, hashes of the inputs, parameters). Only DVC says whether a stage is up to date, since
 it alone looks at the workspace: such a task run ends as Cached with DVC's reason. What has to run is started by this
-thread in the order of `flows.order`, each stage in a thread of Prefect's.
+thread in the order of `tasks.runtime.order`, each stage in a thread of Prefect's.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from prefect.states import Completed, Failed, State
 from flows import following, processes
 from flows.dvc_internals import Project
 from flows.foresight import Foresight
-from flows.order import MOST, Order
 from flows.stage import FLOW_RUN, LOG, TASK_RUN
 from tasks.algorithms.errors import InputError
 from tasks.parameters import preflight, schema
-from tasks.runtime import lineage, locks, mend, warm
+from tasks.runtime import estimates, lineage, locks, mend, warm
+from tasks.runtime.order import MOST, Order
 
 LOGS = Path("logs")
 GRACE = 15.0
@@ -121,7 +121,7 @@ class Reproduction:
                 self._cached(stage, self.keys[stage.addressing], force)
         if not stale:
             return
-        seconds = {name: known for name, stage in stale.items() if (known := lineage.took(stage).get("seconds"))}
+        seconds = self._seconds(stale)
         waits_for = {name: [other.addressing for other in plan[stage]] for name, stage in stale.items()}
         alone = [name for name, stage in stale.items() if (stage.meta or {}).get("alone")]
         cores = len(os.sched_getaffinity(0))
@@ -152,6 +152,17 @@ class Reproduction:
         except BaseException:
             self._end_all(len(order.running), ends)
             raise
+
+    def _seconds(self, stale: dict[str, Stage]) -> dict[str, float]:
+        """What each stage will take, as far as that can be told."""
+        cores, fetched = len(os.sched_getaffinity(0)), "fetch" not in stale
+        try:
+            params = schema.load()
+            model = preflight.model_here(params, None if fetched else "fetch")
+            threads = max(cores // estimates.workers(params, fetched), 1)
+            return estimates.seconds(stale.values(), params, model, threads)
+        except InputError:  # the stage says what is wrong; or it is another project's dvc.yaml
+            return {name: known for name, stage in stale.items() if (known := lineage.took(stage).get("seconds"))}
 
     def _widen(self, order: Order) -> bool:
         """Set how many stages may run at once; returns False as long as the model's size is not known."""

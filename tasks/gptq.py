@@ -70,7 +70,7 @@ def skip(stage: Stage) -> None:
     files.write_csv(stage.output("layers.csv"), pd.DataFrame(columns=COLUMNS))
     keep, model, ledgers = (
         mask_files.StoredMasks(stage.input("masks.safetensors")),
-        streamed_folder.open_dense(dense),
+        streamed_folder.open_dense(dense, outside=False),
         [],
     )
     for block, inside in zip(families.blocks(model), matrices.by_block(model), strict=True):

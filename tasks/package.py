@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.algorithms.errors import InputError
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.models import dense_folder, mask_files, sparsity_ledger
 from tasks.models.tokenizer_files import copy_tokenizer
@@ -44,7 +43,8 @@ def run(stage: Stage) -> None:
             aren't those of the model.
     """
     source, folder = stage.model_in, stage.output("package/model")
-    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
+    keep = mask_files.StoredMasks(stage.input("masks.safetensors"))
+    pattern = keep.pattern
     codes = stage.input("embedding.safetensors"), stage.input("adapter.safetensors")
     holds = sparsity_ledger.check(
         _ledger(source_folder.read(source).blocks, keep, pattern), "package", stage.params.wanda.enforce
@@ -106,18 +106,8 @@ def asked(wanda: Wanda, gptq: Gptq) -> str:
 
 
 def _ledger(blocks: Iterable[Mapping[str, Linear]], keep: Mapping[str, Tensor], pattern: str) -> pd.DataFrame:
-    """`sparsity.ledger` with one block in memory."""
-    tables, known = [], set()
-    for linears in blocks:
-        weights = {name: linear.values() for name, linear in linears.items()}
-        known |= set(weights)
-        tables.append(sparsity_ledger.ledger(weights, {name: keep[name] for name in weights if name in keep}, pattern))
-    foreign = sorted(set(keep) - known)
-    if foreign:
-        raise InputError(f"there is a mask for {foreign[0]}, which the model does not have: run stage wanda again")
-    import pandas as pd
-
-    return pd.concat(tables, ignore_index=True)
+    weights = ({name: linear.values() for name, linear in linears.items()} for linears in blocks)
+    return sparsity_ledger.ledger_of_blocks(weights, keep, pattern)
 
 
 def _manifest(stage: Stage, folder: Path, pattern: str, pruned: int) -> dict[str, Any]:

@@ -1,33 +1,25 @@
 """`edgepress status`: which stages are up to date, which are not and why, and what runs at this moment.
 
-A stage is compared with its entry in dvc.lock as `dvc status` does it: inputs, code, parameters, command, outputs. Of
-its code every file is named, also those that stage code has not listed yet. A stage whose input another one is yet to
-make again still counts as up to date. DVC's locks are not taken, so it answers
-while a run goes on; it changes nothing.
+A stage is compared with its entry in dvc.lock as `dvc status` does it (`tasks.runtime.staleness`). Of its code every
+file is named, also those that stage code has not listed yet. A stage whose input another one is yet to make again still
+counts as up to date, but not in what is said of the time that a run takes.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
 from tasks.cli import console
 from tasks.nightly import worktree
-from tasks.runtime import code, locks
+from tasks.runtime import estimates, locks, staleness
+from tasks.runtime.staleness import GONE, STATES
 
-if TYPE_CHECKING:
-    from dvc.stage import Stage
-
-STATES = ("up to date", "changed", "missing", "never run", "running")
-UP_TO_DATE, CHANGED, MISSING, NEVER_RUN, RUNNING = STATES
-"""States of a stage. `MISSING`: only files that aren't there make it differ; `dvc checkout` or a run brings them."""
-GONE = ("deleted", "not in cache")
-"""What DVC says of such files."""
 SHOWN = 3
 """Reasons that a line names, of each kind."""
 
@@ -39,27 +31,50 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(given: argparse.Namespace) -> None:
-    """Print a line per stage, then what runs."""
-    rows, running = stages(given.stages), runs()
+    """Print a line per stage, then what runs, and how long what is to be done takes."""
+    running = runs()
+    rows, left = _looked(given.stages, running)
     if given.json:
-        console.show_json({"stages": rows, "running": running})
+        told = left and {"seconds": left.left, "stages": left.seconds, "running": list(left.running)}
+        console.show_json({"stages": rows, "running": running, "left": told})
         return
     cells = [[row["stage"], row["state"], _why(row["why"])] for row in rows]
     counts = {state: sum(row["state"] == state for row in rows) for state in STATES}
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     console.show(console.table(["stage", "state", "why"], cells, left=["state", "why"]), told)
-    console.show(*([_sentence(run) for run in running] or ["nothing runs"]))
+    console.show(*([_sentence(run) for run in running] or ["nothing runs"]), *_time(rows, left))
 
 
-def stages(names: list[str] | None = None) -> list[dict[str, Any]]:
-    """stage, state, why (a list of {"what", "is"}), frozen; in the order of dvc.yaml.
+def _looked(names: list[str], running: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], estimates.Run | None]:
+    """A row of `staleness` per stage, in the order of dvc.yaml; and how long what is left of all takes.
 
     Raises:
         DvcException: no DVC project; no stage of a name.
     """
     with Repo() as repo:
         chosen = [stage for name in names for stage in repo.stage.collect(name)] if names else repo.index.stages
-        return [_row(stage) for stage in chosen]
+        rows = [staleness.row(stage) for stage in chosen]
+        if names:
+            return rows, None
+        stale = staleness.to_run(repo, rows)
+        return rows, estimates.of_run(repo, stale, flow=_flow(running)) if stale else None
+
+
+def _flow(running: list[dict[str, Any]]) -> bool:
+    """Whether stages run side by side: where a flow does, and not where DVC does."""
+    return any(run["kind"] == "flow" for run in running)
+
+
+def _time(rows: list[dict[str, Any]], left: estimates.Run | None) -> list[str]:
+    """What is left of a run, or how long one would take; no line where nothing is to be done or nobody can tell."""
+    if left is None:
+        return []
+    if not left.running:
+        return [f"`dvc repro` would take {left.sentence()}"]
+    now = [f"{name} {estimates.about(left.seconds[name]).removeprefix('about ')}" for name in left.running]
+    done = f"{len(rows) - len(left.seconds)} of {len(rows)} stages are done"
+    to_come = f"{len(left.seconds) - len(left.running)} to come"
+    return [f"{done}, {to_come}; {estimates.about(left.left)} left (now {' and '.join(now)})"]
 
 
 def runs() -> list[dict[str, Any]]:
@@ -73,32 +88,6 @@ def runs() -> list[dict[str, Any]]:
     if holder := locks.holder(worktree.LOCK):
         found.append(_run("night", next(iter(dict(_working(_nights()))), None), holder))
     return found
-
-
-def _row(stage: Stage) -> dict[str, Any]:
-    known = {"stage": stage.addressing, "frozen": stage.frozen}
-    if locks.holder(_lock(Path(), stage.addressing)):
-        return known | {"state": RUNNING, "why": []}
-    if not all(out.hash_info for out in stage.outs):
-        return known | {"state": NEVER_RUN, "why": []}
-    why = list(_reasons(stage))
-    gone = all(reason["is"] in GONE for reason in why)
-    return known | {"state": UP_TO_DATE if not why else MISSING if gone else CHANGED, "why": why}
-
-
-def _reasons(stage: Stage) -> Iterator[dict[str, str]]:
-    """Whatever differs from dvc.lock: a path, a parameter ("params.yaml: wanda.keep") or the command."""
-    edited = [] if stage.frozen else code.changed_code(stage, made=True)
-    yield from ({"what": path, "is": "modified"} for path in edited)
-    told = code.listed(stage) if edited else None
-    for entry in [*(() if stage.frozen else stage.deps), *stage.outs]:
-        for path, state in entry.status().items() if entry is not told else ():
-            if isinstance(state, dict):
-                yield from ({"what": f"{path}: {name}", "is": word} for name, word in state.items())
-            else:
-                yield {"what": path, "is": state}
-    if stage.changed_stage():
-        yield {"what": "its entry in dvc.yaml", "is": "modified"}
 
 
 def _why(reasons: list[dict[str, str]]) -> str:
@@ -129,10 +118,6 @@ def _nights() -> Path:
         return worktree.project(Path())
     except InputError:  # no git, so no night has run here
         return worktree.WORKTREE
-
-
-def _lock(folder: Path, stage: str) -> Path:
-    return folder / locks.FLOW.with_name(f"{stage}.lock")
 
 
 def _run(kind: str, stage: str | None, holder: locks.Holder) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A dense model folder as a model whose blocks stay on disk until they are asked for, and the same written.
+"""A model folder as a dense model whose blocks stay on disk until they are asked for, and the same written.
 
 Embedding, head, final norm and what else is outside of the blocks are in memory, in float32. A block's weights are read
 from safetensors within `layers.opened(block)` and dropped afterwards: memory is that of one block, however many there
@@ -55,11 +55,17 @@ class StoredBlock:
             yield
         finally:
             block.to("meta")
-            _return_freed()
+            return_freed()
 
 
-def open_dense(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The model of a dense folder, in evaluation mode, with its blocks on disk; it computes as `load_dense`'s does.
+def open_dense(
+    folder: Path, device: torch.device | str = "cpu", tensors: StoredTensors | None = None, outside: bool = True
+) -> PreTrainedModel:
+    """The model of a folder, in evaluation mode, with its blocks on disk; it computes as `load_dense`'s does.
+
+    Args:
+        tensors: the model's; None: the folder's as they are stored.
+        outside: bring what is outside of the blocks, too; without it the model's weights can be read, and no more.
 
     Raises:
         InputError: tensors are missing, unexpected or of another shape than the config calls for, a file is damaged, a
@@ -70,23 +76,35 @@ def open_dense(folder: Path, device: torch.device | str = "cpu") -> PreTrainedMo
     model_files.check_sizes(folder)
     model_files.check_unambiguous(folder)
     model = skeleton.build(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-    tensors = StoredTensors(folder)
+    tensors = tensors or StoredTensors(folder)
     stored_tensors.compare(tensors.shapes, skeleton.shapes(model), skeleton.tied(model))
     inside = f"{families.of_model(model).blocks}."
     for index, block in enumerate(families.blocks(model)):
         setattr(block, layers.STORED, StoredBlock(tensors, f"{inside}{index}", device))
-    outside = {}
+    if not outside:
+        return model.eval()
+    found = {}
     for name, (_, source) in _sources(model).items():
         if not name.startswith(inside):
-            outside[name] = tensors.read(source, torch.float32).to(device)
-    model.load_state_dict(outside, strict=False, assign=True)
+            found[name] = tensors.read(source, torch.float32).to(device)
+    model.load_state_dict(found, strict=False, assign=True)
     model.tie_weights()
     skeleton.compute_positions(model, device)
-    model.generation_config = _generation(folder)
+    model.generation_config = generation(folder)
     left = [name for name in skeleton.missing(model) if not name.startswith(inside)]
     if left:
         raise RuntimeError(f"the streamed model has no {left[0]}: its family isn't described fully")
     return model.eval()
+
+
+def drop_outside(model: PreTrainedModel) -> None:
+    """Drop embedding, head and final norm: the model's blocks can be opened, and it can't run any more."""
+    inside = {id(weight) for block in families.blocks(model) for weight in block.parameters()}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and id(weight) not in inside:
+                module._parameters[name] = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
+    return_freed()
 
 
 class Writer:
@@ -175,7 +193,7 @@ def _sources(model: PreTrainedModel) -> Mapping[str, tuple[StoredTensors, str]]:
     return found
 
 
-def _return_freed() -> None:
+def return_freed() -> None:
     """Give freed memory back to the kernel.
 
     glibc (2.36) keeps it: once a large piece has been freed, pieces up to that size come from its heap, where what a
@@ -187,7 +205,7 @@ def _return_freed() -> None:
         trim(0)
 
 
-def _generation(folder: Path) -> GenerationConfig:
+def generation(folder: Path) -> GenerationConfig:
     """The folder's settings for generation as `from_pretrained` finds them: in their own file, or in the config."""
     from transformers import GenerationConfig
 

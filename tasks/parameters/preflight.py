@@ -149,10 +149,10 @@ def check(
     if tokenizer_size is not None:
         check_tokenizer(tokenizer_size, model.vocabulary)
     problems = list(found)
-    problems += [sentence for name, rule in RULES.items() if _enabled(params, name) for sentence in rule(params, model)]
+    problems += [sentence for name, rule in RULES.items() if enabled(params, name) for sentence in rule(params, model)]
     problems += special_tokens.problems(params, tokenizer) if tokenizer else []
     problems += [*_device_problems(params, devices or DEVICES), *_accelerator_problems(params)]
-    todo = [name for name in _from(stage) if _enabled(params, name)]
+    todo = [name for name in _from(stage) if enabled(params, name)]
     problems += needs.problems(params, model, todo)
     _raise(problems)
 
@@ -195,10 +195,23 @@ def at_once(params: Params, fetched: bool) -> int | None:
     folder = _model_folder(params, fetched)
     if folder is None:
         return None
-    todo = [name for name in _from(None) if _enabled(params, name)]
+    todo = [name for name in _from(None) if enabled(params, name)]
     model = model_shape(read_config(folder))
     needed = needs.memory(rules.settle_all(params, model), model, todo)
     return max(needs.available_memory() // max(needed.values(), default=needs.LIBRARIES), 1)
+
+
+def model_here(params: Params, stage: str | None = None) -> ModelShape | None:
+    """The sizes of the model that params.yaml names; None as long as a hub model's config.json is not here.
+
+    Args:
+        stage: the stage about to run; None: fetch is done.
+
+    Raises:
+        InputError: the model is none that the pipeline runs.
+    """
+    folder = _model_folder(params, stage is None or _position(stage) > _position("fetch"))
+    return model_shape(read_config(folder)) if folder else None
 
 
 def _model_folder(params: Params, fetched: bool) -> Path | None:
@@ -336,8 +349,8 @@ def _rank_too_high(key: str, rank: int, model: ModelShape, targets: str = "all-l
         yield f"{key} = {rank} is above the smallest side of {name} ({rows} x {columns}); lower it to {chosen[name]}"
 
 
-def _enabled(params: Params, name: str) -> bool:
-    """Whether a stage computes; the plain model has only what the compressed one has (`FOLLOWS`)."""
+def enabled(params: Params, name: str) -> bool:
+    """Whether a stage with a section computes; the plain model has only what the compressed one has (`FOLLOWS`)."""
     names = (name, *FOLLOWS.get(name, ()))
     return all(getattr(getattr(params, each), "enabled", True) for each in names)
 

@@ -32,7 +32,7 @@ from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
 from tasks.parameters import parameter_file, preflight
-from tasks.runtime import accelerator, code, edits, failures, lazily, lineage, locks, mend, parent, spilling
+from tasks.runtime import accelerator, code, edits, estimates, failures, lazily, lineage, locks, mend, parent, spilling
 from tasks.runtime.stage import JOURNALS, SCRATCH, Stage
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ class _Attempt:
             spent = _perform(stage)
             _refuse_edits(stage)
             self._publish(stage)
+            if stage.name == code.STAGE:  # the first of a run: from here on it is known what is to be done
+                _foretell(stage)
             spent["cpu_seconds"] = _cpu_seconds()
             lineage.record(stage, started=self.started, run_ids=run_ids, spent=spent)
             edits.claim(stage.start)
@@ -174,7 +176,14 @@ def _perform(stage: Stage) -> dict[str, float]:
             spent = {"start_up_seconds": start_up, "computing_seconds": time.monotonic() - began}
             if stage.enabled and stage.name in TOLD:
                 importlib.import_module("tasks.compression.standing").tell(stage)  # by name: it shapes no artifact
+    estimates.note_work(stage)
     return spent
+
+
+def _foretell(stage: Stage) -> None:
+    flow = locks.holder(locks.FLOW) is not None
+    if told := estimates.foretell(stage.dvc.repo, flow=flow):
+        print(told)
 
 
 def _age() -> float:

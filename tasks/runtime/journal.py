@@ -64,6 +64,9 @@ class Journal:
         interval: seconds between two writes; 0: every entry at once.
         clock: seconds, rising.
         pure: whether what is kept so far comes of what the folder is named by; else it isn't written.
+
+    Attributes:
+        goes_on: whether an earlier run had left something.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Journal:
                 self.files.setdefault(found["key"], {})[int(found["number"])] = path
             elif path.name.startswith(UNFINISHED):
                 path.unlink()
+        self.goes_on = bool(self.files)
 
     def load(self, key: str) -> Entry | None:
         """The last entry of this key that is whole; None if there is none. Damaged ones are named and removed."""

@@ -79,6 +79,15 @@ def took(stage: DvcStage) -> dict[str, float]:
     return {name: found[name] for name in FIGURES if isinstance(found.get(name), int | float)}
 
 
+def seconds(entry: Mapping[str, Any]) -> float | None:
+    """What a run took, its process's start included; None where the record doesn't tell."""
+    whole = entry.get("seconds")
+    if not isinstance(whole, int | float):
+        return None
+    parts = [entry.get(name) for name in ("start_up_seconds", "computing_seconds")]
+    return max(whole, sum(parts)) if all(isinstance(part, int | float) for part in parts) else whole
+
+
 def link(stage: DvcStage) -> dict[str, str]:
     """A stage's record for a list of many: when and with which code it was made, and where all of it is."""
     path = record_path(stage)
@@ -151,7 +160,7 @@ def find(stage: DvcStage) -> dict[str, Any] | None:
 
 def local(stage: DvcStage) -> dict[str, Any] | None:
     """The record of the run on this machine that computed what dvc.lock names; None where none did."""
-    return _first(_computed_here(stage), lambda entry: describes(entry, stage))
+    return _first(runs_here(stage), lambda entry: describes(entry, stage))
 
 
 def adopt(stage: DvcStage) -> dict[str, Any]:
@@ -229,10 +238,11 @@ def _known(stage: DvcStage) -> Iterator[dict[str, Any]]:
     committed = _git(Path(stage.repo.root_dir), "show", f"HEAD:./{RECORDS.as_posix()}/{path.name}")
     if committed and (entry := _parsed(committed)):
         yield entry
-    yield from _computed_here(stage)
+    yield from runs_here(stage)
 
 
-def _computed_here(stage: DvcStage) -> Iterator[dict[str, Any]]:
+def runs_here(stage: DvcStage) -> Iterator[dict[str, Any]]:
+    """The records of a stage's runs on this machine, of whatever result."""
     yield from filter(None, map(read, sorted(_here(stage).glob("*.json"))))
 
 

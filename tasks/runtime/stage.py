@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tasks.parameters import schema
-from tasks.runtime.progress import Progress
+from tasks.runtime.progress import STATE, Progress
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -176,7 +176,7 @@ class Stage(Inputs):
 
     def progress(self, description: str, total: int) -> Progress:
         """A progress bar; a context manager with `update(done, **figures)`."""
-        return Progress(description, total)
+        return Progress(description, total, SCRATCH / STATE.format(self.address))
 
 
 def _folder(stage: DvcStage) -> Path:

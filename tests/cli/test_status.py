@@ -11,9 +11,8 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-from tasks.cli import status
 from tasks.nightly import worktree
-from tasks.runtime import locks
+from tasks.runtime import estimates, locks, staleness
 from tests.support.command import edgepress
 from tests.support.paths import ROOT
 
@@ -66,8 +65,8 @@ def states(capsys) -> dict[str, tuple[str, list[str]]]:
 
 
 def test_what_is_up_to_date_and_what_never_ran(project: Path, capsys) -> None:
-    made = dict.fromkeys(("code", "first", "last"), (status.UP_TO_DATE, []))
-    assert states(capsys) == made | {"later": (status.NEVER_RUN, [])}
+    made = dict.fromkeys(("code", "first", "last"), (staleness.UP_TO_DATE, []))
+    assert states(capsys) == made | {"later": (staleness.NEVER_RUN, [])}
     code, out, errors = edgepress(capsys, "status")
     assert (code, errors) == (0, "") and out.splitlines()[-2:] == ["3 up to date, 1 never run", "nothing runs"]
     assert edgepress(capsys, "status", "last")[1].splitlines()[2].split() == ["last", "up", "to", "date"]
@@ -84,22 +83,22 @@ def test_it_changes_nothing(project: Path, capsys) -> None:
 
 
 ALTERATIONS = {
-    "source": (lambda: Path("source.txt").write_text("twice\n"), {"first": (status.CHANGED, ["source.txt"])}),
+    "source": (lambda: Path("source.txt").write_text("twice\n"), {"first": (staleness.CHANGED, ["source.txt"])}),
     "parameter": (
         lambda: Path("params.yaml").write_text("words: 2\n"),
-        {"first": (status.CHANGED, ["params.yaml: words"])},
+        {"first": (staleness.CHANGED, ["params.yaml: words"])},
     ),
     "code": (
         lambda: Path("tasks/first.py").write_text("more = 1\n"),
-        {"code": (status.CHANGED, ["tasks"]), "first": (status.CHANGED, ["tasks/first.py"])},
+        {"code": (staleness.CHANGED, ["tasks"]), "first": (staleness.CHANGED, ["tasks/first.py"])},
     ),
     "command": (
         lambda: Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("cat source", "cat  source")),
-        {"first": (status.CHANGED, ["its entry in dvc.yaml"])},
+        {"first": (staleness.CHANGED, ["its entry in dvc.yaml"])},
     ),
     "missing output": (
         lambda: Path("first.txt").unlink(),
-        {"first": (status.MISSING, ["first.txt"]), "last": (status.MISSING, ["first.txt"])},
+        {"first": (staleness.MISSING, ["first.txt"]), "last": (staleness.MISSING, ["first.txt"])},
     ),
 }
 
@@ -109,7 +108,7 @@ def test_what_changed_is_named(project: Path, capsys, what: str) -> None:
     alter, expected = ALTERATIONS[what]
     alter()
     found = states(capsys)
-    assert {name: row for name, row in found.items() if row[0] in (status.CHANGED, status.MISSING)} == expected
+    assert {name: row for name, row in found.items() if row[0] in (staleness.CHANGED, staleness.MISSING)} == expected
     out = edgepress(capsys, "status")[1]
     assert all(reason in out for _, reasons in expected.values() for reason in reasons)
 
@@ -118,12 +117,12 @@ def test_code_that_was_listed_and_not_run_yet_is_named(project: Path, capsys) ->
     Path("tasks/first.py").write_text("more = 1\n")
     subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", "code"], check=True)
     found = states(capsys)
-    assert found["code"] == (status.UP_TO_DATE, []) and found["first"] == (status.CHANGED, ["tasks/first.py"])
+    assert found["code"] == (staleness.UP_TO_DATE, []) and found["first"] == (staleness.CHANGED, ["tasks/first.py"])
 
 
 def test_what_runs_is_told_with_its_stage(project: Path, capsys) -> None:
     with locks.held(locks.FLOW.with_name("last.lock"), ""):
-        assert states(capsys)["last"] == (status.RUNNING, [])
+        assert states(capsys)["last"] == (staleness.RUNNING, [])
         assert "a stage runs, at stage last: process" in edgepress(capsys, "status")[1]
         with locks.held(locks.FLOW, ""):
             out = edgepress(capsys, "status")[1]
@@ -137,3 +136,24 @@ def test_elsewhere_it_is_refused(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, errors = edgepress(capsys, "status")
     assert (code, out) == (1, "") and "run from the project's folder" in errors
+
+
+def test_it_says_how_long_what_is_left_takes(project: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def of_run(_, stale, *, flow):
+        asked.append(({stage.addressing for stage in stale}, flow))
+        return estimates.Run({"later": 90.0, "last": 30.0}, 120.0, tuple(running))
+
+    running: list[str] = []
+    monkeypatch.setattr(estimates, "of_run", of_run)
+    out = edgepress(capsys, "status")[1]
+    assert out.splitlines()[-1] == "`dvc repro` would take about 2 min on this machine: later 1.5, last 0.5 min"
+    running.append("last")
+    with locks.held(locks.FLOW, ""):
+        out = edgepress(capsys, "status")[1]
+        assert out.splitlines()[-1] == "2 of 4 stages are done, 1 to come; about 2 min left (now last 30 s)"
+        found = json.loads(edgepress(capsys, "status", "--json")[1])["left"]
+    assert found == {"seconds": 120.0, "stages": {"later": 90.0, "last": 30.0}, "running": ["last"]}
+    assert asked == [({"later"}, False), ({"later"}, True), ({"later"}, True)]
+    assert "left" not in edgepress(capsys, "status", "last")[1]

@@ -6,7 +6,7 @@ import pytest
 
 from flows import foresight
 from flows.foresight import Foresight
-from flows.order import Order
+from tasks.runtime.order import Order
 
 
 @pytest.fixture

@@ -61,6 +61,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(stages.schema, "load", load)
     monkeypatch.setattr(execution.preflight, "check_workspace", lambda *_: None)
+    monkeypatch.setattr(execution.preflight, "model_here", lambda *_: None)
     monkeypatch.setattr(execution.parent, "end_with_it", lambda _: None)
 
     def go(run, skip=None) -> None:

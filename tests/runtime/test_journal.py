@@ -160,3 +160,9 @@ def test_a_key_that_is_no_file_name_is_refused(folder):
 def test_nothing_keeps_nothing():
     checkpoints.NOTHING.part("x").save("key", {}, 1)
     assert checkpoints.NOTHING.load("key") is None and not checkpoints.NOTHING.due()
+
+
+def test_it_knows_whether_it_goes_on(tmp_path):
+    first = Journal(tmp_path / "kept", interval=0)
+    first.save("key", {}, 1)
+    assert not first.goes_on and Journal(tmp_path / "kept").goes_on

@@ -252,7 +252,7 @@ def test_the_ledger_is_that_of_the_quantised_weights_and_a_broken_pattern_ends_t
     assert not rows["violations"].any() and not rows["revived"].any()
     keep, pattern = mask_files.load_masks(files["masks.safetensors"])
     name = "model.layers.1.mlp.up_proj"
-    keep[name] = ~keep[name]
+    keep = {**keep, name: ~keep[name]}
     mask_files.save_masks(tmp_path / "other.safetensors", keep, pattern)
     monkeypatch.setitem(files, "masks.safetensors", tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=f"gptq broke the sparsity pattern of {name}"):

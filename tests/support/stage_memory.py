@@ -1,5 +1,8 @@
 """What each stage takes of memory: `python -m tests.support.stage_memory OUT.json` runs all of them on random models.
 
+It prints per stage what was measured, what `tasks.parameters.needs` says, and the ratio; OUT.json has the same.
+`--without measure` leaves out a stage that no later one of the list reads, `--shapes width` runs that shape alone.
+
 One process runs them one after another, without DVC; a small chain comes first, so that libraries are imported and
 their pages there. Before each stage free memory is given back to Linux and the mark of its peak is set anew, so what is
 measured is the peak above the memory before the stage, mapped files included.
@@ -7,14 +10,15 @@ measured is the peak above the memory before the stage, mapped files included.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import gc
 import json
+import resource
 import shutil
-import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +29,7 @@ import transformers
 import yaml
 
 from tasks.algorithms.model import checkpoints
-from tasks.parameters import schema
+from tasks.parameters import needs, preflight, rules, schema
 from tasks.runtime import processes
 from tasks.runtime.stage import Inputs
 from tests.support import project
@@ -43,19 +47,22 @@ STAGES = (
     "eora",
     "package",
     "baseline_lora",
+    "sensitivity",
     "baseline",
     "evaluate@fetch",
     "evaluate@package",
+    "measure",
     "kv_cache",
     "harness_data@corpus",
     "harness@fetch-corpus",
+    "harness@package-corpus",
 )
 SHAPES: dict[str, dict[str, int]] = {
     "layers": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "vocab_size": 1024},
-    "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 65536},
-    "mlp": {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 2, "vocab_size": 1024},
+    "width": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 1024},
+    "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 32768},
 }
-"""Sizes of the random models: many layers, a large vocabulary, a wide MLP."""
+"""Sizes of the random models: many layers, wide ones, a large vocabulary."""
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 512}
 VALUES = {
     "fetch.model.path": "source/model",
@@ -127,7 +134,7 @@ class MeasuredStage(Inputs):
         return path
 
     def note(self, **facts: Any) -> None:
-        pass
+        self.facts |= facts
 
     def content(self, path: Path) -> None:
         """Nobody asks whether two models are the same."""
@@ -147,6 +154,8 @@ class _Quiet:
         pass
 
 
+LATE = 60 * 2**20
+"""Bytes that PyTorch's engine imports with its first model, and `needs` counts as the libraries'."""
 CORPORA = ("train", "calibration", "test", "test_ood")
 
 
@@ -175,21 +184,51 @@ def make_source(root: Path, sizes: dict[str, int]) -> None:
         (root / f"source/{name}.jsonl").write_text(text, encoding="utf-8")
 
 
-def chain(root: Path, sizes: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Run all stages in the folder; address -> bytes above what was there, and seconds."""
+def chain(
+    root: Path, sizes: dict[str, int], changed: dict[str, Any] | None = None, stages: Sequence[str] = STAGES
+) -> dict[str, dict[str, float]]:
+    """Run stages in the folder; address -> what it took.
+
+    "bytes" at the peak are above what was there, as are "predicted" ones; processor "seconds" are its children's, too.
+
+    Args:
+        changed: parameters besides `VALUES`.
+        stages: in an order in which they can run.
+    """
     make_source(root, sizes)
-    params, found = parameters(), {}
+    model = preflight.model_shape(preflight.read_config(root / "source/model"))
+    params, found = parameters(changed), {}
     with contextlib.chdir(root):
-        for address in STAGES:
-            stage, began = MeasuredStage(address, root, params), time.process_time()
-            module, before = import_module(f"tasks.{stage.name}"), fresh()
+        for address in stages:
+            stage = MeasuredStage(address, root, params)
+            module, before, began = import_module(f"tasks.{stage.name}"), fresh(), _spent()
             module.run(stage)
-            found[address] = {"bytes": processes.peak() - before, "seconds": time.process_time() - began}
-            print(address, found[address], flush=True)
+            found[address] = {"bytes": _held(stage, before), "seconds": _spent() - began}
+            if stage.name in needs.MEMORY:
+                found[address]["predicted"] = needs.MEMORY[stage.name](rules.settle_all(params, model), model)
+            _print(address, found[address])
             if address == "vocabulary":  # what follows keeps the whole one
                 shutil.rmtree(stage.folder)
                 module.skip(stage)
     return found
+
+
+def _held(stage: MeasuredStage, before: int) -> int:
+    """Bytes at the peak above what was held before; of the stage that measures in processes of their own, theirs."""
+    own = processes.peak() - before
+    theirs = [each["above_libraries_bytes"] - LATE for each in stage.facts.get("measured", {}).values()]
+    return max([own, *theirs])
+
+
+def _print(address: str, found: dict[str, float]) -> None:
+    measured, predicted = (found.get(name, 0) / 2**20 for name in ("bytes", "predicted"))
+    ratio = f"{predicted:7.0f} predicted, {predicted / max(measured, 0.1):5.2f}" if predicted else ""
+    print(f"{address:24} {measured:7.0f} MiB {ratio:24} {found['seconds']:6.1f} s", flush=True)
+
+
+def _spent() -> float:
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def fresh() -> int:
@@ -200,14 +239,21 @@ def fresh() -> int:
     return processes.peak()
 
 
-def main(out: Path) -> None:
+def main() -> None:
+    """Run all, and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--without", nargs="+", default=[])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    found = {}
-    for name, sizes in {"warm-up": TINY, **SHAPES}.items():
+    stages, found = [name for name in STAGES if name not in given.without], {}
+    for name, sizes in {"warm-up": TINY, **{name: SHAPES[name] for name in given.shapes}}.items():
+        print(name, sizes)
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = chain(Path(folder).resolve(), sizes)
-        out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            found[name] = chain(Path(folder).resolve(), sizes, stages=stages)
+        given.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

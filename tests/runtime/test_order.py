@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from flows.order import Order
+from tasks.runtime.order import Order
 
 
 def made(upstream, seconds=None, alone=(), workers=2, cores=2):
