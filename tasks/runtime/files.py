@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -38,6 +40,14 @@ def remove_left(path: Path) -> None:
     """Remove what those who were killed left of a file that they were `replacing`; only where nobody writes it now."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         left.unlink(missing_ok=True)
+
+
+def remove_dead(folder: Path) -> None:
+    """Remove what killed processes left in a folder of files that they were `replacing`; others may write there now."""
+    for left in folder.glob(".*.tmp"):
+        process = left.name.split(".")[-2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            left.unlink(missing_ok=True)
 
 
 def put(unfinished: Path, path: Path) -> None:

@@ -1,10 +1,10 @@
 """What transformers and torch import and nothing here uses, left out: of a start's 7 CPU seconds it would take 3.
 
 transformers 5.23.0 imports hqq, torchao, scipy and torch's sharding over machines wherever they are installed. It asks
-functions of its own what there is: they say no here. It imports torch's compiler (2.13.0), too, and torch does when it
-makes a model without memory, both for decorators that matter to compiled code alone: until somebody wants more of the
-compiler than these, a module stands in for it whose decorators do nothing. Whoever needs hqq or scipy imports it as
-ever.
+functions of its own what there is: they say no here, and so does that of peft (0.21.0), which imports hqq and with it
+torch's compiler. transformers imports that (2.13.0), too, and torch does when it makes a model without memory, both for
+decorators that matter to compiled code alone: until somebody wants more of the compiler than these, a module stands in
+for it whose decorators do nothing. Whoever needs hqq or scipy imports it as ever.
 """
 
 from __future__ import annotations
@@ -103,7 +103,21 @@ def _after_transformers() -> None:
             setattr(where, f"is_{name}_available", _no)
 
 
-AFTER: dict[str, Callable[[], None]] = {"torch": _after_torch, "transformers": _after_transformers}
+def _after_peft_asks() -> None:
+    sys.modules["peft.import_utils"].is_hqq_available = _no
+
+
+def _after_peft_layers() -> None:
+    # it looks for a weight spread over machines in a module that it doesn't import itself
+    sys.modules["peft.tuners.tuners_utils"]._torch_supports_distributed = False
+
+
+AFTER: dict[str, Callable[[], None]] = {
+    "torch": _after_torch,
+    "transformers": _after_transformers,
+    "peft.import_utils": _after_peft_asks,
+    "peft.tuners.tuners_utils": _after_peft_layers,
+}
 
 
 def _unchanged(function: Any = None, *args: Any, **kwargs: Any) -> Any:

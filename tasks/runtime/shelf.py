@@ -11,11 +11,10 @@ meanwhile nothing is added, as in a journal. It lies outside the outputs; a fold
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from tasks.algorithms.model.checkpoints import Entry
-from tasks.runtime import code, files, journal
+from tasks.runtime import code, files, journal, locks
 
 if TYPE_CHECKING:
     from tasks.runtime.edits import Start
@@ -69,23 +68,14 @@ class Shelf:
         """The tensors of this key; where there are none, they are computed, while others who want them wait."""
         if found := self.load(key):
             return found.tensors
-        with _alone(self.folder.with_suffix(".lock")):
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # where nothing can be written nobody waits
+                stack.enter_context(locks.held(self.folder.with_suffix(".lock"), "the shelf is in use", wait=True))
             if found := self.load(key):
                 return found.tensors
             tensors = compute()
             self.save(key, tensors)
             return tensors
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait until nobody else holds the lock in this file; where it can't be written, nobody waits."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path, "a", encoding="utf-8"))
-            fcntl.flock(file, fcntl.LOCK_EX)  # the kernel's: it ends with the process
-        yield
 
 
 def open_for(start: Start, purpose: Path, module: str, inputs: Mapping[str, str | None], **given: Any) -> Shelf:
@@ -109,6 +99,7 @@ def open_for(start: Start, purpose: Path, module: str, inputs: Mapping[str, str 
     for other in purpose.iterdir() if purpose.is_dir() else ():
         if other.stem != name:
             shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink(missing_ok=True)
+    files.remove_dead(purpose / name)
     return Shelf(purpose / name, pure=start.inputs_are_same)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,3 +121,18 @@ def test_its_name_tells_inputs_code_and_what_is_given(toy: Toy, run_here) -> Non
     again.save("step-2", STATES)  # nobody knows what it was made from
     assert len(held(again)) == 1
     assert opened(seed=1).folder != first.folder and not first.folder.exists() and beside.folder.exists()
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_what_another_one_writes_is_not(toy: Toy, run_here) -> None:
+    def opened() -> Shelf:
+        return Stage("toy", Repo()).shelf("sums", "toy", [Path("other/text.txt")])
+
+    shelf = opened()
+    shelf.save("step-1", STATES)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    dead, alive = (shelf.folder / f".step-2.ab.safetensors.{pid}.tmp" for pid in (gone.pid, os.getppid()))
+    for path in (dead, alive):
+        path.write_bytes(b"half")
+    assert opened().load("step-1") is not None
+    assert not dead.exists() and alive.exists()
