@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tasks.algorithms.model import matrices
 from tasks.compression import recovery_training
-from tasks.models import dense_folder, mask_files, sparsity_ledger
+from tasks.models import mask_files, sparsity_ledger, streamed_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,7 +35,7 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """Pass the pruned model on; a history without rows."""
-    _ledger(stage, dense_folder.load_dense(stage.model_in))
+    _ledger(stage, streamed_folder.load_stored(stage.model_in))
     stage.pass_on(stage.model_in, stage.output("lora/model"))
     recovery_training.write_history([], stage.output("history.csv"))
 

@@ -45,8 +45,8 @@ def save_masks(path: Path, keep: Mapping[str, Tensor], pattern: str) -> None:
             write(name, mask)
 
 
-def load_masks(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The masks of `save_masks` (module name -> bool [rows, cols], True = kept) and their pattern.
+def load_masks(path: Path) -> tuple[Mapping[str, Tensor], str]:
+    """The masks of `save_masks` (module name -> bool [rows, cols], True = kept; packed in memory) and their pattern.
 
     Raises:
         InputError: the file has no pattern, or a mask's bytes don't fit its shape.
@@ -56,5 +56,5 @@ def load_masks(path: Path) -> tuple[dict[str, Tensor], str]:
         if "pattern" not in metadata:
             raise InputError(f"{path} is no mask file: its metadata has no `pattern`; run the stage wanda again")
         shapes = {name: tuple(map(int, metadata[name].split(","))) for name in sorted(file.keys())}
-        keep = {name: masks.unpack(file.get_tensor(name), *shape) for name, shape in shapes.items()}
+        keep = masks.Packed({name: file.get_tensor(name) for name in shapes}, shapes)
     return keep, metadata["pattern"]
