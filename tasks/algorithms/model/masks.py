@@ -31,7 +31,7 @@ def unpack(packed: Tensor, rows: int, cols: int) -> Tensor:
     _check_size(packed, rows, cols)
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)  # from the highest bit on
     bits = packed.unsqueeze(1).bitwise_right_shift(shifts).bitwise_and_(1)  # [bytes, 8]
-    return bits.flatten()[: rows * cols].bool().reshape(rows, cols)
+    return bits.view(torch.bool).flatten()[: rows * cols].reshape(rows, cols)
 
 
 class Packed(Mapping[str, Tensor]):

@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from peft import LoraConfig, LoraModel
 from peft.tuners import lora
@@ -35,6 +36,20 @@ from torch import Tensor, nn
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, masks, matrices, stored_type
 from tasks.algorithms.model.device import seeded
+
+
+class _Pruned(torch.autograd.Function):
+    """Zero a product in place where packed bits say so; its own derivative would keep a byte per weight."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Tensor, bits: Tensor) -> Tensor:
+        ctx.bits = bits
+        ctx.mark_dirty(product)
+        return product.masked_fill_(masks.unpack(bits, *product.shape), 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.masked_fill(masks.unpack(ctx.bits, *gradient.shape), 0.0), None
 
 
 class MaskedLinear(lora.Linear):
@@ -54,7 +69,7 @@ class MaskedLinear(lora.Linear):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return M * (B A * alpha / rank), [out, in]: PEFT merges it, `forward` multiplies with it."""
         delta = super().get_delta_weight(adapter)  # [out, rank] @ [rank, in], scaled
-        return delta if self.pruned is None else delta.masked_fill(masks.unpack(self.pruned, *delta.shape), 0.0)
+        return delta if self.pruned is None else _Pruned.apply(delta, self.pruned)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map x [..., in] to [..., out]. Dropout acts on the input of the low-rank part alone, as in LoRA.
@@ -79,7 +94,7 @@ class MaskedLinear(lora.Linear):
             return result
         # the same without dropout: h = (W + M * (B A * alpha / rank)) x
         for name in active:
-            weight = weight + self.get_delta_weight(name)
+            weight = self.get_delta_weight(name).add_(weight)  # in its place: of each sum there is one tensor
         return F.linear(x, weight.to(x.dtype), bias)
 
 
