@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tasks.algorithms.model import checkpoints
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.compression import block_quantisation, linear_quantisation
-from tasks.models import dense_folder, gptq_folder, model_files
+from tasks.models import dense_folder, model_files, streamed_folder
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed import source_folder, writer
 from tasks.packed.description import DESCRIPTION, FILE
@@ -63,10 +63,10 @@ def run(stage: Stage) -> None:
     dense, target = stage.model_in, stage.output("model")
     limit = shipped_bytes(stage.input("package/model"))
     coded = source_folder.read_codes(stage.input("sensitivity/embedding.safetensors"))
-    start = dense_folder.load_dense(dense).to(stage.params.device)
+    start = streamed_folder.open_dense(dense, stage.params.device)
     block_quantisation.place(start, coded)
     harm = block_quantisation.read_harm(stage.input("sensitivity/sensitivity.csv"))
-    choices = block_quantisation.choices(harm, start, {}, "dense", chosen)
+    choices = block_quantisation.choices(harm, block_quantisation.shapes(start), {}, "dense", chosen)
     widths = plan(stage, choices, start, coded, limit)
     del start
     widths = fit(stage, choices, coded, limit, widths)
@@ -195,13 +195,11 @@ def quantise(
     """Quantise the dense model with these widths and pack it into baseline/model; bytes of what holds the model."""
     dense, target = stage.model_in, stage.output("model")
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]
+    model = streamed_folder.open_dense(dense, stage.params.device)
+    block_quantisation.place(model, coded)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        settings = block_quantisation.settings(stage.params.gptq, widths, stage.params.device)
-        model = gptq_folder.load_for_quantisation(dense, settings)
-        block_quantisation.place(model.model, coded)
-        linear_quantisation.quantise_linears(stage, model, windows, {}, saved)
         folder, codes = Path(scratch) / "model", Path(scratch) / "embedding.safetensors"
-        gptq_folder.save_quantised(model, dense, folder)
+        linear_quantisation.quantise_linears(stage, model, windows, {}, widths, folder, saved)
         block_quantisation.save_embedding(codes, coded, stage.params.gptq)
         writer.save(source_folder.read(folder, embedding=codes), target)
     return shipped_bytes(target)

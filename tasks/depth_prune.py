@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tasks.algorithms.model import families
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.pruning import depth_prune, importance
 from tasks.models import dense_folder, streamed_folder, tensor_files
+from tasks.parameters import rules
 from tasks.runtime import files
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tasks.parameters.schema import DepthPrune
     from tasks.runtime.stage import Stage
 
 
@@ -21,8 +24,7 @@ def run(stage: Stage) -> None:
     Raises:
         InputError: fewer layers than `remove` are unprotected.
     """
-    params = stage.params.depth_prune
-    layers = dense_folder.config(stage.model_in)["num_hidden_layers"]
+    params, layers = _settled(stage), dense_folder.config(stage.model_in)["num_hidden_layers"]
     depth_prune.unprotected(layers, params.remove, params.protect_first, params.protect_last)
     if not params.remove:
         print("remove = 0: the model is passed on")
@@ -50,15 +52,18 @@ def skip(stage: Stage) -> None:
     _record(stage, dense_folder.config(stage.model_in)["num_hidden_layers"], [])
 
 
+def _settled(stage: Stage) -> DepthPrune:
+    shape = shape_of_config(dense_folder.config(stage.model_in))
+    return rules.settle(stage.params.depth_prune, shape, stage.params.device)
+
+
 def _one_shot(stage: Stage, model: nn.Module, scores: Tensor) -> list[int]:
-    params = stage.params.depth_prune
+    params = _settled(stage)
     return depth_prune.one_shot(scores, params.remove, params.protect_first, params.protect_last)
 
 
 def _greedy(stage: Stage, model: nn.Module, scores: Tensor) -> list[int]:
-    params, scoring = stage.params.depth_prune, stage.params.importance
-    if not importance.blockwise(scoring.method):
-        model = dense_folder.load_dense(stage.model_in).to(stage.params.device)
+    params, scoring = _settled(stage), stage.params.importance
     input_ids = tensor_files.load_tensors(stage.input("windows.safetensors"))["input_ids"][: scoring.windows].long()
     with stage.progress("depth_prune", params.remove) as progress:
 

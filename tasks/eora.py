@@ -11,6 +11,7 @@ The branch is never merged, so the pattern of pruned weights is that of the quan
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,10 +22,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families, matrices
+from tasks.algorithms.model import families, layers
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import eora_branches, eora_ranks
-from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, streamed_folder, tensor_files
+from tasks.models import (
+    dense_folder,
+    gptq_folder,
+    gptq_tensors,
+    mask_files,
+    sparsity_ledger,
+    streamed_folder,
+    tensor_files,
+)
+from tasks.parameters import rules
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -44,17 +54,17 @@ def run(stage: Stage) -> None:
         InputError: a rank that a linear can't have, a budget below one rank, a teacher of other blocks; the quantised
             weights break the pattern of the masks and it is enforced.
     """
-    chosen = stage.params.eora
     source, target = stage.model_in, stage.output("model")
     described = dense_folder.config(source)
-    shapes = shape_of_config(described).linears
+    shape = shape_of_config(described)
+    chosen, shapes = rules.settle(stage.params.eora, shape, stage.params.device), shape.linears
     if chosen.budget_bytes is None:
         check_rank(shapes, chosen.rank)
     else:
         check_budget(shapes, chosen.budget_bytes, chosen.bits)
     teacher = read_teacher(stage, described)
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
-    model = gptq_folder.load_dequantised(source).to(stage.params.device)
+    model = streamed_folder.open_dense(source, stage.params.device, gptq_tensors.Dequantised(source))
     write_ledger(stage, model)
     with stage.progress("eora", len(teacher) * (1 if chosen.budget_bytes is None else 2)) as progress:
         finished: list[str] = []
@@ -69,7 +79,9 @@ def run(stage: Stage) -> None:
             worth = eora_ranks.gains(model, windows, teacher, done, stage.journal)
             ranks = eora_ranks.allocate(worth, sizes, chosen.budget_bytes)
         size = eora_branches.Size(ranks, chosen.bits)
-        branches = eora_branches.compensate(model, windows, teacher, size, done, stage.journal)
+        # a walk ends before the head, and of nothing else is there as much beside a block
+        entered = functools.partial(streamed_folder.drop_outside, model)
+        branches = eora_branches.compensate(model, windows, teacher, size, done, stage.journal, entered)
     stage.pass_on(source, target)
     gptq_folder.save_adapter(target, {name: (branch.a, branch.b) for name, branch in branches.items()})
     save_codes(stage.output("adapter.safetensors"), branches, chosen.bits)
@@ -135,8 +147,8 @@ def write_ledger(stage: Stage, model: nn.Module) -> None:
     Raises:
         InputError: they break the pattern, and wanda.enforce says that they must not.
     """
-    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
-    found = sparsity_ledger.ledger(matrices.weights(model), keep, pattern)
+    keep = mask_files.StoredMasks(stage.input("masks.safetensors"))
+    found = sparsity_ledger.ledger_of_blocks(layers.weights(model), keep, keep.pattern)
     sparsity_ledger.write(found, stage.output("sparsity.csv"))
     sparsity_ledger.check(found, "gptq", stage.params.wanda.enforce)
 

@@ -10,15 +10,17 @@ own. It judges nothing: limits and comparisons are the report's.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.model import checkpoints, layers, masks
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.scoring import generation_failures, likelihood, protocols
 from tasks.models import dense_folder, model_files
-from tasks.parameters import prompt_file
+from tasks.parameters import prompt_file, rules
 from tasks.runners import any_folder
 from tasks.runtime import files
 from tasks.sources import json_lines
@@ -37,13 +39,39 @@ GROUPS = (4, 8, 16, 32)
 DOCUMENTS = ("split", "document", "predictions", "bytes", "nll")
 """Columns of documents.csv."""
 
+WRITTEN = ("metrics.json", "documents.csv", "completions.json")
 TOGETHER = 8
 """Prompts that are completed at once."""
 
 
 def run(stage: Stage) -> None:
-    """Write metrics.json, documents.csv and completions.json."""
-    folder, p = stage.model_in, stage.params.evaluate
+    """Write metrics.json, documents.csv and completions.json.
+
+    Where a stage passed its model on, as one that is switched off does, several items have the same one: the first
+    measures it, the others take what it wrote.
+    """
+    content, own = stage.content(stage.model_in), stage.params.evaluate
+    if content is None:
+        return measure(stage)
+    import torch
+
+    texts = [stage.input("corpora"), stage.input(os.path.relpath(own.prompts))]
+    shelf = stage.shelf("evaluations", "evaluate", texts, device=stage.params.device, parameters=own.model_dump())
+    if found := shelf.load(content):
+        print("another item of this stage has the same model: its figures are taken")
+        for name in WRITTEN:
+            files.write_bytes(stage.output(name), found.tensors[name].numpy().tobytes())
+        metrics = json.loads(stage.output("metrics.json").read_text(encoding="utf-8"))
+        return files.write_json(stage.output("metrics.json"), metrics | {"model": stage.item})
+    measure(stage)
+    written = {name: bytearray(stage.output(name).read_bytes()) for name in WRITTEN}
+    shelf.save(content, {name: torch.frombuffer(each, dtype=torch.uint8) for name, each in written.items()})
+
+
+def measure(stage: Stage) -> None:
+    """Measure and write all, whatever other items found."""
+    folder = stage.model_in
+    p = rules.settle(stage.params.evaluate, shape_of_config(any_folder.config(folder)), stage.params.device)
     model, tokenizer = any_folder.load_or_stream(folder, stage.params.device), dense_folder.load_tokenizer(folder)
     protocol = protocols.protocol(p.protocol, p.length, p.stride)
     protocols.check_context(protocol, getattr(model.config, "max_position_embeddings", None))

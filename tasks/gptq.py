@@ -9,6 +9,7 @@ stage package: `model` has gptqmodel's format.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -16,15 +17,12 @@ import pandas as pd
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tasks.algorithms.quantisation import unpacking
+from tasks.algorithms.model import families, layers, matrices
 from tasks.compression import block_quantisation, linear_quantisation
-from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
+from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, streamed_folder, tensor_files
 from tasks.runtime import files
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tasks.algorithms.quantisation import masked_gptq
     from tasks.runtime.stage import Stage
 
 COLUMNS = ["linear", "bits", "error", "zeros", "violations"]
@@ -39,28 +37,27 @@ def run(stage: Stage) -> None:
         InputError: a matrix doesn't pack or doesn't suit the pattern; the budget is too small; masks don't fit.
     """
     chosen = stage.params.gptq
-    dense, target = stage.model_in, stage.output("model")
-    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
+    dense, target, out = stage.model_in, stage.output("model"), stage.output("masks.safetensors")
+    stored = mask_files.StoredMasks(stage.input("masks.safetensors"))
+    keep, pattern = stored, stored.pattern
     if chosen.joint:
         keep, pattern = {}, f"{chosen.joint.keep}:{chosen.joint.of}"
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
-    described = dense_folder.config(dense)
-    widths = None if chosen.budget_bytes else chosen.bits
-    block_quantisation.check_shapes(described, chosen.group_size)
-    coded, start = block_quantisation.compress_embedding(dense, windows, chosen, stage.params.device, stage.journal)
+    block_quantisation.check_shapes(dense_folder.config(dense), chosen.group_size)
+    model = streamed_folder.open_dense(dense, stage.params.device)
+    shapes = block_quantisation.shapes(model)
+    coded = block_quantisation.compress_embedding(model, windows, chosen, stage.journal)
     block_quantisation.save_embedding(stage.output("embedding.safetensors"), coded, chosen)
-    if widths is None:
+    widths = chosen.bits
+    if chosen.budget_bytes:
         held = (keep, pattern) if chosen.masked else ({}, "dense")
-        harm = block_quantisation.measure_harm(stage, start, windows, held[0])
-        widths = block_quantisation.choices(harm, start, *held, chosen).within(chosen.budget_bytes)
-    del start
-    model = gptq_folder.load_for_quantisation(dense, block_quantisation.settings(chosen, widths, stage.params.device))
-    block_quantisation.place(model.model, coded)
-    results = linear_quantisation.quantise_linears(stage, model, windows, keep, stage.journal.part("gptq"))
-    gptq_folder.save_quantised(model, dense, target)
-    if chosen.joint:
-        keep = {name: result.keep for name, result in results.items()}
-    _write(stage, target, keep, pattern, results)
+        harm = block_quantisation.measure_harm(stage, model, windows, held[0])
+        widths = block_quantisation.choices(harm, shapes, *held, chosen).within(chosen.budget_bytes)
+    with contextlib.ExitStack() as stack:
+        chose = stack.enter_context(mask_files.writing(out, shapes, pattern)) if chosen.joint else None
+        saved = stage.journal.part("gptq")
+        errors = linear_quantisation.quantise_linears(stage, model, windows, keep, widths, target, saved, chose)
+    _write(stage, mask_files.StoredMasks(out) if chosen.joint else stored, errors)
 
 
 def skip(stage: Stage) -> None:
@@ -70,49 +67,50 @@ def skip(stage: Stage) -> None:
     stage.pass_on(stage.input("masks.safetensors"), stage.output("masks.safetensors"))
     tensor_files.save_tensors(stage.output("embedding.safetensors"), {}, {"bits": "16", "group_size": "-1"})
     files.write_csv(stage.output("layers.csv"), pd.DataFrame(columns=COLUMNS))
-    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
-    table = sparsity_ledger.ledger(gptq_folder.block_weights(dense_folder.load_dense(dense)), keep, pattern)
-    sparsity_ledger.check(table, "gptq", stage.params.wanda.enforce)
-    sparsity_ledger.write(table, stage.output("sparsity.csv"))
+    keep, model, ledgers = (
+        mask_files.StoredMasks(stage.input("masks.safetensors")),
+        streamed_folder.open_dense(dense, outside=False),
+        [],
+    )
+    for block, inside in zip(families.blocks(model), matrices.by_block(model), strict=True):
+        with layers.opened(block):
+            ledgers.append(_ledger({name: matrix.weight for name, matrix in inside.items()}, keep))
+    found = pd.concat(ledgers, ignore_index=True)
+    sparsity_ledger.check(found, "gptq", stage.params.wanda.enforce)
+    sparsity_ledger.write(found, stage.output("sparsity.csv"))
 
 
-def table(
-    weights: Mapping[str, Tensor],
-    bits: Mapping[str, int],
-    ledger: pd.DataFrame,
-    results: Mapping[str, masked_gptq.LayerResult],
-) -> pd.DataFrame:
+def table(weights: Mapping[str, tuple[int, Tensor]], ledger: pd.DataFrame, errors: Mapping[str, float]) -> pd.DataFrame:
     """One row per linear, in running order, with `COLUMNS`.
 
     Args:
-        weights: as saved, full module name -> [out_features, in_features].
-        bits: of their codes.
+        weights: as saved, full module name -> (bits, [out_features, in_features]).
         ledger: of `tasks.models.sparsity_ledger`, over the same weights.
+        errors: of `linear_quantisation.quantise_linears`.
     """
     broken = dict(zip(ledger["linear"], ledger["violations"] + ledger["revived"], strict=True))
     rows = [
-        (name, bits[name], results[name].error, int((weight == 0).sum()), broken[name])
-        for name, weight in weights.items()
+        (name, bits, errors[name], int((weight == 0).sum()), broken[name]) for name, (bits, weight) in weights.items()
     ]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _write(
-    stage: Stage,
-    target: Path,
-    keep: Mapping[str, Tensor],
-    pattern: str,
-    results: Mapping[str, masked_gptq.LayerResult],
-) -> None:
+def _write(stage: Stage, keep: mask_files.StoredMasks, errors: Mapping[str, float]) -> None:
     """Masks and tables, measured on the saved model."""
-    model = gptq_folder.load_quantised(target)
-    weights = gptq_folder.block_weights(model)
-    bits = {name: linear.bits for name, linear in unpacking.quantised_linears(model).items()}
-    ledger = sparsity_ledger.ledger(weights, keep, pattern)
-    if sparsity_ledger.check(ledger, "gptq", stage.params.wanda.enforce or stage.params.gptq.masked):
-        mask_files.save_masks(stage.output("masks.safetensors"), dict(keep), pattern)
-    else:
-        print(f"gptq.masked = false broke the pattern {pattern}: the model is a dense one from here on")
+    ledgers, tables = [], []
+    for block in gptq_folder.stored_linears(stage.output("model")):
+        ledgers.append(_ledger({name: weight for name, (_, weight) in block.items()}, keep))
+        tables.append(table(block, ledgers[-1], errors))
+    found = pd.concat(ledgers, ignore_index=True)
+    if not sparsity_ledger.check(found, "gptq", stage.params.wanda.enforce or stage.params.gptq.masked):
+        print(f"gptq.masked = false broke the pattern {keep.pattern}: the model is a dense one from here on")
         mask_files.save_masks(stage.output("masks.safetensors"), {}, "dense")
-    sparsity_ledger.write(ledger, stage.output("sparsity.csv"))
-    files.write_csv(stage.output("layers.csv"), table(weights, bits, ledger, results), "%.9g")
+    elif not stage.params.gptq.joint:
+        stage.pass_on(stage.input("masks.safetensors"), stage.output("masks.safetensors"))
+    sparsity_ledger.write(found, stage.output("sparsity.csv"))
+    files.write_csv(stage.output("layers.csv"), pd.concat(tables, ignore_index=True), "%.9g")
+
+
+def _ledger(weights: Mapping[str, Tensor], keep: mask_files.StoredMasks) -> pd.DataFrame:
+    """The ledger of one block."""
+    return sparsity_ledger.ledger(weights, {name: keep[name] for name in weights if name in keep}, keep.pattern)

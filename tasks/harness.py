@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import layers
 from tasks.algorithms.scoring import likelihood, protocols
 from tasks.algorithms.text import triviaqa
 from tasks.models import dense_folder
@@ -62,9 +63,10 @@ def run(stage: Stage) -> None:
 
     from tasks.evaluation import lm_eval_model
 
-    model, tokenizer = any_folder.load_model(folder).to(stage.params.device), dense_folder.load_tokenizer(folder)
+    model, tokenizer = any_folder.load_or_stream(folder, stage.params.device), dense_folder.load_tokenizer(folder)
     lm = lm_eval_model.Model(model, tokenizer, own.batch, stage.progress, stage.answers)
-    results = evaluate(lm, {"tasks": {task_name: task}}, limit=own.limit, log_samples=True)
+    with layers.opening_themselves(model):
+        results = evaluate(lm, {"tasks": {task_name: task}}, limit=own.limit, log_samples=True)
     samples = results["samples"][task_name]
     scores = {
         "model": model_name,

@@ -1,7 +1,6 @@
 """Stage importance: how important each layer is, by the score that `importance.method` names.
 
-A compound of scores is written with its parts. Only a score that needs gradients (taylor, compound) needs the whole
-model; for the others its blocks come from the disk, one by one.
+A compound of scores is written with its parts. The model's blocks come from the disk, one by one.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tasks.algorithms.pruning import importance
-from tasks.models import dense_folder, streamed_folder, tensor_files
+from tasks.models import streamed_folder, tensor_files
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -19,11 +18,7 @@ if TYPE_CHECKING:
 def run(stage: Stage) -> None:
     """Write scores.csv: layer, and the method's score and its parts; higher = more important."""
     params = stage.params.importance
-    parts, device = importance.parts(params.method), stage.params.device
-    if importance.blockwise(params.method):
-        model = streamed_folder.open_dense(stage.model_in, device)
-    else:
-        model = dense_folder.load_dense(stage.model_in).to(device)
+    parts, model = importance.parts(params.method), streamed_folder.open_dense(stage.model_in, stage.params.device)
     input_ids = tensor_files.load_tensors(stage.input("windows.safetensors"))["input_ids"][: params.windows].long()
     scores = {}
     with stage.progress("importance", len(parts)) as progress:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from tasks.algorithms.model import layers
 from tasks.algorithms.scoring import kv_cache, likelihood, protocols
 from tasks.models import dense_folder
 from tasks.runners import any_folder
@@ -57,10 +58,10 @@ COLUMNS = (
 def run(stage: Stage) -> None:
     """Write kv_cache.csv."""
     folder, p = stage.model_in, stage.params.kv_cache
-    model, tokenizer = any_folder.load_model(folder).to(stage.params.device), dense_folder.load_tokenizer(folder)
+    model, tokenizer = any_folder.load_or_stream(folder, stage.params.device), dense_folder.load_tokenizer(folder)
     documents = json_lines.read(stage.input("corpora") / "test.jsonl")
     rows, bits = [], [FULL, *p.bits]
-    with stage.progress("kv_cache", len(p.contexts) * len(bits)) as progress:
+    with stage.progress("kv_cache", len(p.contexts) * len(bits)) as progress, layers.opening_themselves(model):
         for context in p.contexts:
             protocol = protocols.protocol("joined", context, context)
             protocols.check_context(protocol, getattr(model.config, "max_position_embeddings", None))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from tasks.algorithms.model import matrices
+from tasks.algorithms.model import layers
 from tasks.compression import recovery_training
 from tasks.models import mask_files, sparsity_ledger, streamed_folder
 
@@ -26,7 +26,7 @@ def run(stage: Stage) -> None:
         InputError: inputs or parameters don't fit each other, the training diverges, or the pattern is broken.
     """
     source = stage.model_in
-    keep, _ = mask_files.load_masks(stage.input("masks.safetensors"))
+    keep = mask_files.StoredMasks(stage.input("masks.safetensors"))
     kept = json.loads(stage.input("removed.json").read_text(encoding="utf-8"))["kept"]
     recovered = recovery_training.recover(stage, source, keep, kept)
     _ledger(stage, recovered.model)
@@ -35,14 +35,13 @@ def run(stage: Stage) -> None:
 
 def skip(stage: Stage) -> None:
     """Pass the pruned model on; a history without rows."""
-    _ledger(stage, streamed_folder.load_stored(stage.model_in))
+    _ledger(stage, streamed_folder.open_dense(stage.model_in, outside=False))
     stage.pass_on(stage.model_in, stage.output("lora/model"))
     recovery_training.write_history([], stage.output("history.csv"))
 
 
 def _ledger(stage: Stage, model: nn.Module) -> None:
-    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
-    weights = matrices.weights(model)
-    table = sparsity_ledger.ledger(weights, keep, pattern)
+    keep = mask_files.StoredMasks(stage.input("masks.safetensors"))
+    table = sparsity_ledger.ledger_of_blocks(layers.weights(model), keep, keep.pattern)
     sparsity_ledger.check(table, "lora", stage.params.wanda.enforce)
     sparsity_ledger.write(table, stage.output("sparsity.csv"))

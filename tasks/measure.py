@@ -1,4 +1,4 @@
-"""Stage measure: speed, memory, size and energy of every evaluated model on this machine, in PyTorch at float32.
+"""Stage measure: speed, memory, size and energy of every evaluated model on this machine, in PyTorch.
 
 Each model gets processes of its own (`tasks.evaluation.measuring_process`), one after another, and so in every round:
 what the machine does meanwhile falls on neighbours alike, which separate cached runs on other days would not give. So
@@ -8,17 +8,22 @@ their difference is 0.
 These figures are measurements, and no function of the inputs: they go to the stage's lineage record, and its output
 says which models were measured, and how (`tasks.evaluation.measurements` reads both). DVC measures again only when a
 model, the parameters or the code change. PyTorch computes in float32 whatever the file holds: a small file is read
-faster, but its multiplications are as many. What an engine makes of it is `tests.benchmarks.engines`'.
+faster, but its multiplications are as many. Where one of the models has more than `streaming.WHOLE` bytes of weights in
+float32, all compute in bfloat16, half of that, so that they stay comparable; the output says which. What an engine
+makes of a model is `tests.benchmarks.engines`'.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.algorithms.model import streaming
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.evaluation import measurements, measuring_process
 from tasks.models import model_files
 from tasks.runtime import files
@@ -26,8 +31,6 @@ from tasks.runtime import files
 if TYPE_CHECKING:
     from tasks.parameters.schema import Measure
     from tasks.runtime.stage import Stage
-
-ENGINE = "PyTorch, float32"
 
 
 def run(stage: Stage) -> None:
@@ -37,7 +40,9 @@ def run(stage: Stage) -> None:
     digests = {name: _digest(folder) for name, folder in folders.items()}
     of = {name: next(other for other in digests if digests[other] == own) for name, own in digests.items()}
     distinct = list(dict.fromkeys(of.values()))
-    workload = measuring_process.Workload(p.threads, p.prompt_tokens, p.new_tokens, p.generations)
+    dtype = precision([folders[name] for name in distinct])
+    settings = {} if dtype == "float32" else {"dtype": dtype}
+    workload = measuring_process.Workload(p.threads, p.prompt_tokens, p.new_tokens, p.generations, settings=settings)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in distinct}
     with stage.progress("measure", p.rounds * len(distinct)) as progress:
         turns = distinct * p.rounds
@@ -56,7 +61,7 @@ def run(stage: Stage) -> None:
         }
         for name, folder in folders.items()
     }
-    _write(stage, {"measured": True, "engine": ENGINE, "workload": asked, "models": models})
+    _write(stage, {"measured": True, "engine": f"PyTorch, {dtype}", "workload": asked, "models": models})
     for name, found in figures.items():
         print(_line(name, found))
 
@@ -87,6 +92,22 @@ def summary(rounds: Sequence[dict[str, Any]], p: Measure) -> dict[str, Any]:
     energies = [one["joules_per_token"] for one in rounds if one["joules_per_token"] is not None]
     found["joules_per_token"] = statistics.median(energies) if energies else None
     return found
+
+
+def precision(folders: Sequence[Path]) -> str:
+    """The type that all models compute in: "float32", or "bfloat16" where one of them is too large for it.
+
+    Raises:
+        InputError: a folder's config is larger than any model's, or lacks a size.
+    """
+    largest = 0
+    for folder in folders:
+        model_files.check_sizes(folder)
+        path = next(path for path in (folder / model_files.CONFIG, folder / model_files.PACKED[1]) if path.exists())
+        described = json.loads(path.read_text(encoding="utf-8"))
+        shape = shape_of_config(described.get("config", described))
+        largest = max(largest, 4 * (shape.in_blocks + shape.outside))
+    return "float32" if largest <= streaming.WHOLE else "bfloat16"
 
 
 def _digest(folder: Path) -> str:

@@ -16,10 +16,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.algorithms.errors import InputError
-from tasks.models import mask_files, sparsity_ledger
+from tasks.algorithms.model.shape import shape_of_config
+from tasks.models import dense_folder, mask_files, sparsity_ledger
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed import reader, sizes, source_folder, writer
+from tasks.parameters import rules
+from tasks.parameters.section import AUTO, Section
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ def run(stage: Stage) -> None:
             aren't those of the model.
     """
     source, folder = stage.model_in, stage.output("package/model")
-    keep, pattern = mask_files.load_masks(stage.input("masks.safetensors"))
+    keep = mask_files.StoredMasks(stage.input("masks.safetensors"))
+    pattern = keep.pattern
     codes = stage.input("embedding.safetensors"), stage.input("adapter.safetensors")
     holds = sparsity_ledger.check(
         _ledger(source_folder.read(source).blocks, keep, pattern), "package", stage.params.wanda.enforce
@@ -103,18 +106,8 @@ def asked(wanda: Wanda, gptq: Gptq) -> str:
 
 
 def _ledger(blocks: Iterable[Mapping[str, Linear]], keep: Mapping[str, Tensor], pattern: str) -> pd.DataFrame:
-    """`sparsity.ledger` with one block in memory."""
-    tables, known = [], set()
-    for linears in blocks:
-        weights = {name: linear.values() for name, linear in linears.items()}
-        known |= set(weights)
-        tables.append(sparsity_ledger.ledger(weights, {name: keep[name] for name in weights if name in keep}, pattern))
-    foreign = sorted(set(keep) - known)
-    if foreign:
-        raise InputError(f"there is a mask for {foreign[0]}, which the model does not have: run stage wanda again")
-    import pandas as pd
-
-    return pd.concat(tables, ignore_index=True)
+    weights = ({name: linear.values() for name, linear in linears.items()} for linears in blocks)
+    return sparsity_ledger.ledger_of_blocks(weights, keep, pattern)
 
 
 def _manifest(stage: Stage, folder: Path, pattern: str, pruned: int) -> dict[str, Any]:
@@ -124,17 +117,30 @@ def _manifest(stage: Stage, folder: Path, pattern: str, pruned: int) -> dict[str
         "files": {str(path.relative_to(folder)): describe(path) for path in paths},
         "bound": {name: bits / 8 for name, bits in sizes.bound(folder).items()},
         "pattern": pattern,
-        "asked": asked(stage.params.wanda, stage.params.gptq),
+        "asked": asked(_settled(stage)["wanda"], stage.params.gptq),
         "pruned_matrices": pruned,
         "lineage": _lineage(stage),
     }
 
 
 def _lineage(stage: Stage) -> dict[str, Any]:
-    parameters = {name: section.model_dump() for name, section in vars(stage.params).items()}
+    parameters = {name: section.model_dump() for name, section in _settled(stage).items()}
     inputs = ("masks.safetensors", "embedding.safetensors", "adapter.safetensors", "source.json", "removed.json")
     return {
         "source": json.loads(stage.input("source.json").read_text(encoding="utf-8")),
         "parameters": {name: values for name, values in sorted(parameters.items())},
         "inputs": {name: describe(stage.input(name))["sha256"] for name in inputs},
     }
+
+
+def _settled(stage: Stage) -> dict[str, Section]:
+    """The sections with the values that the stages before had for `auto`."""
+    shape = shape_of_config(dense_folder.config(stage.model_in))
+    found = {}
+    for name, section in vars(stage.params).items():
+        if name == "depth_prune" and section.remove == AUTO:  # its rule counts layers, and here they are gone
+            removed = json.loads(stage.input("removed.json").read_text(encoding="utf-8"))["removed"]
+            section = section.model_copy(update={"remove": len(removed)})
+        if isinstance(section, Section):
+            found[name] = rules.settle(section, shape, stage.params.device)
+    return found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file
 
 from tasks.compression import block_quantisation
-from tasks.models import dense_folder
+from tasks.models import dense_folder, streamed_folder
 
 if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
@@ -29,9 +29,8 @@ def run(stage: Stage) -> None:
     dense = stage.model_in
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]  # [windows, length]
     block_quantisation.check_shapes(dense_folder.config(dense), chosen.group_size)
-    coded, model = block_quantisation.compress_embedding(dense, windows, chosen, stage.params.device, stage.journal)
-    if model is None:
-        model = dense_folder.load_dense(dense).to(stage.params.device)
+    model = streamed_folder.open_dense(dense, stage.params.device)
+    coded = block_quantisation.compress_embedding(model, windows, chosen, stage.journal)
     block_quantisation.write_harm(
         stage.output("sensitivity.csv"), block_quantisation.measure_harm(stage, model, windows, {})
     )

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families
+from tasks.algorithms.model import families, head
 from tasks.algorithms.scoring import perplexity
 from tasks.algorithms.text import vocabulary
-from tasks.models import dense_folder, generations, model_files, tensor_files, tensor_headers
+from tasks.models import dense_folder, generations, model_files, streamed_folder, tensor_files, tensor_headers
+from tasks.models.stored_tensors import StoredTensors
 from tasks.runtime import files
 from tasks.sources import json_lines
 
@@ -120,7 +121,7 @@ def check_texts(original: PreTrainedTokenizerBase, trimmed: PreTrainedTokenizerB
 
 
 def check_logits(source: Path, target: Path, ids: Tensor, keep: Tensor) -> float:
-    """Compare the answers of both models, one in memory at a time.
+    """Compare the answers of both models, a block of one in memory at a time.
 
     Args:
         ids: int64 [tokens], new ids.
@@ -184,15 +185,21 @@ def _write_weights(stage: Stage, source: Path, target: Path, keep: Tensor) -> No
     """Embedding and head with the kept rows; a shard with neither is passed on."""
     described = families.family(dense_folder.config(source))
     names = {f"{described.embedding}.weight", f"{described.head}.weight"}
+    tensors = StoredTensors(source)
     for path in model_files.tensors(source):
         metadata, entries = tensor_headers.header(path)
         if names.isdisjoint(entries):
             stage.pass_on(path, target / path.name)
             continue
-        tensors = {
-            name: tensor[keep] if name in names else tensor for name, tensor in tensor_files.load_tensors(path).items()
-        }
-        tensor_files.save_tensors(target / path.name, tensors, metadata)
+        rewritten = {name: entry for name, entry in tensors.entries.items() if name in entries}
+        for name in names & entries.keys():
+            rows, *rest = rewritten[name].shape
+            size = rewritten[name].size // rows * len(keep)
+            rewritten[name] = rewritten[name]._replace(shape=[len(keep), *rest], size=size)
+        with tensor_files.writing(target / path.name, rewritten, metadata) as write:
+            for name in rewritten:
+                tensor = tensors.read(name)
+                write(name, tensor[keep] if name in names else tensor)
     index = _json(source / model_files.INDEX)
     if index:
         files.write_json(target / model_files.INDEX, index)  # which names the files whose sizes are summed
@@ -223,8 +230,10 @@ def _logits(folder: Path, ids: Tensor) -> Tensor:
     """float32 [tokens, vocabulary]."""
     import torch
 
+    model = streamed_folder.open_dense(folder)
     with torch.no_grad():
-        return dense_folder.load_dense(folder)(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
+        (hidden,) = head.states_of(model, [ids.unsqueeze(0)])
+        return torch.cat([each for _, each in head.logits(model, hidden)])
 
 
 def _round_trip(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

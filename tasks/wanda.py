@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from tasks.algorithms.model import families, layers, matrices
 from tasks.algorithms.model.matrices import Matrix
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.pruning import wanda
 from tasks.models import dense_folder, mask_files, sparsity_ledger, streamed_folder
+from tasks.parameters import rules
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ def run(stage: Stage) -> None:
     Raises:
         InputError: a linear's inputs aren't divisible by `of`, or a metric isn't finite.
     """
-    chosen = stage.params.wanda
+    shape = shape_of_config(dense_folder.config(stage.model_in))
+    chosen = rules.settle(stage.params.wanda, shape, stage.params.device)
     model = streamed_folder.open_dense(stage.model_in, stage.params.device)
     input_ids = load_file(stage.input("windows.safetensors"))["input_ids"].long()
     pattern, rows, ledgers = _pattern(chosen), [], []

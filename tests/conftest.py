@@ -96,6 +96,9 @@ class FakeStage(Inputs):
     def note(self, **facts):
         self.facts |= facts
 
+    def content(self, path):
+        return None
+
     def shelf(self, *_, **__):
         return checkpoints.NOTHING
 

@@ -2,8 +2,8 @@
 
 Settings of `params.gptq` in; embedding and head first, so that the linears are calibrated on what the model will
 compute; then bits per linear, where a budget of bytes is given, by what their quantisation does to the model's
-predictions. Then comes GPTQ (`tasks.compression.linear_quantisation`). It writes no files but the embedding's codes and
-what the widths cost.
+predictions. Then comes GPTQ (`tasks.compression.linear_quantisation`). The models' blocks may be kept elsewhere. It
+writes no files but the embedding's codes and what the widths cost.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tasks.algorithms.quantisation import (
     rounding,
     sensitivity,
 )
-from tasks.models import dense_folder, tensor_files
+from tasks.models import tensor_files
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 BATCH = 4
 """Windows per forward pass: no effect on the result beyond rounding, and no parameter."""
+ROWS = 4096
+"""Rows of an embedding that are dequantised at once, to bound the memory."""
 MEASURED = 2
 """Calibration windows on which sensitivities are measured, at most."""
 SNAPPED_BITS = 6
@@ -69,34 +71,26 @@ def check_shapes(described: Mapping[str, Any], group_size: int) -> None:
 
 
 def compress_embedding(
-    dense: Path,
-    windows: Tensor,
-    chosen: Gptq,
-    device: str,
-    saved: checkpoints.Saved = checkpoints.NOTHING,
-) -> tuple[dict[str, rounding.Coded], nn.Module | None]:
-    """Quantise the embedding, and the head where it is a matrix of its own.
+    model: nn.Module, windows: Tensor, chosen: Gptq, saved: checkpoints.Saved = checkpoints.NOTHING
+) -> dict[str, rounding.Coded]:
+    """Quantise the embedding, and the head where it is a matrix of its own, and put the values in their place.
 
     Args:
-        dense: folder of the model.
+        model: dense; its blocks may be kept elsewhere.
         windows: calibration windows [windows, length].
         saved: what it holds isn't computed again.
 
     Returns:
-        "embedding" (and "head") -> coded [vocabulary, hidden], nothing at 16 bits; and the dense model with these
-        values in place, or None where nobody needs it.
+        "embedding" (and "head") -> coded [vocabulary, hidden]; nothing at 16 bits.
     """
     wanted = chosen.embedding
-    if wanted.bits == 16 and not chosen.budget_bytes:
-        return {}, None
-    model = dense_folder.load_dense(dense).to(device)
     if wanted.bits == 16:
-        return {}, model
+        return {}
     tables = _tables(model)  # [vocabulary, hidden] each
     if before := saved.load("embedding"):
         coded = {name: rounding.Coded(*_sides(before.tensors, name), *before.values[name]) for name in tables}
         place(model, coded)
-        return coded, model
+        return coded
     moments = head_moments(model, windows) if wanted.method == "gptq" else None
     coded = {}
     for name, matrix in tables.items():
@@ -113,7 +107,7 @@ def compress_embedding(
     tensors = {f"{name}.{side}": getattr(each, side) for name, each in coded.items() for side in SIDES}
     saved.save("embedding", tensors, {name: [each.bits, each.group_size] for name, each in coded.items()})
     place(model, coded)
-    return coded, model
+    return coded
 
 
 def _sides(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
@@ -136,7 +130,9 @@ def place(model: nn.Module, coded: Mapping[str, rounding.Coded]) -> None:
     """Put dequantised values in the place of the embedding's (and head's) weights; tied ones stay tied."""
     tables = _tables(model)
     for name, each in coded.items():
-        tables[name].data.copy_(rounding.values(each))
+        rows = zip(*(whole.split(ROWS) for whole in (tables[name].data, each.codes, each.scales)), strict=True)
+        for values, codes, scales in rows:
+            values.copy_(rounding.values(each._replace(codes=codes, scales=scales)))
 
 
 def save_embedding(path: Path, coded: Mapping[str, rounding.Coded], chosen: Gptq) -> None:
@@ -180,7 +176,7 @@ def measure_harm(
 
     Args:
         stage: for its progress, journal and `gptq` parameters.
-        model: dense, 0 where pruned.
+        model: dense, 0 where pruned; its blocks may be kept elsewhere.
         windows: [windows, length]; the first `MEASURED` are used.
         keep: full module name -> bool [out_features, in_features]; of all linears, or of none.
     """
@@ -211,22 +207,28 @@ def read_harm(path: Path) -> dict[str, dict[int, float]]:
 
 def choices(
     harm: Mapping[str, dict[int, float]],
-    model: nn.Module,
+    shapes: Mapping[str, tuple[int, int]],
     keep: Mapping[str, Tensor],
     pattern: str,
     chosen: Gptq,
 ) -> Choices:
-    """Count what every width of every linear of the model takes, beside the harm that it does.
+    """Count what every width of every linear takes, beside the harm that it does.
 
     Args:
-        model, keep: as `measure_harm` had them.
+        shapes: full module name -> (out_features, in_features).
+        keep: as `measure_harm` had it.
         pattern: of the masks.
     """
-    sizes = {
-        name: {bits: linear_bytes(weight, keep.get(name), pattern, bits, chosen) for bits in packable.WIDTHS}
-        for name, weight in matrices.weights(model).items()
-    }
+    sizes = {}
+    for name, shape in shapes.items():
+        kept = int(keep[name].sum()) if name in keep else shape[0] * shape[1]
+        sizes[name] = {bits: linear_bytes(shape, kept, pattern, bits, chosen) for bits in packable.WIDTHS}
     return Choices(dict(harm), sizes)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Full module name -> (out_features, in_features) of the linears of all blocks, in running order."""
+    return {name: matrix.shape for name, matrix in matrices.of_model(model).items()}
 
 
 def distinct_scales(
@@ -238,41 +240,43 @@ def distinct_scales(
     finds nearly the same ones. None where scales are any float16, and are stored as they are.
 
     Args:
-        model: dense.
+        model: dense; its blocks may be kept elsewhere.
         widths: full module name -> bits.
         coded: the embedding (and head), as quantised.
     """
     if not chosen.scale_steps:
         return None
     config = settings(chosen, chosen.bits, device)
-    found = [each.scales.float().cpu() for each in coded.values()]
-    for name, weight in matrices.weights(model).items():
-        found.append(masked_grid.scales(weight, None, config, widths[name], chosen.scale_steps).cpu())
-    return len(torch.cat([scales.flatten() for scales in found]).unique())
+    found = {float(scale) for each in coded.values() for scale in each.scales.unique()}
+    for block, linears in zip(families.blocks(model), matrices.by_block(model), strict=True):
+        with layers.opened(block):
+            for name, matrix in linears.items():
+                scales = masked_grid.scales(matrix.weight, None, config, widths[name], chosen.scale_steps)
+                found.update(scales.unique().tolist())
+    return len(found)
 
 
-def linear_bytes(weight: Tensor, keep: Tensor | None, pattern: str, bits: int, chosen: Gptq) -> int:
+def linear_bytes(shape: tuple[int, int], kept: int, pattern: str, bits: int, chosen: Gptq) -> int:
     """Count the bytes that a linear's positions, codes, scales, zero points and order of columns take when packed.
 
     Unstructured positions count as the information that they hold, scales on a coarse grid as `SNAPPED_BITS`.
 
     Args:
-        weight: [out_features, in_features].
-        keep: bool of the same shape, or None where nothing is pruned or `joint` will choose.
+        shape: (out_features, in_features).
+        kept: weights that aren't pruned; of an N:M pattern they are counted by it.
         pattern: of the masks.
     """
     # The reader's layout (`tasks.packed`): where the kept weights are, their codes, then what each group needs.
-    total, cols = weight.numel(), weight.shape[1]
+    (rows, cols), total = shape, shape[0] * shape[1]
     groups = cols // (cols if chosen.group_size == -1 else chosen.group_size)  # per row
-    shape = masks.parse(pattern)
-    if shape:
+    parsed = masks.parse(pattern)
+    if parsed:
         # Each group of `of` weights is one of (of choose keep) cases.
-        kept, positions = total // shape[1] * shape[0], packing.positions_bytes(total, *shape)
+        kept, positions = total // parsed[1] * parsed[0], packing.positions_bytes(total, *parsed)
     else:
-        kept = total if keep is None else int(keep.sum())
         positions = math.ceil(packing.log2_combinations(total, kept) / 8)
-    scales = math.ceil(len(weight) * groups * (SNAPPED_BITS if chosen.scale_steps else 16) / 8)
-    zeros = 0 if chosen.symmetric else packing.digits_bytes(len(weight) * groups, 2**bits)
+    scales = math.ceil(rows * groups * (SNAPPED_BITS if chosen.scale_steps else 16) / 8)
+    zeros = 0 if chosen.symmetric else packing.digits_bytes(rows * groups, 2**bits)
     order = packing.digits_bytes(cols, groups) if chosen.act_order == "descending" else 0
     return positions + packing.digits_bytes(kept, 2**bits) + scales + zeros + order
 

@@ -23,7 +23,7 @@ from tasks.algorithms.model.shape import shape_of_config, shape_of_model
 from tasks.algorithms.recovery import masked_lora, reconstruction, training
 from tasks.algorithms.scoring import perplexity
 from tasks.models import dense_folder, streamed_folder
-from tasks.parameters import needs
+from tasks.parameters import needs, rules
 from tasks.runtime import files
 from tasks.sources import json_lines
 
@@ -63,8 +63,8 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
     Raises:
         InputError: parameters, model, masks, teacher or corpus don't fit each other, or the training diverges.
     """
-    params = stage.params.lora
     config = dense_folder.config(source)
+    params = rules.settle(stage.params.lora, shape_of_config(config), stage.params.device)
     _check(params, config)
     tokenizer = dense_folder.load_tokenizer(source)
     tokens = _tokens(stage, tokenizer)
@@ -83,7 +83,7 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
         else:
             adapted = _attach(params, model, keep)
             if params.start == "eora" and stage.journal.load(training.STATE) is None:
-                _start(stage, adapted, tokens, kept)
+                _start(params, stage.input("vocabulary/model"), adapted, tokens, kept)
             shared, turn = _shared_targets(stage, tokenizer)
             history = training.train(
                 adapted,
@@ -181,13 +181,12 @@ def _attach(params: Lora, model: nn.Module, keep: Mapping[str, Tensor]) -> LoraM
     )
 
 
-def _start(stage: Stage, adapted: LoraModel, tokens: Tensor, kept: Sequence[int]) -> None:
+def _start(params: Lora, teacher: Path, adapted: LoraModel, tokens: Tensor, kept: Sequence[int]) -> None:
     from tasks.algorithms.recovery import eora_start  # here, as it imports gptqmodel
 
-    params = stage.params.lora
     generator = torch.Generator().manual_seed(params.seed)
     windows = training.sample(tokens, EORA_WINDOWS, params.length, generator)
-    wanted = streamed_folder.Weights(stage.input("vocabulary/model"), kept)
+    wanted = streamed_folder.Weights(teacher, kept)
     eora_start.start_from_eora(adapted, wanted, windows.to(adapted.model.device), params.batch)
 
 

@@ -130,19 +130,21 @@ class Model(HFLM):
     ) -> list[tuple[float, bool]]:
         """Of each continuation: nats, and whether it is the greedy one; what is too long is cut from the left."""
         tokens = [[*before, *after][-(self.max_length + 1) :] for _, before, after in requests]
+        several = batches.by_length([len(each) - 1 for each in tokens], self.batch_size)
+        inputs = [_padded([tokens[at] for at in batch]) for batch in several]
         answers: dict[int, tuple[float, bool]] = {}
-        for batch in batches.by_length([len(each) - 1 for each in tokens], self.batch_size):
-            scored = [len(requests[at][2]) for at in batch]
-            answers |= zip(batch, self._scored([tokens[at] for at in batch], scored), strict=True)
+        with torch.no_grad():
+            states = head.states_of(self.model, [each.to(self.device) for each in inputs])
+            for batch, given, said in zip(several, inputs, states, strict=True):
+                hidden = said.unflatten(0, given.shape)  # [batch, length, hidden]
+                scored = [len(requests[at][2]) for at in batch]
+                answers |= zip(batch, self._scored(hidden, [tokens[at] for at in batch], scored), strict=True)
         return [answers[at] for at in range(len(requests))]
 
-    @torch.no_grad()
-    def _scored(self, tokens: Sequence[list[int]], scored: Sequence[int]) -> Iterator[tuple[float, bool]]:
-        """Answers of a batch whose first text is the longest; of each the last `scored` tokens count."""
-        inputs = torch.zeros(len(tokens), len(tokens[0]) - 1, dtype=torch.int64)  # [batch, length], padded at the end
-        for row, text in zip(inputs, tokens, strict=True):
-            row[: len(text) - 1] = torch.tensor(text[:-1])
-        hidden = head.states(self.model, inputs.to(self.device)).unflatten(0, inputs.shape)  # [batch, length, hidden]
+    def _scored(
+        self, hidden: torch.Tensor, tokens: Sequence[list[int]], scored: Sequence[int]
+    ) -> Iterator[tuple[float, bool]]:
+        """Answers of a batch with these inputs of the head; of each text the last `scored` tokens count."""
         ends = [len(text) - 1 for text in tokens]
         parts = [one[end - count : end] for one, end, count in zip(hidden, ends, scored, strict=True)]
         wanted = torch.tensor([token for text, count in zip(tokens, scored, strict=True) for token in text[-count:]])
@@ -175,3 +177,11 @@ class Model(HFLM):
                 answers[at] = found if known is None else known.values
                 bar.update(sum(map(len, answers.values())))
         return [answer for at in range(len(chunks)) for answer in answers[at]]
+
+
+def _padded(tokens: Sequence[list[int]]) -> torch.Tensor:
+    """What a model gets of a batch whose first text is the longest: int64 [batch, length], padded at the end."""
+    inputs = torch.zeros(len(tokens), len(tokens[0]) - 1, dtype=torch.int64)
+    for row, text in zip(inputs, tokens, strict=True):
+        row[: len(text) - 1] = torch.tensor(text[:-1])
+    return inputs

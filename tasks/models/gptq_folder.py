@@ -6,27 +6,26 @@ only knows dense models must not change with it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families
+from tasks.algorithms.model import families, matrices
 from tasks.algorithms.quantisation import gptqmodel_library as library
-from tasks.algorithms.quantisation import unpacking
-from tasks.models import dense_folder, generations, model_files, tensor_files
+from tasks.algorithms.quantisation import packed_linear, unpacking
+from tasks.models import dense_folder, generations, model_files, streamed_folder, tensor_files
+from tasks.models.stored_tensors import StoredTensors
 from tasks.runtime import files
 
 _META = (
-    "quantizer",
-    "uri",
     "damp_percent",
     "damp_auto_increment",
     "true_sequential",
@@ -35,6 +34,9 @@ _META = (
     "mse",
 )
 """Of what gptqmodel notes about the quantisation: what had an effect on the weights."""
+
+Write = Callable[[str, Mapping[str, Tensor]], None]
+"""Called with the full name of a linear and its packed tensors."""
 
 
 def load_quantised(folder: Path, adapter: bool = True) -> PreTrainedModel:
@@ -67,44 +69,64 @@ def load_dequantised(folder: Path) -> PreTrainedModel:
     return model
 
 
-def load_for_quantisation(folder: Path, quantisation: Any) -> Any:
-    """gptqmodel's wrapper of a dense checkpoint in float32, as `tasks.algorithms.quantisation.masked_gptq` needs it.
+@contextlib.contextmanager
+def writing(model: PreTrainedModel, quantisation: Any, dense: Path, folder: Path) -> Iterator[Write]:
+    """Write a quantised model as a folder that stock gptqmodel loads; within this context its linears are written.
+
+    They come in any order, as `tasks.algorithms.quantisation.packed_linear` packs them. What isn't quantised is stored
+    in float16, embedding and head as they are in the model. gptqmodel's own files hold times, settings of this machine
+    and a changed tokenizer: all but its description of the quantisation comes from the dense folder.
 
     Args:
+        model: of `streamed_folder.open_dense`.
         quantisation: gptqmodel's QuantizeConfig.
-    """
-    with library.contained():
-        return library.gptqmodel.GPTQModel.load(str(folder), quantisation, dtype=torch.float32)
-
-
-def save_quantised(model: Any, dense: Path, folder: Path) -> None:
-    """Write a quantised model as a folder that stock gptqmodel loads; what isn't quantised is stored in float16.
-
-    gptqmodel's own files hold times, settings of this machine and a changed tokenizer. So only its tensors and its
-    description of the quantisation are kept; all else comes from the dense folder.
-
-    Args:
-        model: what `tasks.algorithms.quantisation.masked_gptq` quantised.
-        dense: the folder it was loaded from.
+        dense: the folder that the model was opened from.
 
     Raises:
         InputError: a value is too large for float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, library.contained():
-        model.save(scratch, max_shard_size=None)
-        tensors = load_file(Path(scratch) / "model.safetensors")
-        quantisation = json.loads((Path(scratch) / model_files.QUANTISED[0]).read_text(encoding="utf-8"))
-    tensors = {name: _half(name, tensor) for name, tensor in tensors.items()}
-    tensor_files.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    quantisation["meta"] = {key: quantisation["meta"][key] for key in _META}
-    files.write_json(folder / model_files.QUANTISED[0], quantisation)
-    described = dense_folder.config(dense) | {"dtype": "float16", "quantization_config": quantisation}
-    files.write_json(folder / model_files.CONFIG, described)
+    linears = matrices.of_model(model)
+    rest, entries = streamed_folder.rest(model, linears), {}
+    for name, shape in rest.items():
+        entries[name] = tensor_files.entry(torch.empty(shape, dtype=torch.float16, device="meta"))
+    for name, matrix in linears.items():
+        bits = quantisation.dynamic_get(name, "bits", quantisation.bits)
+        parts = packed_linear.parts(matrix.shape, bits, quantisation.group_size)
+        entries |= {f"{name}.{part}": tensor_files.entry(tensor) for part, tensor in parts.items()}
+    with tensor_files.writing(folder / model_files.SINGLE, entries, {"format": "pt"}) as write:
+        for name in rest:
+            write(name, _half(name, streamed_folder.value(model, name)))
+
+        def linear(name: str, tensors: Mapping[str, Tensor]) -> None:
+            for part, tensor in tensors.items():
+                write(f"{name}.{part}", tensor)
+
+        yield linear
+    described = _description(quantisation)
+    files.write_json(folder / model_files.QUANTISED[0], described)
+    config = dense_folder.config(dense) | {"dtype": "float16", "quantization_config": described}
+    files.write_json(folder / model_files.CONFIG, config)
     for name in (*model_files.TOKENIZER, model_files.GENERATION):
         if (dense / name).is_file():
             shutil.copyfile(dense / name, folder / name)
     generations.rewrite(folder)
+
+
+def stored_linears(folder: Path) -> Iterator[dict[str, tuple[int, Tensor]]]:
+    """Per block, full name -> (bits, weight) of a gptqmodel checkpoint's linears, as stored, without adapter.
+
+    A weight is float32 [out_features, in_features], as `load_quantised` computes with it; one block is in memory.
+    """
+    described, tensors = dense_folder.config(folder), StoredTensors(folder)
+    family = families.family(described)
+    for index in range(described[family.keys.layers]):
+        block = {}
+        for short in family.linears:
+            name = f"{family.blocks}.{index}.{short}"
+            packed = {part: tensors.read(f"{name}.{part}") for part in packed_linear.PARTS}
+            block[name] = packed_linear.width(packed), packed_linear.unpack(packed)
+        yield block
 
 
 def save_adapter(folder: Path, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -155,6 +177,16 @@ def _adapter_config(ranks: dict[str, int], whole: bool) -> dict[str, Any]:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
     }
+
+
+def _description(quantisation: Any) -> dict[str, Any]:
+    """What gptqmodel says of a quantisation in a checkpoint: its settings, and by what the weights were made."""
+    described = json.loads(json.dumps(quantisation.to_dict()))
+    described["meta"] = {key: getattr(quantisation, key) for key in _META} | {
+        "quantizer": [f"gptqmodel:{library.LIBRARY_VERSION}"],
+        "uri": "https://github.com/modelcloud/gptqmodel",
+    }
+    return described
 
 
 def _half(name: str, tensor: Tensor) -> Tensor:

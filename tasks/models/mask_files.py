@@ -45,16 +45,45 @@ def save_masks(path: Path, keep: Mapping[str, Tensor], pattern: str) -> None:
             write(name, mask)
 
 
-def load_masks(path: Path) -> tuple[Mapping[str, Tensor], str]:
-    """The masks of `save_masks` (module name -> bool [rows, cols], True = kept; packed in memory) and their pattern.
+def load_masks(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The masks of `save_masks` (module name -> bool [rows, cols], True = kept) and their pattern.
 
     Raises:
         InputError: the file has no pattern, or a mask's bytes don't fit its shape.
     """
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+    stored = StoredMasks(path)
+    return dict(stored), stored.pattern
+
+
+class StoredMasks(Mapping[str, Tensor]):
+    """The masks of a file, module name -> bool [rows, cols], True = kept; each is read when it is asked for.
+
+    Attributes:
+        pattern: "2:4" (kept : of), "unstructured" or "dense".
+
+    Raises:
+        InputError: the file has no pattern; (when a mask is read:) its bytes don't fit its shape.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata() or {}, sorted(file.keys())
         if "pattern" not in metadata:
             raise InputError(f"{path} is no mask file: its metadata has no `pattern`; run the stage wanda again")
-        shapes = {name: tuple(map(int, metadata[name].split(","))) for name in sorted(file.keys())}
-        keep = masks.Packed({name: file.get_tensor(name) for name in shapes}, shapes)
-    return keep, metadata["pattern"]
+        self.pattern = metadata["pattern"]
+        self._shapes = {name: tuple(map(int, metadata[name].split(","))) for name in names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        with safe_open(self._path, framework="pt") as file:
+            return masks.unpack(file.get_tensor(name), *shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes  # the mapping's own would read the mask
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)

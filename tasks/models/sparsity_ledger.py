@@ -6,7 +6,7 @@ pattern allows. Every stage that changes pruned weights writes the ledger beside
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from tasks.algorithms.errors import InputError
@@ -40,12 +40,22 @@ def ledger(weights: Mapping[str, Tensor], keep: Mapping[str, Tensor], pattern: s
     """
     import pandas as pd
 
-    foreign = sorted(set(keep) - set(weights))
-    if foreign:
-        raise InputError(f"there is a mask for {foreign[0]}, which the model does not have: run stage wanda again")
+    _refuse_foreign(keep, weights)
     return pd.DataFrame(
         [_row(name, w, keep.get(name), masks.parse(pattern)) for name, w in weights.items()], columns=COLUMNS
     )
+
+
+def ledger_of_blocks(blocks: Iterable[Mapping[str, Tensor]], keep: Mapping[str, Tensor], pattern: str) -> pd.DataFrame:
+    """`ledger` of weights that come block by block; those of one and their masks are looked at together."""
+    import pandas as pd
+
+    tables, known = [], set()
+    for weights in blocks:
+        known |= set(weights)
+        tables.append(ledger(weights, {name: keep[name] for name in weights if name in keep}, pattern))
+    _refuse_foreign(keep, known)
+    return pd.concat(tables, ignore_index=True)
 
 
 def check(table: pd.DataFrame, where: str, enforce: bool) -> bool:
@@ -78,6 +88,12 @@ def write(table: pd.DataFrame, path: Path) -> None:
 def write_empty(path: Path) -> None:
     """Write a ledger of no linear."""
     files.write_header(path, COLUMNS)
+
+
+def _refuse_foreign(keep: Iterable[str], known: Iterable[str]) -> None:
+    foreign = sorted(set(keep) - set(known))
+    if foreign:
+        raise InputError(f"there is a mask for {foreign[0]}, which the model does not have: run stage wanda again")
 
 
 def _row(name: str, weight: Tensor, keep: Tensor | None, pattern: tuple[int, int] | None) -> tuple:

@@ -29,6 +29,7 @@ class StoredTensors:
     """The tensors of a model folder.
 
     Attributes:
+        folder: theirs.
         entries: name -> what the header says of it.
 
     Raises:
@@ -36,6 +37,7 @@ class StoredTensors:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.entries: dict[str, Entry] = tensor_headers.entries(folder)
         self._places = {name: path for path in model_files.tensors(folder) for name in tensor_headers.header(path)[1]}
 
@@ -64,6 +66,22 @@ class StoredTensors:
         except SafetensorError as error:
             raise InputError(f"{self._places[name]} can't be read ({error}); write it again") from error
         return found
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def get(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The tensor, of this shape.
+
+        Raises:
+            InputError: it is missing, or has another.
+        """
+        if name not in self:
+            raise InputError(f"{self.folder} has no tensor {name}, which its config asks for: run the stages again")
+        found = tuple(self.entries[name].shape)
+        if shape is not None and found != tuple(shape):
+            raise InputError(f"{name} of {self.folder} is {found}, its config says {tuple(shape)}")
+        return self.read(name)
 
 
 def compare(shapes: Shapes, expected: Shapes, tied: tuple[str, ...] = ()) -> None:

@@ -1,4 +1,4 @@
-"""A dense model folder as a model whose blocks stay on disk until they are asked for, and the same written.
+"""A model folder as a dense model whose blocks stay on disk until they are asked for, and the same written.
 
 Embedding, head, final norm and what else is outside of the blocks are in memory. A block's weights are read
 from safetensors within `layers.opened(block)` and dropped afterwards: memory is that of one block, however many there
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ class StoredBlock:
             yield
         finally:
             block.to("meta")
-            _return_freed()
+            return_freed()
 
     def load(self, block: nn.Module, dtype: torch.dtype | None = None) -> None:
         """Give the block its weights for good, in this type; None: in those that they are stored in."""
@@ -76,10 +76,18 @@ def load_stored(folder: Path, device: torch.device | str = "cpu") -> PreTrainedM
     return model
 
 
-def open_dense(folder: Path, device: torch.device | str = "cpu", *, stored: bool = False) -> PreTrainedModel:
-    """The model of a dense folder, in evaluation mode, with its blocks on disk; it computes as `load_dense`'s does.
+def open_dense(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    tensors: StoredTensors | None = None,
+    outside: bool = True,
+    stored: bool = False,
+) -> PreTrainedModel:
+    """The model of a folder, in evaluation mode, with its blocks on disk; it computes as `load_dense`'s does.
 
     Args:
+        tensors: the model's; None: the folder's as they are stored.
+        outside: bring what is outside of the blocks, too; without it the model's weights can be read, and no more.
         stored: what is outside of the blocks stays in memory in the types of the file.
 
     Raises:
@@ -91,21 +99,23 @@ def open_dense(folder: Path, device: torch.device | str = "cpu", *, stored: bool
     model_files.check_sizes(folder)
     model_files.check_unambiguous(folder)
     model = skeleton.build(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-    tensors = StoredTensors(folder)
+    tensors = tensors or StoredTensors(folder)
     stored_tensors.compare(tensors.shapes, skeleton.shapes(model), skeleton.tied(model))
     inside = f"{families.of_model(model).blocks}."
     for index, block in enumerate(families.blocks(model)):
         setattr(block, layers.STORED, StoredBlock(tensors, f"{inside}{index}", device))
-    outside = {}
+    if not outside:
+        return model.eval()
+    found = {}
     for name, (_, source) in _sources(model).items():
         if not name.startswith(inside):
-            outside[name] = tensors.read(source, None if stored else torch.float32).to(device)
-    model.load_state_dict(outside, strict=False, assign=True)
+            found[name] = tensors.read(source, None if stored else torch.float32).to(device)
+    model.load_state_dict(found, strict=False, assign=True)
     model.tie_weights()
     if stored:
         stored_type.compute_in_float32(model)
     skeleton.compute_positions(model, device)
-    model.generation_config = _generation(folder)
+    model.generation_config = generation(folder)
     left = [name for name in skeleton.missing(model) if not name.startswith(inside)]
     if left:
         raise RuntimeError(f"the streamed model has no {left[0]}: its family isn't described fully")
@@ -125,7 +135,7 @@ class Weights(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: Path, kept: Sequence[int]) -> None:
-        self._model = open_dense(folder, stored=True)
+        self._model = open_dense(folder, outside=False)
         blocks = matrices.by_block(self._model)
         if max(kept) >= len(blocks):
             raise InputError(
@@ -153,6 +163,16 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._matrices)
+
+
+def drop_outside(model: PreTrainedModel) -> None:
+    """Drop embedding, head and final norm: the model's blocks can be opened, and it can't run any more."""
+    inside = {id(weight) for block in families.blocks(model) for weight in block.parameters()}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and id(weight) not in inside:
+                module._parameters[name] = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
+    return_freed()
 
 
 class Writer:
@@ -203,6 +223,26 @@ def writing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: 
     generations.rewrite(folder)
 
 
+def rest(model: PreTrainedModel, matrices: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Name -> dimensions of all weights but these matrices', in the model's order; a tied head is the embedding.
+
+    Args:
+        model: from `open_dense`.
+        matrices: full names of modules.
+    """
+    found = {name: tuple(tensors.entries[source].shape) for name, (tensors, source) in _sources(model).items()}
+    return {name: shape for name, shape in found.items() if name.removesuffix(".weight") not in matrices}
+
+
+def value(model: PreTrainedModel, name: str) -> Tensor:
+    """A weight of the model in float32: as it is in memory, or else in the folder."""
+    held = model.get_parameter(name)
+    if not held.is_meta:
+        return held.detach()
+    tensors, source = _sources(model)[name]
+    return tensors.read(source, torch.float32)
+
+
 def _sources(model: PreTrainedModel) -> Mapping[str, tuple[StoredTensors, str]]:
     """Name of each weight -> the folder's tensors, and its name there. A tied matrix is listed as the embedding."""
     blocks, inside = families.blocks(model), f"{families.of_model(model).blocks}."
@@ -221,7 +261,7 @@ def _sources(model: PreTrainedModel) -> Mapping[str, tuple[StoredTensors, str]]:
     return found
 
 
-def _return_freed() -> None:
+def return_freed() -> None:
     """Give freed memory back to the kernel.
 
     glibc (2.36) keeps it: once a large piece has been freed, pieces up to that size come from its heap, where what a
@@ -233,7 +273,7 @@ def _return_freed() -> None:
         trim(0)
 
 
-def _generation(folder: Path) -> GenerationConfig:
+def generation(folder: Path) -> GenerationConfig:
     """The folder's settings for generation as `from_pretrained` finds them: in their own file, or in the config."""
     from transformers import GenerationConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,14 +15,14 @@ from tasks.algorithms.model import masks
 from tasks.algorithms.quantisation import rounding
 from tasks.packed.layout import COUNTS, Spec, divisor
 from tasks.packed.packed_folder import PackedFolder
-from tasks.packed.stored_model import CHUNK, DTYPES, Linear, zero_codes
+from tasks.packed.stored_model import DTYPES, Linear, zero_codes
 
 Parts = Mapping[tuple[str, str], np.ndarray]
 """(linear, part) -> its bytes."""
 
 
-class Decoder:
-    """Reads matrices of an opened packed folder, each when it is asked for.
+class Decoder(Sequence[Mapping[str, Linear]]):
+    """Reads matrices of an opened packed folder, each when it is asked for; as a sequence it is that of the blocks.
 
     Every method raises InputError where the blob that it reads is damaged.
     """
@@ -30,23 +30,14 @@ class Decoder:
     def __init__(self, package: PackedFolder) -> None:
         self.package, self.description, self.layout = package, package.description, package.layout
 
-    def blocks(self) -> Iterator[tuple[int, dict[str, Linear]]]:
-        """(block, full module name -> Linear)."""
-        for index, specs in enumerate(self.layout.specs):
-            parts = self.package.parts(f"layers.{index}")
-            yield index, {spec.name: self._linear(spec, parts) for spec in specs}
+    def __len__(self) -> int:
+        return len(self.layout.specs)
 
-    def matrix(self, name: str) -> Tensor:
-        """float32 [vocabulary, hidden] of embedding or head; decoded by parts, in the memory of the result."""
-        stored = self.coded(name)
-        if not isinstance(stored, rounding.Coded):
-            return stored.float()
-        rows, cols = stored.codes.shape
-        values, step = torch.empty(rows, cols), max(1, CHUNK // cols)
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
-            values[part] = rounding.values(rounding.Coded(stored.codes[part], stored.scales[part], *stored[2:]))
-        return values
+    def __getitem__(self, index: int) -> dict[str, Linear]:
+        """A block: full module name -> Linear."""
+        specs = self.layout.specs[index]  # IndexError behind the last, which ends an iteration
+        parts = self.package.parts(f"layers.{index}")
+        return {spec.name: self._linear(spec, parts) for spec in specs}
 
     def coded(self, name: str) -> rounding.Coded | Tensor:
         """Embedding or head [vocabulary, hidden] as it is stored."""

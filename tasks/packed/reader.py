@@ -15,50 +15,40 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedModel
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families
-from tasks.models.skeleton import attach, compute_positions, missing
+from tasks.packed import streamed_model
 from tasks.packed.decoder import Decoder
 from tasks.packed.description import read_bytes
-from tasks.packed.model_config import skeleton
 from tasks.packed.packed_folder import PackedFolder
-from tasks.packed.packed_linear import module
 from tasks.packed.stored_model import Linear, Model
 
 GENERATION = "generation_config.json"
 """Transformers' settings for generation, where the folder has them."""
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """The model on the CPU in float32, in evaluation mode; block by block, so that little more than it is in memory.
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model on the CPU, in evaluation mode; block by block, so that little more than it is in memory.
 
-    Its logits are those of the folder that was packed, bit by bit, as `tasks.models.gptq_folder.load_quantised` has it.
+    In float32 its logits are those of the folder that was packed, bit by bit, as
+    `tasks.models.gptq_folder.load_quantised` has it.
 
     Raises:
         InputError: a file is damaged, changed or of another version.
     """
-    package = PackedFolder(folder)
-    decoder, model = Decoder(package), skeleton(package.description.config)
-    described = families.of_model(model)
-    embedding = nn.Parameter(decoder.matrix("embedding"), requires_grad=False)
-    model.get_submodule(described.embedding).weight = embedding
-    head = embedding if package.description.tied else nn.Parameter(decoder.matrix("head"), requires_grad=False)
-    model.get_submodule(described.head).weight = head
-    for _, linears in decoder.blocks():
-        for name, linear in linears.items():
-            attach(model, name, module(linear))
-    for name, tensor in decoder.rest().items():
-        attach(model, name, nn.Parameter(tensor.float(), requires_grad=False))
-    compute_positions(model)
-    if left := missing(model):
-        raise RuntimeError(f"the packed model has no {left[0]}: its family isn't described fully")
-    if (folder / GENERATION).exists():
-        model.generation_config = _generation(folder)
-    return model.eval()
+    return _with_generation(streamed_model.load_model(load(folder), dtype=dtype), folder)
+
+
+def open_model(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The model as `load_model` gives it, on a device; a block has its weights while it is open.
+
+    Raises:
+        InputError: as `load_model`; for a block, when it is opened.
+    """
+    return _with_generation(streamed_model.open_model(load(folder), device), folder)
 
 
 def stream(folder: Path) -> Iterator[tuple[int, dict[str, Linear]]]:
@@ -67,11 +57,11 @@ def stream(folder: Path) -> Iterator[tuple[int, dict[str, Linear]]]:
     Raises:
         InputError: as `load_model`.
     """
-    return Decoder(PackedFolder(folder)).blocks()
+    return enumerate(Decoder(PackedFolder(folder)))
 
 
 def load(folder: Path) -> Model:
-    """All that the folder holds, as it is stored: codes stay codes; blocks are read when they are asked for, once.
+    """All that the folder holds, as it is stored: codes stay codes; blocks are read when they are asked for.
 
     Raises:
         InputError: as `load_model`.
@@ -80,11 +70,17 @@ def load(folder: Path) -> Model:
     decoder = Decoder(package)
     return Model(
         package.description.config,
-        (linears for _, linears in decoder.blocks()),
+        decoder,
         decoder.coded("embedding"),
         None if package.description.tied else decoder.coded("head"),
         decoder.rest(),
     )
+
+
+def _with_generation(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    if (folder / GENERATION).exists():
+        model.generation_config = _generation(folder)
+    return model
 
 
 def _generation(folder: Path) -> transformers.GenerationConfig:

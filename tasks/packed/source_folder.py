@@ -7,20 +7,18 @@ gptqmodel's format has no place for, come from files beside it, and must have th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tasks.algorithms import packing
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, masks
 from tasks.algorithms.quantisation import rounding
 from tasks.models import model_files
+from tasks.models.gptq_tensors import CODES, GptqTensors
 from tasks.models.stored_tensors import StoredTensors
 from tasks.packed.description import read_bytes
 from tasks.packed.model_config import clean
@@ -46,7 +44,7 @@ def read(
     config = clean(json.loads(read_bytes(folder / "config.json", "it is no model folder")))
     shapes = shapes_of(config)
     described = families.family(config)
-    tensors = _Tensors(folder)
+    tensors = GptqTensors(folder) if model_files.is_quantised(folder) else StoredTensors(folder)
     table, head = f"{described.embedding}.weight", f"{described.head}.weight"
     if shapes.tied and table not in tensors:
         table = head  # a tied matrix may be stored under either name
@@ -62,30 +60,6 @@ def read(
         None if shapes.tied else _matched(coded, "head", tensors.get(head, shapes.table)),
         {name: tensors.get(name, shape) for name, shape in shapes.rest.items()},
     )
-
-
-class _Tensors(StoredTensors):
-    """The tensors of a model folder, an adapter's too."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.folder = folder
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.entries
-
-    def get(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """The tensor, of this shape.
-
-        Raises:
-            InputError: it is missing, or has another.
-        """
-        if name not in self:
-            raise InputError(f"{self.folder} has no tensor {name}, which its config asks for: run the stages again")
-        found = tuple(self.entries[name].shape)
-        if shape is not None and found != tuple(shape):
-            raise InputError(f"{name} of {self.folder} is {found}, its config says {tuple(shape)}")
-        return self.read(name)
 
 
 class _Masks:
@@ -109,17 +83,13 @@ class _Masks:
         return masks.unpack(self.file.get_tensor(name), rows, cols), self.pattern
 
 
-class _Blocks:
+class _Blocks(Sequence[Mapping[str, Linear]]):
     """The blocks of a model folder; each pass reads them anew."""
 
     def __init__(
-        self, folder: Path, shapes: Shapes, tensors: _Tensors, keep: _Masks, coded: Mapping[str, rounding.Coded]
+        self, folder: Path, shapes: Shapes, tensors: StoredTensors, keep: _Masks, coded: Mapping[str, rounding.Coded]
     ) -> None:
         self.folder, self.shapes, self.tensors, self.keep, self.coded = folder, shapes, tensors, keep, coded
-        self.settings: dict[str, Any] = {}
-        if (folder / "quantize_config.json").exists():
-            self.settings = json.loads((folder / "quantize_config.json").read_text(encoding="utf-8"))
-            self._check_format()
         branch = folder / model_files.ADAPTER_WEIGHTS
         self.adapter = safe_open(branch, framework="pt") if branch.exists() else None
         names = {name for block in shapes.linears for name in block}
@@ -127,20 +97,19 @@ class _Blocks:
         if foreign:
             raise InputError(f"there is a mask or an adapter for {foreign[0]}, which {folder} doesn't have")
 
-    def _check_format(self) -> None:
-        found = self.settings.get("checkpoint_format", self.settings.get("format"))
-        if found not in ("gptq", "gptq_v2") or self.settings.get("pack_dtype", "int32") != "int32":
-            raise InputError(f"{self.folder} is quantised in the format {found!r}; known are gptq and gptq_v2 of int32")
+    def __len__(self) -> int:
+        return len(self.shapes.linears)
 
-    def __iter__(self) -> Iterator[dict[str, Linear]]:
-        for block in self.shapes.linears:
-            yield {name: self._linear(name, shape) for name, shape in block.items()}
+    def __getitem__(self, index: int) -> dict[str, Linear]:
+        return {name: self._linear(name, shape) for name, shape in self.shapes.linears[index].items()}
 
     def _linear(self, name: str, shape: tuple[int, int]) -> Linear:
         keep, pattern = self.keep.get(name)
         linear = Linear(keep=keep, pattern=pattern)
-        if f"{name}.qweight" in self.tensors:
-            self._quantised(name, shape, linear)
+        if f"{name}{CODES}" in self.tensors:
+            found = self.tensors.codes(name, shape)
+            linear.codes, linear.scales, linear.zeros = found.codes, found.scales, found.zeros
+            linear.bits, linear.group_size, linear.group_index = found.bits, found.group_size, found.group_index
         else:
             linear.weight = self.tensors.get(f"{name}.weight", shape)
         if name in self.shapes.biases:
@@ -148,35 +117,6 @@ class _Blocks:
         if self.adapter:
             linear.adapter = self._branch(name)
         return linear
-
-    def _quantised(self, name: str, shape: tuple[int, int], linear: Linear) -> None:
-        rows, cols = shape
-        words = self.tensors.get(f"{name}.qweight")  # int32 [in * bits / 32, out]
-        linear.bits = len(words) * 32 // cols
-        if linear.bits not in (2, 3, 4, 8) or tuple(words.shape) != (cols * linear.bits // 32, rows):
-            raise InputError(f"{name}.qweight of {self.folder} is {tuple(words.shape)}: no codes of 2, 3, 4 or 8 bits")
-        linear.codes = torch.from_numpy(_fields(words.T, linear.bits))
-        linear.scales = self.tensors.get(f"{name}.scales").T.contiguous()
-        groups = linear.scales.shape[1]
-        linear.group_size = cols // groups
-        index = self.tensors.get(f"{name}.g_idx", (cols,))
-        trivial = torch.arange(cols, dtype=index.dtype) // linear.group_size
-        linear.group_index = None if torch.equal(index, trivial) else index
-        zeros = self._zeros(name, linear.bits)
-        if tuple(zeros.shape) != (groups, rows) or tuple(linear.scales.shape) != (rows, groups):
-            raise InputError(f"scales and zero points of {name} in {self.folder} don't fit its shape {shape}")
-        if (zeros != 2 ** (linear.bits - 1)).any():
-            linear.zeros = torch.from_numpy(zeros.T.copy())
-
-    def _zeros(self, name: str, bits: int) -> np.ndarray:
-        """uint8 [groups, out]."""
-        words = self.tensors.get(f"{name}.qzeros")  # int32 [groups, out * bits / 32]
-        old = self.settings.get("checkpoint_format", self.settings.get("format")) == "gptq"  # stored less one
-        if old and bits != 3:
-            one = sum(1 << place for place in range(0, 32, bits))  # of each field, with carries: gptqmodel's arithmetic
-            words = torch.from_numpy((words.numpy().view(np.uint32) + np.uint32(one)).view(np.int32))
-        zeros = _fields(words, bits)
-        return (zeros + 1) & 7 if old and bits == 3 else zeros
 
     def _branch(self, name: str) -> tuple[rounding.Coded | Tensor, rounding.Coded | Tensor] | None:
         a, b = (self.adapter.get_tensor(f"base_model.model.{name}.lora_{side}.weight") for side in "AB")
@@ -190,13 +130,6 @@ class _Blocks:
         ):
             raise InputError(f"the codes of the adapter of {name} aren't those of {self.folder}: run stage eora again")
         return coded_a, coded_b
-
-
-def _fields(words: Tensor, bits: int) -> np.ndarray:
-    """uint8 [rows, words * 32 / bits] of int32 [rows, words], the lowest bits first, across words."""
-    data = words.contiguous().numpy().astype("<i4", copy=False)
-    count = data.size * 32 // bits
-    return packing.unpack_digits(data.view(np.uint8).reshape(-1), count, 2**bits).reshape(len(data), -1)
 
 
 def read_codes(path: Path | None) -> dict[str, rounding.Coded]:

@@ -6,7 +6,7 @@ back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tasks.algorithms.quantisation import rounding
+from tasks.algorithms.quantisation.codes import Codes
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 """Of what isn't quantised, by the names that safetensors gives them."""
@@ -70,14 +71,7 @@ class Linear:
         """The weight [out_features, in_features], without adapter: float32(scale) * (code - zero), or as stored."""
         if self.codes is None:
             return self.weight
-        rows, cols = self.codes.shape
-        if self.group_index is None:
-            steps = self.codes.to(torch.int16).view(rows, -1, self.group_size)
-            steps -= 2 ** (self.bits - 1) if self.zeros is None else self.zeros.to(torch.int16).unsqueeze(2)
-            return (self.scales.float().unsqueeze(2) * steps).view(rows, cols)
-        index, steps = self.group_index.long(), self.codes.to(torch.int16)
-        steps -= 2 ** (self.bits - 1) if self.zeros is None else self.zeros.to(torch.int16)[:, index]
-        return self.scales.float()[:, index] * steps
+        return Codes(self.codes, self.scales, self.zeros, self.bits, self.group_size, self.group_index).values()
 
 
 @dataclass
@@ -86,14 +80,14 @@ class Model:
 
     Attributes:
         config: the model's config.json.
-        blocks: per block, full module name -> Linear in running order; read once, so an iterator will do.
+        blocks: per block, full module name -> Linear in running order; one is read whenever it is asked for.
         embedding: [vocabulary, hidden], of a float type or coded.
         head: the same of an untied head; None where it is the embedding.
         rest: full parameter name -> tensor: all norms.
     """
 
     config: dict[str, Any]
-    blocks: Iterable[Mapping[str, Linear]]
+    blocks: Sequence[Mapping[str, Linear]]
     embedding: rounding.Coded | Tensor
     head: rounding.Coded | Tensor | None
     rest: Mapping[str, Tensor] = field(default_factory=dict)

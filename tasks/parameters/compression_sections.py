@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.parameters.section import Count, CountOrZero, Fraction, Rate, Section, Seed
+from tasks.parameters.section import AUTO, Auto, Count, CountOrZero, Fraction, OrAuto, Rate, Section, Seed
 
 
 class Vocabulary(Section):
@@ -37,7 +37,7 @@ class Importance(Section):
 
 class DepthPrune(Section):
     enabled: bool
-    remove: CountOrZero
+    remove: Annotated[CountOrZero | Auto, OrAuto]
     """Layers."""
     protect_first: CountOrZero
     protect_last: CountOrZero
@@ -50,7 +50,7 @@ class Wanda(Section):
     method: Literal["wanda", "wanda_alpha"]
     """wanda_alpha searches the share of each row's cumulative metric that is pruned, by bisection, per linear."""
     pattern: Literal["n_m", "unstructured"]
-    keep: Count | None
+    keep: Annotated[Count | None | Auto, OrAuto]
     of: Annotated[int, Field(ge=2, le=32)] | None
     """n_m: `keep` weights stay of every `of` consecutive inputs of a row."""
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None
@@ -63,7 +63,9 @@ class Wanda(Section):
         if self.pattern == "n_m":
             if self.keep is None or self.of is None:
                 raise ValueError("pattern n_m needs `keep` and `of`")
-            if self.keep >= self.of:
+            if self.keep == AUTO and self.of != 4:
+                raise ValueError(f"keep = auto is a choice of 4, and of = {self.of}: give a number, or set of to 4")
+            if self.keep != AUTO and self.keep >= self.of:
                 raise ValueError(f"keep = {self.keep} must be below of = {self.of}: otherwise nothing is pruned")
         elif self.sparsity is None:
             raise ValueError("pattern unstructured needs `sparsity`")
@@ -94,13 +96,13 @@ class Lora(Section):
     """The update is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)]
     targets: Literal["all-linear", "attention", "mlp"]
-    steps: Count
+    steps: Annotated[Count | Auto, OrAuto]
     """Optimiser steps."""
     batch: Count
     """Windows per step."""
     length: Annotated[int, Field(ge=8)]
     """Tokens per window."""
-    learning_rate: Rate
+    learning_rate: Annotated[Rate | Auto, OrAuto]
     warmup: Fraction
     distillation: Distillation
 
@@ -163,7 +165,7 @@ class Gptq(Section):
 class Eora(Section):
     enabled: bool
     rank: Count | None
-    budget_bytes: Count | None
+    budget_bytes: Annotated[Count | None | Auto, OrAuto]
     """Instead of `rank`: ranks are chosen per linear under this sum, by the error removed per byte."""
     bits: Literal[4, 8, 16]
     """Of the stored factors; 16: float16."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.parameters.section import Count, Section
+from tasks.parameters.section import Auto, Count, OrAuto, Section
 
 
 class Evaluate(Section):
@@ -17,7 +17,7 @@ class Evaluate(Section):
     """Tokens per window; gptq-2048 and thesis-512 have their own."""
     stride: Count
     """Tokens from one window's start to the next one's; of joined and sliding."""
-    max_windows: Count | None
+    max_windows: Annotated[Count | None | Auto, OrAuto]
     """Only the first so many windows of a split; null: all."""
     batch: Count
     """Windows per forward pass; no effect on the result beyond rounding."""

@@ -67,9 +67,21 @@ def _loaded(model: ModelShape, working: int = 0) -> int:
     return _dense(model) + max(_stored(model), working)
 
 
+def _block(model: ModelShape) -> int:
+    """Bytes of a block's weights in fp32."""
+    return 4 * model.in_blocks // model.layers
+
+
 def _streamed(model: ModelShape, working: int = 0) -> int:
     """Bytes at the peak of a stage that has one block in memory at a time, and needs `working` beside it."""
-    return 4 * (model.in_blocks // model.layers + model.outside) + working
+    return _block(model) + 4 * model.outside + working
+
+
+def _asked(model: ModelShape, working: int) -> int:
+    """Bytes at the peak of a stage that asks a model of any format: one of a packed folder keeps its codes."""
+    if _dense(model) <= streaming.WHOLE:
+        return _loaded(model, working)
+    return _streamed(model, model.in_blocks + working)
 
 
 def _logits(model: ModelShape, tokens: int, copies: int = 3) -> int:
@@ -126,20 +138,18 @@ def protocol(params: Params) -> protocols.Protocol:
 def _evaluate_memory(params: Params, model: ModelShape) -> int:
     tokens = params.evaluate.batch * protocol(params).length
     working = _logits(model, tokens) + _forward(model, tokens)
-    if _dense(model) <= streaming.WHOLE:
-        return _loaded(model, working)
-    return _streamed(model, 4 * streaming.STATES + working)
+    return _asked(model, working + (4 * streaming.STATES if _dense(model) > streaming.WHOLE else 0))
 
 
 def _kv_cache_memory(params: Params, model: ModelShape) -> int:
     context = max(params.kv_cache.contexts)
     cached = 2 * 4 * model.layers * model.kv_heads * model.head_dim * context  # keys and values, once dequantised
-    return _loaded(model, _logits(model, context) + 2 * cached)
+    return _asked(model, _logits(model, context) + 2 * cached)
 
 
 def _harness_memory(params: Params, model: ModelShape) -> int:
     tokens = batches.most_tokens(min(longest_document(params), model.context or UNLIMITED), params.harness.batch)
-    return _loaded(model, _logits(model, tokens) + _forward(model, tokens))
+    return _asked(model, _logits(model, tokens) + _forward(model, tokens))
 
 
 def longest_document(params: Params) -> int:
@@ -176,8 +186,11 @@ def _gptq_memory(params: Params, model: ModelShape) -> int:
 
 
 def _eora_memory(params: Params, model: ModelShape) -> int:
-    # the student, as it is loaded; of the teacher a block; float64 eigenvectors
-    return 2 * _dense(model) + _walk(params, model) + 4 * 8 * model.widest**2
+    # ranks are weighed with embedding and head in memory, branches computed without: student's and teacher's block,
+    # float64 moments, eigenvectors and what finds them
+    weighed = 4 * model.outside + 2 * 8 * model.widest**2 + _logits(model, params.calibrate.length, 5)
+    branches = _block(model) + _walk(params, model) + 5 * 8 * model.widest**2
+    return _block(model) + max(weighed, branches)
 
 
 def _wanda_memory(params: Params, model: ModelShape) -> int:
@@ -187,8 +200,12 @@ def _wanda_memory(params: Params, model: ModelShape) -> int:
 
 def _importance_memory(params: Params, model: ModelShape) -> int:
     tokens = params.calibrate.length  # windows run one by one
-    if params.importance.method in ("taylor", "compound"):  # gradients of all weights
-        return _loaded(model, 4 * model.in_blocks + _backward(model, tokens) + _logits(model, tokens, 5))
+    if params.importance.method in ("taylor", "compound"):  # a block's gradients; hidden states between all blocks
+        states = 4 * params.importance.windows * tokens * model.hidden * (model.layers + 2)
+        working = max(
+            _block(model) + 2 * 8 * model.hidden * model.mlp + _forward(model, tokens), _logits(model, tokens, 5)
+        )
+        return _streamed(model, states + working)
     if params.importance.method == "perplexity":  # hidden states of the model without each block
         return _streamed(model, 4 * tokens * model.hidden * (model.layers + 2) + _logits(model, tokens))
     return _streamed(model, 4 * params.importance.windows * tokens * model.hidden + 2 * _forward(model, tokens))
@@ -196,7 +213,7 @@ def _importance_memory(params: Params, model: ModelShape) -> int:
 
 MEMORY: dict[str, Callable[[Params, ModelShape], int]] = {
     "fetch": lambda params, model: _stored(model) + 8 * 2**22,  # the file, mapped
-    "vocabulary": lambda params, model: _loaded(model, 3 * 4 * PROBE * model.vocabulary),
+    "vocabulary": lambda params, model: _streamed(model, 3 * 4 * PROBE * model.vocabulary),
     "calibrate": lambda params, model: _streamed(model, _walk(params, model)),
     "importance": _importance_memory,
     "depth_prune": lambda params, model: (
@@ -206,13 +223,14 @@ MEMORY: dict[str, Callable[[Params, ModelShape], int]] = {
     "lora": _lora_memory,
     "gptq": _gptq_memory,
     "eora": _eora_memory,
-    # a block in fp32, and the embedding with its codes as they are packed
-    "package": lambda params, model: 4 * model.in_blocks // model.layers * 4 + 3 * 4 * model.outside,
+    # the embedding as it is stored and its codes, as they are packed; a block likewise
+    "package": lambda params, model: _streamed(model),
     "baseline_lora": lambda params, model: _lora_memory(params, model, masked=False),
     "sensitivity": lambda params, model: _loaded(model, _walk(params, model) + 3 * _table(model)),
     "baseline": _gptq_memory,
     "evaluate": _evaluate_memory,
-    "measure": lambda params, model: _dense(model),  # its few tokens at batch 4 hardly count
+    # whole, above a size in bfloat16; its few tokens at batch 4 hardly count
+    "measure": lambda params, model: _dense(model) // (1 if _dense(model) <= streaming.WHOLE else 2),
     "kv_cache": _kv_cache_memory,
     "harness": _harness_memory,
 }

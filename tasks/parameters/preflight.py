@@ -17,7 +17,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model.shape import ModelShape, shape_of_config
 from tasks.algorithms.quantisation import packable
 from tasks.algorithms.scoring import protocols
-from tasks.parameters import needs, prompt_file, special_tokens
+from tasks.parameters import needs, prompt_file, rules, special_tokens
 from tasks.parameters.schema import Params
 
 DEVICES = Path("data/devices")
@@ -145,6 +145,7 @@ def check(
         InputError: one line per problem.
     """
     model = model_shape(config)
+    params = rules.settle_all(params, model)
     if tokenizer_size is not None:
         check_tokenizer(tokenizer_size, model.vocabulary)
     problems = list(found)
@@ -195,7 +196,8 @@ def at_once(params: Params, fetched: bool) -> int | None:
     if folder is None:
         return None
     todo = [name for name in _from(None) if _enabled(params, name)]
-    needed = needs.memory(params, model_shape(read_config(folder)), todo)
+    model = model_shape(read_config(folder))
+    needed = needs.memory(rules.settle_all(params, model), model, todo)
     return max(needs.available_memory() // max(needed.values(), default=needs.LIBRARIES), 1)
 
 

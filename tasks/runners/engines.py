@@ -66,20 +66,18 @@ class Torch:
     """Any model folder of the pipeline in PyTorch, on the CPU.
 
     Args:
-        dtype: "float32" or "bfloat16"; the latter of dense folders alone.
+        dtype: "float32" or "bfloat16".
         int8: PyTorch's dynamic quantisation of all linears, the head's weight apart from the embedding's.
     """
 
     def __init__(self, folder: Path, threads: int = 1, dtype: str = "float32", int8: bool = False) -> None:
         import torch
 
-        from tasks.models import dense_folder
         from tasks.runners import any_folder
 
         torch.set_num_threads(threads)
         self.torch = torch
-        dense = dtype != "float32"
-        self.model = dense_folder.load_dense(folder, getattr(torch, dtype)) if dense else any_folder.load_model(folder)
+        self.model = any_folder.load_model(folder, getattr(torch, dtype))
         if int8:
             torch.backends.quantized.engine = next(e for e in ("x86", "fbgemm", "qnnpack") if e in _quantized(torch))
             self.model = torch.ao.quantization.quantize_dynamic(self.model, {torch.nn.Linear}, dtype=torch.qint8)

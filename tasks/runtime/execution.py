@@ -38,6 +38,9 @@ from tasks.runtime.stage import JOURNALS, SCRATCH, Stage
 if TYPE_CHECKING:
     from dvc.output import Output
 
+TOLD = ("depth_prune", "wanda", "lora")
+"""Stages that say, when they end, where what they made stands against plain quantisation."""
+
 
 def execute(address: str, *, run_ids: dict[str, str] | None = None) -> None:
     """Run one stage in this process, as DVC's command for it.
@@ -168,7 +171,10 @@ def _perform(stage: Stage) -> dict[str, float]:
         start_up, began = _age(), time.monotonic()
         with spilling.spilling(stage.scratch):
             (module.run if stage.enabled else module.skip)(stage)
-    return {"start_up_seconds": start_up, "computing_seconds": time.monotonic() - began}
+            spent = {"start_up_seconds": start_up, "computing_seconds": time.monotonic() - began}
+            if stage.enabled and stage.name in TOLD:
+                importlib.import_module("tasks.compression.standing").tell(stage)  # by name: it shapes no artifact
+    return spent
 
 
 def _age() -> float:

@@ -119,6 +119,10 @@ class Stage(Inputs):
         """False where the stage's own section says `enabled: false`."""
         return getattr(getattr(self.params, self.name, None), "enabled", True)
 
+    def content(self, path: Path) -> str | None:
+        """DVC's hash of a declared input: that of its bytes, whatever stage wrote them; None where it has none."""
+        return self.start.identity["inputs"][path.as_posix()]
+
     @functools.cached_property
     def journal(self) -> Journal:
         """What an interrupted run with the same inputs, parameters and code had finished, and where to note more."""

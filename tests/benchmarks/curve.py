@@ -58,6 +58,7 @@ POINTS = [
     Point("4 bit g64, embedding 4", {**DENSE, **_gptq(4, 64, 4)}),
     Point("7:8 + 4 bit g64, embedding 4", {**_pattern(7, 8), **_gptq(4, 64, 4)}),
     Point("4 bit g64, embedding 4, shallow", {**DENSE, **_gptq(4, 64, 4)}, shallow=True),
+    Point("3:4 + 4 bit g64, embedding 4", {**_pattern(3, 4), **_gptq(4, 64, 4)}),
     Point("4:8 + 4 bit g64, embedding 4", {**_pattern(4, 8), **_gptq(4, 64, 4)}),
     Point("3 bit g64, embedding 4", {**DENSE, **_gptq(3, 64, 4)}),
     Point("2:4 + 4 bit g64, embedding 4", {**_pattern(2, 4), **_gptq(4, 64, 4)}),

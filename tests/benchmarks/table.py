@@ -1,7 +1,8 @@
 """What the benchmarks share: the models, the command line, and a table that grows row by row.
 
 Options of each script: `--model NAME` (again for more; default: all that are there), `--only REGEX` (rows whose name it
-is found in), `--steps N` (fewer recovery steps, to try the script out: another file), `--threads N`, `--cache FOLDER`.
+is found in), `--steps N` (fewer recovery steps, to try the script out: another file), `--threads N`, `--cache FOLDER`,
+`--folder DIR` (where the one model that is named lies: smollm2-135m is nobody's part and has to be given).
 A row is printed and written as soon as it is known. What was computed before comes from the cache of the stages, so a
 script that was stopped is simply started again. `--only` leaves the other rows of the file as they are.
 """
@@ -13,7 +14,7 @@ import csv
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ RESULTS = Path(__file__).parent / "results"
 STORIES = SHARED / "data/tinystories"
 NOTE = "note"
 """The last column of every table: why a row has no figures."""
+
+
+ELSEWHERE = Path("--folder")
+"""The folder of a model that the command line has to say."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Subject:
     @property
     def present(self) -> bool:
         paths = [*self.corpora.values(), *([self.folder] if self.folder else [])]
-        return all(path.exists() for path in paths)
+        return self.folder != ELSEWHERE and all(path.exists() for path in paths)
 
 
 _STORIES = {
@@ -65,6 +70,16 @@ SUBJECTS = {
         {"depth_prune.remove": 1, "depth_prune.protect_first": 2, "depth_prune.protect_last": 1},
     ),
     "story-656k": Subject(SHARED / "models/story-656k", _STORIES, _STORIES_PARAMS),
+    "smollm2-135m": Subject(
+        ELSEWHERE,
+        {
+            "train": SHARED / "data/c4/train.jsonl",
+            "calibration": SHARED / "data/c4/train.jsonl",
+            "test": SHARED / "data/wikitext2/test.jsonl",
+            "test_ood": STORIES / "test.jsonl",
+        },
+        {"calibrate.windows": 32, "lora.steps": 50, "evaluate.max_windows": 16},  # 102,400 tokens of recovery
+    ),
 }
 COMMON = {"depth_prune.remove": 0, "evaluate.new_tokens": 1}
 """No depth pruning where it isn't the subject; completions are of no interest here."""
@@ -146,6 +161,7 @@ def main(
     """
     parser = argparse.ArgumentParser(prog=f"python -m tests.benchmarks.{script}")
     parser.add_argument("--model", action="append", choices=[*SUBJECTS], help="default: all that are there")
+    parser.add_argument("--folder", type=Path, help="of the model that --model names")
     parser.add_argument("--only", default="", help="regular expression that a row's name has to contain")
     parser.add_argument("--steps", type=int, help="recovery steps, to try it out")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -154,7 +170,7 @@ def main(
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     for name in given.model or [name for name, subject in SUBJECTS.items() if subject.present]:
-        subject = SUBJECTS[name]
+        subject = replace(SUBJECTS[name], **({"folder": given.folder} if given.folder else {}))
         if not subject.present:
             print(f"{name} is not there: {subject.folder} or its corpora in {SHARED}", file=sys.stderr)
             continue

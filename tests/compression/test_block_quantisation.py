@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from tasks.algorithms.quantisation import masked_gptq, rounding
-from tasks.compression import block_quantisation
-from tasks.models import gptq_folder
+from tasks.algorithms.model import layers
+from tasks.algorithms.quantisation import rounding
+from tasks.compression import block_quantisation, linear_quantisation
+from tasks.models import streamed_folder
 from tests.support.matrices import normal, two_of_four
 from tests.support.pruned_model import inputs_of_the_stage, sections
 
@@ -26,7 +27,8 @@ def test_bytes_of_a_linear(pattern, symmetric, act_order):
     weight = normal(8, 64)
     keep = None if pattern == "dense" else two_of_four(weight)
     chosen = sections(symmetric=symmetric, act_order=act_order)["gptq"]
-    found = block_quantisation.linear_bytes(weight, keep, pattern, 4, chosen)
+    kept = weight.numel() if keep is None else int(keep.sum())
+    found = block_quantisation.linear_bytes(tuple(weight.shape), kept, pattern, 4, chosen)
     # 12 cases of 6 fit 4 bytes, 8 remain; 512 weights of 512 or 256; 16 groups; 64 inputs in one of two groups
     positions = {"2:4": 10 * 4 + 3, "unstructured": math.log2(math.comb(512, 256)) / 8, "dense": 0}[pattern]
     codes = (512 if keep is None else 256) * 4 / 8
@@ -40,17 +42,24 @@ def test_what_was_measured_is_read_back_to_the_last_bit(tmp_path):
     assert block_quantisation.read_harm(tmp_path / "harm.csv") == harm
 
 
-def test_calibration_sees_the_quantised_embedding(pruned):
-    chosen = sections(embedding={"bits": 4, "group_size": 16, "method": "nearest"})["gptq"]
-    coded, start = block_quantisation.compress_embedding(pruned.files["lora/model"], pruned.windows, chosen, "cpu")
-    model = gptq_folder.load_for_quantisation(pruned.files["lora/model"], block_quantisation.settings(chosen, 4, "cpu"))
-    block_quantisation.place(model.model, coded)
+def test_calibration_sees_the_quantised_embedding(pruned, make_stage, tmp_path, monkeypatch):
+    params = sections(embedding={"bits": 4, "group_size": 16, "method": "nearest"})
+    model, stage = streamed_folder.open_dense(pruned.files["lora/model"]), make_stage(params, pruned.files)
+    coded = block_quantisation.compress_embedding(model, pruned.windows, params["gptq"])
     seen = []
-    model.model.model.layers[0].register_forward_pre_hook(lambda *given: seen.append(given), with_kwargs=True)
-    masked_gptq.quantise(model, pruned.windows, pruned.keep)
-    first = seen[0][1][0] if seen[0][1] else seen[0][2]["hidden_states"]
-    assert torch.equal(first, rounding.values(coded["embedding"])[pruned.windows[:1].long()])
-    assert torch.equal(start.model.embed_tokens.weight, rounding.values(coded["embedding"]))
+    walk = layers.walk
+    monkeypatch.setattr(layers, "walk", lambda model, ids, visit, batch=1: walk(model, ids, watching(visit), batch))
+
+    def watching(visit):
+        def visited(index, block, inputs):
+            seen.append(inputs.hidden.clone())
+            visit(index, block, inputs)
+
+        return visited
+
+    linear_quantisation.quantise_linears(stage, model, pruned.windows, pruned.keep, 4, tmp_path / "quantised")
+    assert torch.equal(seen[0], rounding.values(coded["embedding"])[pruned.windows.long()])
+    assert torch.equal(model.model.embed_tokens.weight, rounding.values(coded["embedding"]))
 
 
 def test_the_heads_moments_are_those_of_its_inputs(pruned):

@@ -9,7 +9,7 @@ from tests.support import peak_memory
 
 MIB = 2**20
 PARAMS = {
-    "importance": {"method": "block_influence", "windows": 2},
+    "importance": {"method": "taylor", "windows": 2},
     "depth_prune": {"remove": 2, "protect_first": 1, "protect_last": 0, "schedule": "one_shot"},
     "calibrate": {"seed": 0, "windows": 4, "length": 32},
     "wanda": {"method": "wanda", "pattern": "n_m", "keep": 2, "of": 4, "sparsity": None},
@@ -22,9 +22,7 @@ def test_peaks_are_flat_in_the_number_of_blocks(model_folder, make_windows, tmp_
     (tmp_path / "corpora/calibration.jsonl").write_text(text)
     tensor_files.save_tensors(tmp_path / "windows.safetensors", {"input_ids": make_windows(4, 32).int()}, {})
     folders = [peak_memory.large_llama(tmp_path / str(blocks), model_folder, blocks) for blocks in (4, 16)]
-    (tmp_path / "scores.csv").write_text(
-        "layer,block_influence\n" + "".join(f"{index},{index}\n" for index in range(16))
-    )
+    (tmp_path / "scores.csv").write_text("layer,taylor\n" + "".join(f"{index},{index}\n" for index in range(16)))
     names = ("corpora", "windows.safetensors", "scores.csv")
     inputs = {f"fetch/{name}": tmp_path / name for name in names}
     stages = list(PARAMS)

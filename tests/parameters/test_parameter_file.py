@@ -37,9 +37,11 @@ def test_a_small_number_as_dvc_writes_it_is_one(tmp_path: Path, number: float) -
 
 @pytest.mark.parametrize("text", ["3e-4", "1e-05", "1E-3", "+1e-3", ".5", "010", "0x10", "0o17", "1_000", "yes", "~"])
 def test_what_is_read_is_what_dvc_records(tmp_path: Path, text: str) -> None:
-    path = written(tmp_path, "learning_rate: 0.01\n", f"learning_rate: {text}\n")
-    recorded = read_param_file(LocalFileSystem(), str(path), ["lora"], flatten=False)["lora"]["learning_rate"]
-    found = parameter_file.read(path)["lora"]["learning_rate"]
+    path = written(tmp_path, "learning_rate: 0.002\n", f"learning_rate: {text}\n")
+    section = "base_model"
+    recorded = read_param_file(LocalFileSystem(), str(path), [section], flatten=False)[section]["learning_rate"]
+    found = parameter_file.read(path)[section]["learning_rate"]
+    assert found != 0.002
     assert (found, type(found)) == (recorded, type(recorded))
 
 

@@ -260,7 +260,15 @@ LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16
         ({"evaluate.batch": 512}, 24),
         ({"calibrate.windows": 1024}, 24),
         ({"lora.batch": 1024, "evaluate.batch": 512, "calibrate.windows": 1024}, 24),
-        ({"importance.method": "taylor", "calibrate.windows": 4, "calibrate.length": 65536}, 120),
+        (
+            {
+                "importance.method": "taylor",
+                "importance.windows": 64,
+                "calibrate.windows": 64,
+                "calibrate.length": 4096,
+            },
+            30,
+        ),
     ],
 )
 def test_the_remedy_that_is_named_works(

@@ -140,6 +140,10 @@ BAD = [
         {"wanda.keep": 5, "wanda.of": 4},
         "params.yaml: wanda: keep = 5 must be below of = 4: otherwise nothing is pruned",
     ),
+    (
+        {"wanda.of": 8},
+        "params.yaml: wanda: keep = auto is a choice of 4, and of = 8: give a number, or set of to 4",
+    ),
     ({"wanda.pattern": "n_m", "wanda.keep": None}, "params.yaml: wanda: pattern n_m needs `keep` and `of`"),
     (
         {"wanda.pattern": "unstructured", "wanda.sparsity": None},

@@ -151,8 +151,9 @@ def test_the_device_is_a_parameter_of_every_stage_that_asks_for_it() -> None:
 
 REACH = {
     "tasks/packed/writer.py": {"package", "baseline"},
-    "tasks/packed/source_folder.py": {"package", "baseline"},
+    "tasks/packed/source_folder.py": {"package", "baseline", "evaluate", "measure", "kv_cache", "harness"},
     "tasks/algorithms/quantisation/masked_gptq.py": {"gptq", "baseline"},
+    "tasks/algorithms/quantisation/gptq_walk.py": {"gptq", "baseline"},
     "tasks/algorithms/quantisation/sparsegpt.py": {"gptq", "baseline"},
     "tasks/algorithms/quantisation/descent.py": {"gptq", "baseline"},
     "tasks/algorithms/quantisation/sensitivity.py": {"gptq", "sensitivity", "baseline"},

@@ -21,6 +21,7 @@ from tasks.runtime import lean
 lean.apply()
 lean.apply()
 import torch
+import peft
 from tasks.models import dense_folder
 model = dense_folder.load_dense(Path(sys.argv[1]))
 with torch.no_grad():

@@ -154,7 +154,7 @@ def test_weights_keep_the_type_that_they_are_stored_in(ready, model_folder, tmp_
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/model").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("method", importance.BLOCKWISE)
+@pytest.mark.parametrize("method", importance.SCORES)
 def test_scores_of_one_block_at_a_time_are_those_of_the_model_in_memory(method, model_folder, make_windows):
     whole, streamed = dense_folder.load_dense(model_folder), streamed_folder.open_dense(model_folder)
     for removed in ([], [1], [0, 2]):

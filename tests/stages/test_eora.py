@@ -13,9 +13,10 @@ from tasks import gptq
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.quantisation import gptqmodel_library as library
-from tasks.algorithms.quantisation import gptqmodel_settings, masked_gptq, rounding, unpacking
-from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, tensor_files
+from tasks.algorithms.quantisation import gptqmodel_settings, rounding, unpacking
+from tasks.models import dense_folder, gptq_folder, mask_files, sparsity_ledger, streamed_folder, tensor_files
 from tests.support.matrices import normal
+from tests.support.packed_models import quantise_linears
 
 SETTINGS = {"bits": 2, "group_size": 32, "symmetric": False, "damp": 0.05, "act_order": "none"}
 
@@ -40,9 +41,8 @@ def files(tiny_llama, tmp_path_factory):
     windows = torch.randint(0, 257, (6, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     tensor_files.save_tensors(folder / "windows.safetensors", {"input_ids": windows}, {})
     (folder / "removed.json").write_text('{"kept": [0, 2, 3]}')
-    model = gptq_folder.load_for_quantisation(folder / "lora/model", gptqmodel_settings.config(**SETTINGS))
-    masked_gptq.quantise(model, windows, keep)
-    gptq_folder.save_quantised(model, folder / "lora/model", folder / "gptq/model")
+    model, config = streamed_folder.open_dense(folder / "lora/model"), gptqmodel_settings.config(**SETTINGS)
+    quantise_linears(model, folder / "lora/model", folder / "gptq/model", windows, keep, config)
     names = ("gptq/model", "lora/model", "vocabulary/model", "removed.json", "windows.safetensors", "masks.safetensors")
     return {name: folder / name for name in names}
 
@@ -252,7 +252,7 @@ def test_the_ledger_is_that_of_the_quantised_weights_and_a_broken_pattern_ends_t
     assert not rows["violations"].any() and not rows["revived"].any()
     keep, pattern = mask_files.load_masks(files["masks.safetensors"])
     name = "model.layers.1.mlp.up_proj"
-    keep[name] = ~keep[name]
+    keep = {**keep, name: ~keep[name]}
     mask_files.save_masks(tmp_path / "other.safetensors", keep, pattern)
     monkeypatch.setitem(files, "masks.safetensors", tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=f"gptq broke the sparsity pattern of {name}"):

@@ -20,6 +20,8 @@ from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed import reader
 from tasks.packed.stored_model import Linear, Model
 from tasks.packed.writer import save
+from tasks.parameters.evaluation_sections import Evaluate
+from tasks.runtime.shelf import Shelf
 
 PARAMS = {
     "protocol": "joined",
@@ -225,6 +227,28 @@ def test_a_split_shorter_than_one_window_is_a_sentence(stage) -> None:
     stage.params.evaluate.length = 60
     with pytest.raises(InputError, match="the text has 55 tokens, one window needs 60: give a longer text"):
         evaluate.run(stage)
+
+
+def test_a_model_that_was_passed_on_is_measured_once(
+    stage, make_stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, shelf = [], Shelf(tmp_path / "shelf")
+    whole = evaluate.measure
+    monkeypatch.setattr(evaluate, "measure", lambda stage: (measured.append(stage.item), whole(stage)))
+
+    def run(item: str, content: str | None, out: str) -> dict[str, bytes]:
+        one = make_stage({"evaluate": Evaluate(enabled=True, **PARAMS)}, stage.places, out=out, item=item)
+        one.content, one.shelf = lambda path: content, lambda *_, **__: shelf
+        evaluate.run(one)
+        return {name: one.output(name).read_bytes() for name in evaluate.WRITTEN}
+
+    first, again = run("fetch", "same", "a"), run("vocabulary", "same", "b")
+    assert measured == ["fetch"]
+    assert json.loads(again.pop("metrics.json")) == json.loads(first.pop("metrics.json")) | {"model": "vocabulary"}
+    assert again == first
+    for content in ("other", None):  # None: nothing is known of it
+        run("wanda", content, "c")
+    assert measured == ["fetch", "wanda", "wanda"]
 
 
 def test_off_says_that_nothing_was_measured(stage) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tasks import harness
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import head
+from tasks.algorithms.model import head, streaming
 from tasks.algorithms.scoring import likelihood, protocols
 from tasks.algorithms.text import task_documents, triviaqa
 from tasks.models import dense_folder
@@ -401,3 +401,18 @@ def test_off_says_that_nothing_was_evaluated(make) -> None:
     expected = {"model": "package", "task": "corpus", "evaluated": False}
     assert json.loads(stage.output("scores.json").read_text()) == expected
     assert stage.output("samples.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("task", ["hellaswag", "corpus", "triviaqa_closed"])
+def test_a_model_whose_blocks_are_opened_one_by_one_has_the_same_bytes(task, make, monkeypatch) -> None:
+    documents = {"hellaswag": HELLASWAG, "corpus": [{"text": text} for text in TEXTS], "triviaqa_closed": QUESTIONS}[
+        task
+    ]
+    found = []
+    for out, whole, states in (("whole", 2**31, 2**26), ("streamed", 0, 2**26), ("few", 0, 64)):
+        monkeypatch.setattr(streaming, "WHOLE", whole)
+        monkeypatch.setattr(streaming, "STATES", states)
+        stage = make(task, documents, out=out)
+        harness.run(stage)
+        found.append([stage.output(name).read_bytes() for name in ("scores.json", "samples.jsonl")])
+    assert found[0] == found[1] == found[2]

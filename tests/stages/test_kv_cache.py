@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tasks import kv_cache
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import head
+from tasks.algorithms.model import head, streaming
 from tasks.algorithms.model.shape import shape_of_model
 from tasks.algorithms.scoring import kv_cache as algorithm
 from tasks.algorithms.scoring import perplexity
@@ -215,6 +215,12 @@ def test_a_run_whose_windows_are_all_in_the_journal_writes_the_same(staged: Any,
     saved = journal.Journal(tmp_path / "journal", interval=0)
     assert saved.part("40-4").load("nll").values == 3  # windows
     assert staged(saved=saved)[1] == content
+
+
+def test_a_model_whose_blocks_are_opened_one_by_one_has_the_same_bytes(staged: Any, monkeypatch: Any) -> None:
+    _, content = staged()
+    monkeypatch.setattr(streaming, "WHOLE", 0)
+    assert staged()[1] == content
 
 
 def test_one_window_has_no_standard_error(staged: Any) -> None:

@@ -14,8 +14,10 @@ import pytest
 
 from tasks import measure
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import streaming
 from tasks.evaluation import measuring_process
 from tasks.parameters.schema import Measure
+from tests.support.packed_models import REALISTIC
 from tests.support.paths import ROOT
 
 PARAMS = Measure(enabled=True, threads=1, prompt_tokens=4, new_tokens=10, generations=2, rounds=3)
@@ -42,6 +44,8 @@ def stage(tmp_path: Path, make_stage):
     for name, folder in folders.items():
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"2" * 100 if name == "package" else b"1" * 100)
+        config = {"config": REALISTIC} if name == "package" else REALISTIC
+        (folder / ("model.json" if name == "package" else "config.json")).write_text(json.dumps(config))
     inputs = {f"{name}/model": folder for name, folder in folders.items()}
     return make_stage({"measure": PARAMS}, inputs)
 
@@ -84,13 +88,30 @@ def test_the_output_is_a_function_of_the_inputs(stage, turns) -> None:
     shutil.rmtree(stage.output("measure"))
     measure.run(stage)  # slower
     assert written(stage) == first and stage.facts["measured"] != noted["measured"]
-    digest = hashlib.sha256(f"{hashlib.sha256(b'2' * 100).hexdigest()}  model.safetensors\n".encode()).hexdigest()
+    contents = {"model.json": json.dumps({"config": REALISTIC}).encode(), "model.safetensors": b"2" * 100}
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items()]
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
     assert first["measured"] is True and first["models"]["package"] == {
-        **{"bytes": 100, "files": digest, "same_as": None},
+        **{"bytes": sum(map(len, contents.values())), "files": digest, "same_as": None},
     }
     assert {name: one["same_as"] for name, one in first["models"].items()} == {
         **{"fetch": None, "vocabulary": "fetch", "package": None},
     }
+
+
+def test_models_too_large_for_float32_are_all_measured_in_bfloat16(stage, turns, monkeypatch) -> None:
+    weights = 10 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 384) + 2048 * 128
+    asked = []
+    original = measuring_process.measure_each
+    monkeypatch.setattr(measuring_process, "measure_each", lambda *given: asked.append(given[1]) or original(*given))
+    for largest, dtype, settings in (
+        (4 * weights, "float32", {}),
+        (4 * weights - 1, "bfloat16", {"dtype": "bfloat16"}),
+    ):
+        monkeypatch.setattr(streaming, "WHOLE", largest)
+        measure.run(stage)
+        assert written(stage)["engine"] == f"PyTorch, {dtype}" and asked[-1].settings == settings
+        shutil.rmtree(stage.output("measure"))
 
 
 def test_energy_that_the_host_does_not_tell_is_null(stage) -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tasks.compression import block_quantisation
 from tasks.runtime import accelerator
 from tests.benchmarks.chain import Chain, declared
 from tests.support import fake_card, project
@@ -74,9 +73,6 @@ def test_a_stage_writes_on_the_card_what_it_writes_on_the_cpu(name, on_the_cpu, 
     inputs = {(address, dep): here._place(here.stages[address], dep) for dep in here.stages[address].deps}
     there = here.variant({"device": "cuda"}, inputs)
     monkeypatch.setattr(accelerator, "prepare", lambda device: None)  # for the whole process
-    # gptqmodel's looper asks CUDA for its streams: it stays on the CPU, all before and after it is on the card
-    settings = block_quantisation.settings
-    monkeypatch.setattr(block_quantisation, "settings", lambda *given: settings(*given[:2], "cpu"))
     with fake_card.installed():
         found = written(there.output(address))
     assert there.computed == [address]

@@ -53,13 +53,11 @@ def make_package(tmp_path: Path, make_stage, pruned_folder: Path):
     for name in ("embedding.safetensors", "adapter.safetensors"):
         inputs[name] = tmp_path / name
         tensor_files.save_tensors(inputs[name], {}, {"bits": "16", "group_size": "-1"})
-    chosen = {name: getattr(sections, name) for name in ("package", "wanda", "lora", "gptq")}
+    chosen = {name: getattr(sections, name) for name in ("package", "depth_prune", "wanda", "lora", "gptq", "eora")}
 
     def make(out="out", enforce=True):
         chosen["wanda"] = sections.wanda.model_copy(update={"keep": 1, "of": 2, "enforce": enforce})
-        stage = make_stage(chosen, inputs, out=out)
-        del stage.params.device  # dvc.yaml gives this stage none
-        return stage
+        return make_stage(chosen, inputs, out=out)
 
     return make
 
@@ -89,6 +87,8 @@ def test_what_went_in_comes_out_and_the_manifest_describes_every_file(make_packa
     lineage = found["lineage"]
     assert lineage["source"] == {"model": "here"}
     assert lineage["parameters"]["wanda"] == stage.params.wanda.model_dump()
+    assert lineage["parameters"]["depth_prune"]["remove"] == 1  # as it was, though params.yaml says auto
+    assert "auto" not in json.dumps(lineage) and lineage["parameters"]["lora"]["steps"] == 200
     assert lineage["inputs"]["removed.json"] == hashlib.sha256(b'{"removed": [3]}').hexdigest()
 
 

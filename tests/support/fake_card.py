@@ -5,8 +5,7 @@ operation that gets a marked and an unmarked one is refused as CUDA refuses it, 
 makes is marked. So a stage that ends has brought everything together, and as the CPU computed it, its files are those
 of a run on the CPU.
 
-It sees what Python calls; kernels, streams and their rounding it does not have. gptqmodel's own looper, which asks CUDA
-itself, can't run on it.
+It sees what Python calls; kernels, streams and their rounding it does not have.
 """
 
 from __future__ import annotations

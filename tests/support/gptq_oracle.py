@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import numpy as np
 import torch
-from torch import nn
 
-from tasks.algorithms.model import checkpoints
-from tasks.algorithms.quantisation import gptqmodel_library as library
 from tasks.algorithms.quantisation import gptqmodel_settings, masked_gptq
 from tests.support.matrices import normal
-
-NamedModule = importlib.import_module("gptqmodel.looper.named_module").NamedModule  # after the library's own import
 
 NAME = "model.layers.0.mlp.up_proj"
 SETTINGS = {"bits": 4, "group_size": 32, "symmetric": True, "damp": 0.05, "act_order": "none", "mse": 0.0}
@@ -25,34 +19,14 @@ def inputs(columns, tokens=512, seed=1):
     return normal(tokens, columns, seed=seed) @ normal(columns, columns, seed=seed + 1) * normal(columns, seed=9).exp()
 
 
-def library_gptq(
-    weight,
-    x,
-    keep=None,
-    blocksize=128,
-    scale_steps=None,
-    joint=None,
-    cycles=0,
-    saved=checkpoints.NOTHING,
-    device="cpu",
-    **changed,
-):
-    """(quantised weight, scales, zeros, result) of gptqmodel's GPTQ on one matrix, led by this project."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight.data = weight.clone()
-    linear.to(device)
+def library_gptq(weight, x, keep=None, scale_steps=None, joint=None, cycles=0, device="cpu", **changed):
+    """(quantised weight, scales, zeros, all of the answer) of gptqmodel's GPTQ on one matrix, led by this project."""
     settings = masked_gptq.Settings(scale_steps=scale_steps, joint=joint, descent_cycles=cycles)
-    with (
-        library.contained(),
-        masked_gptq.MaskedGptq({} if keep is None else {NAME: keep}, settings, saved=saved).in_place() as results,
-    ):
-        gptq = library.gptq.GPTQ(
-            NamedModule(linear, "mlp.up_proj", NAME, 0), gptqmodel_settings.config(**(SETTINGS | changed))
-        )
-        gptq.quantizer.configure(perchannel=True)
-        gptq.add_batch(x.to(device), None)
-        answer = gptq.quantize(blocksize=blocksize)
-    return answer[0], answer[1], answer[2], results[NAME]
+    config, x = gptqmodel_settings.config(**(SETTINGS | changed)), x.to(device)
+    hessian = (x.T @ x) * (2.0 / len(x))
+    masks = {} if keep is None else {NAME: keep}
+    answer = masked_gptq.quantise({NAME: weight.clone().to(device)}, hessian, config, settings, masks)[NAME]
+    return answer.quantised, answer.scales, answer.zeros, answer
 
 
 def as_stored(scale, steps):

@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from tasks.algorithms.model import families
 from tasks.algorithms.model.shape import shape_of_config
-from tasks.algorithms.quantisation import gptqmodel_settings, masked_gptq, rounding
-from tasks.models import gptq_folder, tensor_files
+from tasks.algorithms.quantisation import gptq_walk, gptqmodel_settings, masked_gptq, rounding
+from tasks.models import gptq_folder, streamed_folder, tensor_files
 from tasks.packed.layout import divisor
 from tasks.packed.stored_model import Linear, Model, zero_codes
 
@@ -96,6 +96,19 @@ def save_coded(path, coded, bits):
     tensor_files.save_tensors(path, tensors, {"bits": str(bits), "group_size": "32"})
 
 
+def quantise_linears(model, dense, target, windows, keep, config, settings=masked_gptq.PLAIN):
+    """A model opened from the folder `dense`, quantised -> target; what became of each linear."""
+    found = {}
+    with gptq_folder.writing(model, config, dense, target) as write:
+
+        def done(name, quantised):
+            write(name, quantised.tensors)
+            found[name] = quantised
+
+        gptq_walk.quantise(model, windows, keep, config, done, settings)
+    return found
+
+
 def quantise(folder, windows, keep, settings, embedding=16, steps=None):
     """folder/dense -> folder/model and folder/embedding.safetensors."""
     settings = SETTINGS | settings
@@ -103,16 +116,16 @@ def quantise(folder, windows, keep, settings, embedding=16, steps=None):
         names = [f"model.layers.{i}.{name}" for i in range(2) for name in families._LLAMA.linears]
         widths = settings.pop("widths") * len(names)
         settings["bits"] = dict(zip(names, widths, strict=False))
-    model = gptq_folder.load_for_quantisation(folder / "dense", gptqmodel_settings.config(**settings))
+    model = streamed_folder.open_dense(folder / "dense")
     coded = {}
     if embedding < 16:
-        tied = model.model.config.tie_word_embeddings
+        tied = model.config.tie_word_embeddings
         for name, place in [("embedding", "model.embed_tokens"), *([] if tied else [("head", "lm_head")])]:
-            weight = model.model.get_submodule(place).weight
+            weight = model.get_submodule(place).weight
             coded[name] = rounding.quantise(weight, embedding, 32, steps)
             weight.data = rounding.values(coded[name])
-    masked_gptq.quantise(model, windows, keep, masked_gptq.Settings(scale_steps=steps))
-    gptq_folder.save_quantised(model, folder / "dense", folder / "model")
+    config = gptqmodel_settings.config(**settings)
+    quantise_linears(model, folder / "dense", folder / "model", windows, keep, config, masked_gptq.Settings(steps))
     save_coded(folder / "embedding.safetensors", coded, embedding)
 
 

@@ -9,14 +9,15 @@ No family here changes its logits after the head (a soft cap, a scale): what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms.model import families, layers
+from tasks.algorithms.model import families, layers, streaming
 from tasks.algorithms.model.rows import chunks
+from tasks.algorithms.model.shape import shape_of_model
 
 
 def states(model: Any, input_ids: Tensor) -> Tensor:
@@ -29,13 +30,30 @@ def states(model: Any, input_ids: Tensor) -> Tensor:
 
 
 def states_of(model: Any, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield `states` of each batch; a model whose blocks are kept elsewhere opens each block once for all batches."""
+    """Yield `states` of each batch.
+
+    A model whose blocks are kept elsewhere opens each block once for many batches: those whose hidden states have
+    `streaming.STATES` values together.
+    """
     if not layers.kept_elsewhere(model):
         yield from (states(model, input_ids) for input_ids in batches)
         return
     norm = model.get_submodule(families.of_model(model).final_norm)
-    for hidden in layers.carry(model, batches):
-        yield norm(hidden).flatten(0, 1)
+    for together in _together(batches, streaming.STATES // shape_of_model(model).hidden):
+        for hidden in layers.carry(model, together):
+            yield norm(hidden).flatten(0, 1)
+
+
+def _together(batches: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """Yield runs of consecutive batches of at most `most` tokens, or of one batch."""
+    run: list[Tensor] = []
+    for batch in batches:
+        if run and sum(each.numel() for each in run) + batch.numel() > most:
+            yield run
+            run = []
+        run.append(batch)
+    if run:
+        yield run
 
 
 def logits(model: Any, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -76,17 +94,3 @@ def _nats(model: Any, said: Tensor, following: Tensor) -> Tensor:
     for rows, each in logits(model, said):
         found.append(-torch.log_softmax(each.float(), dim=-1).gather(1, targets[rows]).squeeze(1))
     return torch.cat(found).view(following.shape)
-
-
-def backward(model: nn.Module, input_ids: Tensor, loss: Callable[[slice, Tensor], Tensor]) -> None:
-    """Add the gradients of a loss that is a sum over rows to the weights (not to the head's), as `loss.backward()`.
-
-    Args:
-        input_ids: int64 [batch, length].
-        loss: called with rows of [batch * length] and their logits [rows, vocabulary]; returns the rows' share.
-    """
-    hidden = states(model, input_ids)
-    inputs = hidden.detach().requires_grad_()
-    for rows, each in logits(model, inputs):
-        loss(rows, each).backward()
-    hidden.backward(inputs.grad)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tasks.algorithms.model import families, streaming
 from tasks.algorithms.model.device import beside
-from tasks.algorithms.model.matrices import Matrix
+from tasks.algorithms.model.matrices import Matrix, by_block
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a block after its hidden states: masks, position embeddings, …"""
@@ -37,6 +37,17 @@ def opened(block: nn.Module) -> contextlib.AbstractContextManager[None]:
 def kept_elsewhere(model: Any) -> bool:
     """Whether a block of the model has to be opened for a forward pass."""
     return isinstance(model, nn.Module) and any(hasattr(module, STORED) for module in model.modules())
+
+
+def weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Yield full name -> weight [out, in] of each block's matrices, the block open until the next one is asked for.
+
+    Raises:
+        InputError: the model's family isn't supported.
+    """
+    for block, inside in zip(families.blocks(model), by_block(model), strict=True):
+        with opened(block):
+            yield {name: matrix.weight for name, matrix in inside.items()}
 
 
 @contextlib.contextmanager
@@ -126,7 +137,9 @@ class InputStatistics(NamedTuple):
 Visit = Callable[[int, nn.Module, BlockInputs], None]
 
 
-def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> Tensor:
+def walk(
+    model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1, entered: Callable[[], None] | None = None
+) -> Tensor:
     """Visit the blocks in order, each with the activations that the blocks before it (as changed by `visit`) produce.
 
     Args:
@@ -135,6 +148,7 @@ def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> T
         visit: called with (index, block, inputs), the block open; it may change the block's weights, and run it for
             the walk (`BlockInputs.carry`).
         batch: windows per forward pass; no effect on the result beyond rounding.
+        entered: called when the walk has no more need of what is outside of the blocks.
 
     Returns:
         The last block's outputs [windows, length, hidden], before the final norm.
@@ -148,11 +162,13 @@ def walk(model: nn.Module, input_ids: Tensor, visit: Visit, batch: int = 1) -> T
     def enter(states: Tensor) -> None:
         nonlocal done
         if not held:
-            held.append(_room((len(input_ids), *states.shape[1:]), states))
+            held.append(room((len(input_ids), *states.shape[1:]), states))
         held[0][done : done + len(states)] = states
         done += len(states)
 
     calls, hidden = _enter(model, input_ids.split(batch), enter), held[0]
+    if entered:
+        entered()
     for index, block in enumerate(families.blocks(model)):
         inputs = BlockInputs(hidden, {windows: call for (windows, _), call in calls[index].items()}, batch)
         with opened(block):
@@ -243,8 +259,8 @@ def input_statistics(
     return statistics
 
 
-def _room(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A tensor of this shape, without values: in memory, or where hidden states are spilled to."""
+def room(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Make a tensor of this shape, without values: in memory, or where hidden states are spilled to."""
     spill = streaming.SPILL.get()
     if spill is not None and like.device.type == "cpu":
         room = spill(math.prod(shape) * like.element_size())

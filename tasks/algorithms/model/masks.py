@@ -6,8 +6,6 @@ Files are `tasks.models.mask_files`'s; which weights to keep is `tasks.algorithm
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,42 +26,12 @@ def unpack(packed: Tensor, rows: int, cols: int) -> Tensor:
     Raises:
         InputError: the bytes don't belong to a matrix of that shape.
     """
-    _check_size(packed, rows, cols)
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)  # from the highest bit on
-    bits = packed.unsqueeze(1).bitwise_right_shift(shifts).bitwise_and_(1)  # [bytes, 8]
-    return bits.view(torch.bool).flatten()[: rows * cols].reshape(rows, cols)
-
-
-class Packed(Mapping[str, Tensor]):
-    """Masks by name that are held as packed bits: each is unpacked when it is asked for, bool [rows, cols].
-
-    Args:
-        bits: name -> what `pack` made of it.
-        shapes: name -> (rows, cols).
-
-    Raises:
-        InputError: the bytes don't belong to a matrix of that shape.
-    """
-
-    def __init__(self, bits: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> None:
-        self.bits, self.shapes = bits, shapes
-        for name, shape in shapes.items():
-            _check_size(bits[name], *shape)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return unpack(self.bits[name], *self.shapes[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-def _check_size(packed: Tensor, rows: int, cols: int) -> None:
     expected = -(-rows * cols // 8)  # rounded up
     if packed.numel() != expected:
         raise InputError(f"a mask of {rows} x {cols} has {expected} bytes, found {packed.numel()}: run wanda again")
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)  # from the highest bit on
+    bits = packed.unsqueeze(1).bitwise_right_shift(shifts).bitwise_and_(1)  # [bytes, 8]
+    return bits.view(torch.bool).flatten()[: rows * cols].reshape(rows, cols)
 
 
 def groups(matrix: Tensor, of: int) -> Tensor:

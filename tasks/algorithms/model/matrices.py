@@ -36,13 +36,12 @@ class Matrix:
     @property
     def weight(self) -> Tensor:
         """The weight [out, in] without gradient, in the module's memory: writing into it changes the model."""
-        return self._seen(self.module.weight.detach())
+        return self.seen(self.module.weight.detach())
 
-    @property
-    def gradient(self) -> Tensor | None:
-        """The gradient [out, in] of the last backward pass; None where there was none."""
-        gradient = self.module.weight.grad
-        return None if gradient is None else self._seen(gradient)
+    def seen(self, tensor: Tensor) -> Tensor:
+        """Return the matrix's [out, in] of a tensor that lies as the module's weight does, such as its gradient."""
+        tensor = tensor.T if self.transposed else tensor  # [out, in]
+        return tensor if self.rows is None else tensor[self.rows]
 
     @property
     def bias(self) -> Tensor | None:
@@ -58,10 +57,6 @@ class Matrix:
     def set(self, weight: Tensor) -> None:
         """Replace all of it by `weight` [out, in], in the module's data type and on its device."""
         self.weight.copy_(weight)
-
-    def _seen(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.T if self.transposed else tensor  # [out, in]
-        return tensor if self.rows is None else tensor[self.rows]
 
 
 def by_block(model: nn.Module) -> list[dict[str, Matrix]]:

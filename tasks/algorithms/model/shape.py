@@ -59,7 +59,12 @@ class ModelShape:
     @cached_property
     def in_blocks(self) -> int:
         """The number of weights of all blocks' linears."""
-        return self.layers * sum(rows * columns for rows, columns in self.linears.values())
+        return self.layers * self.in_block
+
+    @property
+    def in_block(self) -> int:
+        """The number of weights of one block's linears."""
+        return sum(rows * columns for rows, columns in self.linears.values())
 
     @cached_property
     def outside(self) -> int:

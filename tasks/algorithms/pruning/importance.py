@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import checkpoints, families, head, layers, matrices
-from tasks.algorithms.model.device import beside, repeatable_attention
+from tasks.algorithms.model import backward, checkpoints, families, head, layers, matrices
+from tasks.algorithms.model.device import beside
 from tasks.algorithms.scoring.perplexity import from_nll
 
 Score = Callable[[nn.Module, Tensor, int, checkpoints.Saved], Tensor]
@@ -51,39 +51,40 @@ def taylor(
 ) -> Tensor:
     """Sum |gradient * weight| over each block's linears, float64 [blocks].
 
-    It needs the whole model, one gradient per weight, and the activations of all blocks for one batch, as a backward
-    pass must: beside 4 bytes per weight of the model, 4 more, and per token and layer some 9 values of the hidden and 4
-    of the MLP size.
+    Blocks are gone through backward one by one (`tasks.algorithms.model.backward`): of one there are gradients and
+    activations, of all the hidden states between them.
     """
-    blocks = matrices.by_block(model)
-    weights = [matrix.module.weight for block in blocks for matrix in block.values()]
-    wanted = {id(weight) for weight in weights}
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, *_ in before:
-            parameter.requires_grad_(id(parameter) in wanted)
-            parameter.grad = None
-        # `backward` adds to .grad: dL/dW of the loss over all windows is done after the last batch.
-        begun = saved.load("gradients")
-        for place, weight in enumerate(weights if begun else ()):
-            weight.grad = begun.tensors[str(place)].to(weight.device)
-        first = begun.values if begun else 0
-        for done, ids in enumerate(input_ids.split(batch)[first:], start=first + 1):
-            _add_gradients(model, beside(model, ids).long(), predictions=input_ids[:, 1:].numel())
-            if saved.due():
-                saved.save("gradients", {str(place): weight.grad for place, weight in enumerate(weights)}, done)
+    predictions = input_ids[:, 1:].numel()
+    scores: list[float] = []  # from the last block to the first
+    begun = saved.load("gradients")
+    if begun:
+        scores = begun.values
+    inside = matrices.by_block(model)
+
+    def loss(ids: Tensor, rows: slice, logits: Tensor) -> Tensor:
+        # the batch's share of the mean loss: its sum over the predictions of all windows
+        following = nn.functional.pad(ids[:, 1:], (0, 1), value=-1).flatten()  # -1: nothing follows a last token
+        summed = nn.functional.cross_entropy(logits.float(), following[rows], ignore_index=-1, reduction="sum")
+        return summed / predictions
+
+    def visit(index: int, _: nn.Module, back: backward.Back) -> None:
+        modules = list(dict.fromkeys(matrix.module for matrix in inside[index].values()))
+        gradients = dict(zip(modules, back([module.weight for module in modules]), strict=True))
         # |L(W = 0) - L(W)| to first order, weight by weight: |dL/dW * W|.
-        return torch.tensor(
-            [
-                sum(float((matrix.gradient * matrix.weight).double().abs().sum()) for matrix in block.values())
-                for block in blocks
-            ],
-            dtype=torch.float64,
+        scores.append(
+            sum(
+                float((matrix.seen(gradients[matrix.module]) * matrix.weight).double().abs().sum())
+                for matrix in inside[index].values()
+            )
         )
-    finally:
-        for parameter, required, gradient in before:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
+
+    def reached(here: backward.Reached) -> None:
+        if saved.due():
+            saved.save("gradients", {"gradient": here.gradient}, scores)
+
+    came_to = backward.Reached(len(inside) - 1 - len(scores), begun.tensors["gradient"]) if begun else None
+    backward.backward(model, input_ids, loss, visit, batch, came_to, reached)
+    return torch.tensor(scores[::-1], dtype=torch.float64)
 
 
 def perplexity(
@@ -171,18 +172,11 @@ SCORES: dict[str, Score] = {
     "block_influence": block_influence,
 }
 COMPOUND = "compound"
-BLOCKWISE = ("magnitude", "perplexity", "block_influence")
-"""Scores that look at one block at a time: the model's blocks may be kept elsewhere. `taylor` needs all of them."""
 
 
 def parts(method: str) -> tuple[str, ...]:
     """The scores that a method is made of: itself, or all of them for `compound`."""
     return tuple(SCORES) if method == COMPOUND else (method,)
-
-
-def blockwise(method: str) -> bool:
-    """Whether the method's scores look at one block at a time (`BLOCKWISE`)."""
-    return set(parts(method)) <= set(BLOCKWISE)
 
 
 def score(
@@ -209,15 +203,3 @@ def score(
         raise InputError(f"the {method} score of layers {broken} is not finite: mend the model or take another method")
     saved.save("score", {"score": values})
     return values
-
-
-def _add_gradients(model: nn.Module, ids: Tensor, predictions: int) -> None:
-    """Add the gradients of the batch's share of the mean loss: its sum over the predictions of all windows."""
-    following = nn.functional.pad(ids[:, 1:], (0, 1), value=-1).flatten()  # -1: nothing follows a window's last token
-
-    def loss(rows: slice, logits: Tensor) -> Tensor:
-        summed = nn.functional.cross_entropy(logits.float(), following[rows], ignore_index=-1, reduction="sum")
-        return summed / predictions
-
-    with repeatable_attention(ids.device):
-        head.backward(model, ids, loss)

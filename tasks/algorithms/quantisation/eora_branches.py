@@ -68,6 +68,7 @@ def compensate(
     size: Size,
     done: Done | None = None,
     saved: checkpoints.Saved = checkpoints.NOTHING,
+    entered: Callable[[], None] | None = None,
 ) -> dict[str, Branch]:
     """Compute a branch for every linear of the blocks, on the inputs that it gets when all before it are compensated.
 
@@ -76,6 +77,7 @@ def compensate(
         input_ids: [windows, length]; every token counts.
         teacher: full module name (of `model`) -> weight [out_features, in_features] to come close to.
         saved: what it holds of an interrupted run isn't computed again.
+        entered: as for `layers.walk`.
 
     Raises:
         InputError: rank above the smaller side of a linear, or a teacher's weight of another shape.
@@ -104,7 +106,7 @@ def compensate(
             if done:
                 done(name, branches[name].error_after)
 
-    layers.walk(model, input_ids, visit)
+    layers.walk(model, input_ids, visit, entered=entered)
     return branches
 
 

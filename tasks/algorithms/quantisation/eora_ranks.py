@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms.model import checkpoints, head, layers, matrices
-from tasks.algorithms.model.device import beside, repeatable_attention
+from tasks.algorithms.model import backward, checkpoints, layers, matrices
 from tasks.algorithms.quantisation import eora, output_error
 
 MEASURED = 8
@@ -35,23 +34,32 @@ def curvature(model: nn.Module, input_ids: Tensor, saved: checkpoints.Saved = ch
 
     Args:
         model: with ordinary linears in its blocks, in evaluation mode; left as it was.
-        input_ids: [windows, length]; windows run one by one, so that one's activations are held.
+        input_ids: [windows, length]; windows run one by one, and blocks are gone through backward one by one.
         saved: what it holds of an interrupted run isn't computed again.
 
     Returns:
         Full module name -> squared gradient of the summed loss, averaged over outputs and tokens.
     """
-    squares = dict.fromkeys(matrices.of_model(model), 0.0)
+    inside = matrices.by_block(model)
+    squares = {name: 0.0 for block in inside for name in block}
     generator = torch.Generator().manual_seed(0)  # the labels are part of the method: the same in every run
-    first = 0
+    came_to = None
     if begun := saved.load("curvature"):
-        first, squares = begun.values
-        generator.set_state(begun.tensors["generator"])
-    with _watching_gradients(model, squares), torch.enable_grad(), repeatable_attention(model.device):
-        for done, ids in enumerate(input_ids.split(1)[first:], start=first + 1):
-            head.backward(model, beside(model, ids), lambda _, logits: _own_loss(logits.float(), generator))
-            if saved.due():
-                saved.save("curvature", {"generator": generator.get_state()}, [done, squares])
+        block, squares = begun.values
+        came_to = backward.Reached(block, begun.tensors["gradient"])
+
+    def visit(index: int, _: nn.Module, back: backward.Back) -> None:
+        with _watching_gradients(inside[index], squares):
+            back(())
+
+    def reached(here: backward.Reached) -> None:
+        if saved.due():
+            saved.save("curvature", {"gradient": here.gradient}, [here.block, squares])
+
+    def loss(_: Tensor, __: slice, logits: Tensor) -> Tensor:
+        return _own_loss(logits.float(), generator)
+
+    backward.backward(model, input_ids, loss, visit, 1, came_to, reached)
     return {name: square / input_ids.numel() for name, square in squares.items()}
 
 
@@ -64,11 +72,8 @@ def _own_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @contextlib.contextmanager
-def _watching_gradients(model: nn.Module, squares: dict[str, float]) -> Iterator[None]:
-    """Within this context a backward pass adds to `squares` each linear's squared gradients, averaged over outputs.
-
-    The gradients are those of the linears' outputs; no weight gets one.
-    """
+def _watching_gradients(inside: Mapping[str, matrices.Matrix], squares: dict[str, float]) -> Iterator[None]:
+    """Within this context a backward pass adds to `squares` each linear's squared gradients, averaged over outputs."""
 
     def watch(name: str, rows: slice) -> Callable[..., None]:
         def add(gradient: Tensor) -> None:  # [1, length, the module's outputs]
@@ -79,19 +84,14 @@ def _watching_gradients(model: nn.Module, squares: dict[str, float]) -> Iterator
 
         return hook
 
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(False)  # gradients of outputs alone
-    # Without weights that ask for one, nothing after the embedding would have a gradient.
-    handles = [model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())]
-    for name, matrix in matrices.of_model(model).items():
-        handles.append(matrix.module.register_forward_hook(watch(name, matrix.rows or slice(None))))
+    handles = [
+        matrix.module.register_forward_hook(watch(name, matrix.rows or slice(None))) for name, matrix in inside.items()
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, required in before.items():
-            parameter.requires_grad_(required)
 
 
 def gains(

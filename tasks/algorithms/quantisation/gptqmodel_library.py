@@ -2,7 +2,7 @@
 
 Every patch of its internals that has nothing to do with masks is here, each inside a context manager that puts the
 library back, and each beside the name of what it replaces. They were written against version 7.6.0, which is compared
-at import. The patches of its GPTQ are in `tasks.algorithms.quantisation.masked_gptq`. It computes nothing.
+at import. Its GPTQ of one linear is led by `tasks.algorithms.quantisation.masked_gptq`. It computes nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import logging
 import os
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -53,11 +52,15 @@ gptqmodel = _import_library()
 gptq = importlib.import_module("gptqmodel.quantization.gptq")
 gar = importlib.import_module("gptqmodel.quantization.gar")
 _logger = importlib.import_module("gptqmodel.utils.logger")
-_looper = importlib.import_module("gptqmodel.looper.loop_processor")
-_threads = importlib.import_module("gptqmodel.utils.threadx")
+_formats = importlib.import_module("gptqmodel.utils.model")
 torch_linear = importlib.import_module("gptqmodel.nn_modules.qlinear.torch")
 Lora = importlib.import_module("gptqmodel.adapter.adapter").Lora
 eora_compute_lora = importlib.import_module("gptqmodel.eora").eora_compute_lora
+
+to_format_1 = _formats.convert_gptq_v2_to_v1_format_module
+"""Of a kernel's zero points: as the checkpoint has them, one less (called with the kernel and what has its bits)."""
+to_format_2 = _formats.convert_gptq_v1_to_v2_format_module
+"""Back (called with the kernel, bits and the type of its words)."""
 
 
 @contextlib.contextmanager
@@ -73,24 +76,16 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
-    """Run gptqmodel without its live progress, prints and log files, and put random generators and threads back.
+    """Run gptqmodel without its live progress and prints, and put random generators and threads back.
 
-    It replaces, by their names in gptqmodel:
+    It replaces, by its name in gptqmodel:
         utils.logger._suppress_live_renderables: it draws progress bars, unless pytest runs it.
-        utils.threadx._DeviceWorker._abort_process: an error in a thread ends the whole process, with no word for the
-            user. Without it the thread's future raises the error in the caller.
-        looper.loop_processor.LoopProcessor._build_log_file_path: it makes the folder ./logs and draws a random name
-            for a file in it from Python's global generator.
-
-    What it saves it prints; that goes nowhere.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.get_num_threads()
     talkers = importlib.import_module("logbar").LogBar.shared(), logging.getLogger("accelerate.utils.modeling")
     levels = [logger.level for logger in talkers]
     with (
         patched(_logger, "_suppress_live_renderables", lambda: True),
-        patched(_threads._DeviceWorker, "_abort_process", lambda *_: None),
-        patched(_looper.LoopProcessor, "_build_log_file_path", staticmethod(lambda *_: Path(os.devnull))),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         for logger in talkers:

@@ -30,9 +30,15 @@ class MaskedQuantizer(library.gptq.Quantizer):
         column: columns quantised so far.
     """
 
-    def __init__(self, qcfg: Any, name: str, steps: int | None) -> None:
+    def __init__(self, qcfg: Any, name: str, steps: int | None, whole_first: bool = False) -> None:
+        """Note what leads.
+
+        Args:
+            whole_first: the first `find_params` is for whole rows, which GPTQ makes and where there are groups drops.
+        """
         super().__init__(qcfg=qcfg, name=name)
         self.steps = steps
+        self._dropped = whole_first and qcfg.group_size != -1
         self.mask: Tensor | None = None
         self.column = 0
 
@@ -41,6 +47,9 @@ class MaskedQuantizer(library.gptq.Quantizer):
 
         The scale is rounded here, so that GPTQ makes up for that too, and what it computes with is what is stored.
         """
+        if self._dropped:
+            self._dropped, self.maxq = False, self.maxq.to(x.device)
+            return
         # Pruned weights got errors of earlier columns and would widen the range. With whole rows as groups the range is
         # taken once and before that (they are still zero), and in the order before the permutation.
         if self.mask is not None and self.qcfg.group_size != -1:

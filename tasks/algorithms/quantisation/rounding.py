@@ -6,7 +6,7 @@ at 4 bits a narrower range costs the outlier less than it gives the others (Bann
 searched, not fitted, as AWQ and GPTQ do). With `scale_steps` scales are powers of 2 ** (1 / scale_steps) only: few
 distinct values, which an entropy coder packs into few bits; the search goes over the grid itself.
 
-It looks at no activations: `tasks.algorithms.quantisation.embedding` and `tasks.algorithms.quantisation.masked_gptq`
+It looks at no activations: `tasks.algorithms.quantisation.embedding` and `tasks.algorithms.quantisation.gptq_walk`
 do. It packs nothing: `tasks.algorithms.packing` does.
 """
 

@@ -6,9 +6,11 @@ that the divergences of several linears add up is its assumption, and what quant
 here.
 
 A linear's measurement restarts at its own block, from the activations there: in a model of L blocks linears cost L / 2
-blocks on average, and those of the last block one. Two activations [windows, length, hidden] are held besides the one
-that is computed, at 8B (hidden 4096, float32) 8 MiB per window of 512 each: a few windows are meant. The model needs no
-gradients and is the same afterwards, bit by bit.
+blocks on average, and those of the last block one. All linears and widths of a block go through the later blocks side
+by side, so that one block is needed at a time and may be kept elsewhere; it is opened once for each block before it.
+Activations [windows, length, hidden] are held of each of them, 28 in a block of 7 linears and 4 widths: at 8B (hidden
+4096, float32) 8 MiB per window of 512 each, and a few windows are meant. The model needs no gradients and is the same
+afterwards, bit by bit.
 """
 
 from __future__ import annotations
@@ -61,22 +63,30 @@ def measure(
     last = layers.walk(model, input_ids, lambda index, block, inputs: calls.append(inputs.calls), batch)
     blocks, by_block = families.blocks(model), matrices.by_block(model)
     before = saved.load("measured")
-    known = {name: dict(found) for name, found in before.values} if before else {}
-    measured: dict[str, dict[int, float]] = {}
+    measured = {name: dict(found) for name, found in before.values} if before else {}
+    reported = 0
 
     def visit(index: int, block: nn.Module, inputs: layers.BlockInputs) -> None:
-        for name, matrix in by_block[index].items():
-            original = matrix.weight
-            measured[name] = known.get(name, {})
-            if name not in known:
-                # `inputs` are the unchanged model's, so that no other linear's error is in what is measured.
-                tried = [quantise(name, original, bits) for bits in widths]  # [out, in] each
-                changed = [_continued(matrix, weight, blocks[index:], calls[index:], inputs) for weight in tried]
-                measured[name] = dict(zip(widths, _divergences(model, last, changed), strict=True))
-            if name not in known and saved.due():
+        nonlocal reported
+        names = list(by_block[index])
+        if names[0] not in measured:  # a block's linears are all saved at once
+            # `inputs` are the unchanged model's, so that no other linear's error is in what is measured.
+            states = [
+                _changed(matrix, quantise(name, matrix.weight, bits), block, inputs)
+                for name, matrix in by_block[index].items()
+                for bits in widths
+            ]  # [windows, length, hidden] each
+            for later, call in zip(blocks[index + 1 :], calls[index + 1 :], strict=True):
+                with layers.opened(later):
+                    for each in states:
+                        layers.BlockInputs(each, call, inputs.batch).carry(later)
+            found = iter(_divergences(model, last, states, inputs))
+            measured.update({name: {bits: next(found) for bits in widths} for name in names})
+            if saved.due():
                 saved.save("measured", {}, [(each, list(found.items())) for each, found in measured.items()])
-            if done:
-                done(len(measured))
+        for _ in names if done else ():
+            reported += 1
+            done(reported)
 
     layers.walk(model, input_ids, visit, batch)
     return measured
@@ -95,34 +105,23 @@ def _replaced(matrix: Matrix, weight: Tensor) -> Iterator[None]:
         matrix.set(original)
 
 
-def _continued(
-    matrix: Matrix,
-    weight: Tensor,
-    blocks: Sequence[nn.Module],
-    calls: Sequence[Mapping[int, layers.Call]],
-    inputs: layers.BlockInputs,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (windows of the batch, last block's outputs [batch, length, hidden]) with this weight in the matrix.
-
-    `inputs.hidden` stays as it is, and so does the matrix between two batches.
-    """
-    for where in inputs.batches():
-        hidden = inputs.hidden[where]
-        with _replaced(matrix, weight):
-            for block, by_batch in zip(blocks, calls, strict=True):
-                ((_, hidden),) = layers.BlockInputs(hidden, by_batch, inputs.batch).outputs(block)
-        yield where, hidden
+def _changed(matrix: Matrix, weight: Tensor, block: nn.Module, inputs: layers.BlockInputs) -> Tensor:
+    """Return the block's outputs [windows, length, hidden] with this weight in the matrix; `inputs.hidden` stays."""
+    outputs = torch.empty_like(inputs.hidden)
+    with _replaced(matrix, weight):
+        for where, output in inputs.outputs(block):
+            outputs[where] = output
+    return outputs
 
 
-def _divergences(model: nn.Module, last: Tensor, changed: Sequence[Iterator[tuple[slice, Tensor]]]) -> list[float]:
+def _divergences(model: nn.Module, last: Tensor, changed: Sequence[Tensor], inputs: layers.BlockInputs) -> list[float]:
     """Average KL per position between the distributions after the last block's outputs `last` and each of `changed`."""
     described = families.of_model(model)
     norm, head = model.get_submodule(described.final_norm), model.get_submodule(described.head)
     totals = [0.0] * len(changed)
     with torch.no_grad():
-        for several in zip(*changed, strict=True):
-            where = several[0][0]
-            parts = [tensor.flatten(0, 1).split(POSITIONS) for tensor in (last[where], *(each for _, each in several))]
+        for where in inputs.batches():
+            parts = [tensor[where].flatten(0, 1).split(POSITIONS) for tensor in (last, *changed)]
             for before, *after in zip(*parts, strict=True):  # [positions, hidden] each
                 logits = head(norm(before))  # [positions, vocabulary]
                 p = logits.softmax(dim=-1)

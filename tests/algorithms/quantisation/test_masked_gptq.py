@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +12,9 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import masks
 from tasks.algorithms.quantisation import gptqmodel_library as library
 from tasks.algorithms.quantisation import gptqmodel_settings, masked_gptq, output_error
-from tasks.models import gptq_folder
-from tasks.runtime.journal import Journal
 from tests.support import fake_card
 from tests.support.gptq_oracle import NAME, SETTINGS, inputs, library_gptq, naive_gptq, rounded_to_nearest
 from tests.support.matrices import normal, two_of_four
-from tests.support.pruned_model import inputs_of_the_stage
 
 ORDERS = ["none", "descending", "group_aware"]
 
@@ -65,18 +61,34 @@ def test_equals_a_naive_gptq_in_double_precision(changed, pruned):
 @pytest.mark.parametrize(
     "changed", [*({"act_order": order, "mse": 2.4} for order in ORDERS), {"joint": (2, 4)}], ids=str
 )
-def test_on_a_card_it_computes_there_and_takes_up_there_what_was_saved(changed, tmp_path):
+def test_on_a_card_it_computes_there(changed):
     x, weight = inputs(128), normal(24, 128, seed=3)
     keep = two_of_four(weight)
     given = {"scale_steps": 8, "cycles": 2, **changed}
     given |= {} if "joint" in changed else {"keep": keep}
     expected = library_gptq(weight * keep, x, **given)
     with fake_card.installed():
-        for _ in range(2):  # the second one takes the entry
-            found = library_gptq(weight * keep, x, **given, device="cuda", saved=Journal(tmp_path / "journal", 0))
-            assert all(isinstance(tensor, fake_card.OnCard) for tensor in found[:3])
-            assert all(torch.equal(one.cpu(), other) for one, other in zip(found[:3], expected[:3], strict=True))
-            assert found[3].error == expected[3].error
+        found = library_gptq(weight * keep, x, **given, device="cuda")
+        assert all(isinstance(tensor, fake_card.OnCard) for tensor in found[:3])
+        assert all(torch.equal(one.cpu(), other) for one, other in zip(found[:3], expected[:3], strict=True))
+        assert found[3].error == expected[3].error
+
+
+@pytest.mark.parametrize("changed", [*({"act_order": order} for order in ORDERS), {"joint": (2, 4)}], ids=str)
+def test_linears_of_one_input_are_quantised_as_each_alone(changed):
+    x, weights = inputs(96), {name: normal(rows, 96, seed=rows) for name, rows in (("q", 24), ("k", 8), ("v", 9))}
+    keep = {} if "joint" in changed else {"q": two_of_four(weights["q"]), "v": two_of_four(weights["v"])}
+    weights |= {name: weights[name] * mask for name, mask in keep.items()}
+    joint = changed.get("joint")
+    widths = {"bits": {"q": 4, "k": 2, "v": 3}, **{key: value for key, value in changed.items() if key != "joint"}}
+    config, settings = gptqmodel_settings.config(**SETTINGS | widths), masked_gptq.Settings(8, joint, 2)
+    hessian = x.T @ x
+    found = masked_gptq.quantise(weights, hessian.clone(), config, settings, keep)
+    for name, weight in weights.items():
+        alone = masked_gptq.quantise({name: weight}, hessian.clone(), config, settings, keep)[name]
+        assert all(torch.equal(*pair) for pair in zip(found[name][:4], alone[:4], strict=True)), name
+        assert found[name].error == alone.error
+        assert len(found[name].quantised[0, found[name].index == 0].unique()) <= 2 ** {"q": 4, "k": 2, "v": 3}[name]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -112,14 +124,6 @@ def test_values_are_on_the_grid_pruned_ones_zero_and_the_error_below_round_to_ne
     assert error == pytest.approx(float(((weight - found) @ x.T).norm() / (weight @ x.T).norm()), rel=1e-3)
 
 
-@pytest.mark.parametrize("pruned", [False, True])
-def test_block_size_1_equals_block_size_128(pruned):
-    x, weight = inputs(160), normal(16, 160, seed=6)
-    keep = two_of_four(weight) if pruned else torch.ones_like(weight, dtype=torch.bool)
-    one, many = (library_gptq(weight * keep, x, keep, blocksize=size, group_size=-1)[0] for size in (1, 128))
-    assert ((one - many).abs().amax(dim=1) < 1e-4).float().mean() > 0.85  # a tie can fall either way
-
-
 def test_without_the_lead_the_masks_break():
     weight = normal(32, 64, seed=7)
     keep = two_of_four(weight)
@@ -131,19 +135,14 @@ def test_without_the_lead_the_masks_break():
 
 
 def test_the_library_is_put_back():
-    gptq, linear = library.gptq.GPTQ, library.torch_linear.TorchLinear
-    before = gptq.quantize, gptq.create_quantizer, list(linear.SUPPORTS_DTYPES), library.torch_linear.torch_compile
+    linear = library.torch_linear.TorchLinear
+    before = list(linear.SUPPORTS_DTYPES), library.torch_linear.torch_compile
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), torch.get_num_threads()
-    with (
-        pytest.raises(KeyError),
-        library.loading_in_float32(),
-        masked_gptq.MaskedGptq({}).in_place(),
-    ):
-        assert gptq.quantize is not before[0]
+    with pytest.raises(KeyError), library.loading_in_float32():
+        assert before[0] != linear.SUPPORTS_DTYPES
         random.random(), np.random.rand(), torch.rand(1), torch.set_num_threads(2)
         raise KeyError
-    assert before[:2] == (gptq.quantize, gptq.create_quantizer)
-    assert before[2:] == (linear.SUPPORTS_DTYPES, library.torch_linear.torch_compile)
+    assert before == (linear.SUPPORTS_DTYPES, library.torch_linear.torch_compile)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
     assert torch.equal(torch.get_rng_state(), states[2]) and torch.get_num_threads() == states[3]
 
@@ -151,13 +150,15 @@ def test_the_library_is_put_back():
 @pytest.mark.parametrize("columns", [64, 256, 512])
 def test_the_number_of_threads_does_not_change_the_inverse_factor(columns):
     x = inputs(columns)
-    gptq = SimpleNamespace(qcfg=gptqmodel_settings.config(**SETTINGS), name=NAME)
+    hessian, config = x.T @ x, gptqmodel_settings.config(**SETTINGS)
     factors, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            with masked_gptq.MaskedGptq({}).in_place():
-                factors.append(library.gptq.GPTQ.hessian_inverse(gptq, x.T @ x)[0])
+            gptq = masked_gptq._Gptq(
+                torch.zeros(8, columns), hessian, config, masked_gptq.PLAIN, masked_gptq._Factors()
+            )
+            factors.append(gptq.hessian_inverse(hessian.clone())[0])
     finally:
         torch.set_num_threads(before)
     assert factors[0].dtype == torch.float32
@@ -200,18 +201,3 @@ def test_equal_widths_need_no_overrides():
 def test_group_aware_without_groups_is_refused():
     with pytest.raises(InputError, match="group_size = -1"):
         gptqmodel_settings.config(**SETTINGS | {"act_order": "group_aware", "group_size": -1})
-
-
-@pytest.fixture(scope="module")
-def pruned(tiny_llama, tmp_path_factory):
-    """The inputs of the stage: a 2:4 pruned model, its masks, windows."""
-    return inputs_of_the_stage(tmp_path_factory.mktemp("gptq"), tiny_llama)
-
-
-def test_every_calibration_token_counts_once_in_the_given_order(pruned):
-    model = gptq_folder.load_for_quantisation(pruned.files["lora/model"], gptqmodel_settings.config(**SETTINGS))
-    seen = []
-    model.model.model.embed_tokens.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
-    masked_gptq.quantise(model, pruned.windows, pruned.keep)
-    assert torch.equal(torch.cat(seen), pruned.windows.long())
-    assert {row["samples"] for row in model.quant_log} == {str(pruned.windows.numel())}
