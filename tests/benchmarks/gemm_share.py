@@ -86,8 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "data/base_model/model")
     parser.add_argument("--only", choices=["kept", "anew"])
-    for name, value in (("steps", 3), ("batch", 8), ("length", 256)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
     given = parser.parse_args()
     recipe = training.Recipe(given.steps, given.batch, given.length, 0.001, 0.0, 0.5, 2.0, 0)
     shape = shape_of_model(streamed_folder.open_dense(given.model, stored=True))
