@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families, layers, matrices
+from tasks.algorithms.model import families, layers
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import eora_branches, eora_ranks
 from tasks.models import (
@@ -124,7 +124,7 @@ def check_budget(shapes: Mapping[str, tuple[int, int]], budget: int, bits: int) 
         )
 
 
-def read_teacher(stage: Stage, described: Mapping) -> Teacher:
+def read_teacher(stage: Stage, described: Mapping) -> streamed_folder.Weights:
     """The teacher that eora.teacher names, for a model with this config.json.
 
     Raises:
@@ -132,56 +132,13 @@ def read_teacher(stage: Stage, described: Mapping) -> Teacher:
     """
     blocks = described["num_hidden_layers"]
     if stage.params.eora.teacher == "lora":
-        teacher = Teacher(stage.input("lora/model"), range(blocks))
+        teacher = streamed_folder.Weights(stage.input("lora/model"), range(blocks))
     else:
         kept = json.loads(stage.input("removed.json").read_text(encoding="utf-8"))["kept"]
-        teacher = Teacher(stage.input("vocabulary/model"), kept)
+        teacher = streamed_folder.Weights(stage.input("vocabulary/model"), kept)
     if len(teacher) != blocks * len(families.family(described).linears):
         raise InputError(f"the teacher has {len(teacher)} linears for {blocks} blocks: run stage depth_prune again")
     return teacher
-
-
-class Teacher(Mapping[str, Tensor]):
-    """The dense weights of the blocks `kept`, under the names that they have in a model of these blocks alone.
-
-    A block is read when one of its weights is asked for, and is held until another one's is.
-
-    Attributes:
-        shapes: name -> (out_features, in_features).
-
-    Raises:
-        InputError: the model has no such block.
-    """
-
-    def __init__(self, folder: Path, kept: list[int] | range) -> None:
-        self._model = streamed_folder.open_dense(folder, outside=False)
-        blocks = matrices.by_block(self._model)
-        if max(kept) >= len(blocks):
-            raise InputError(
-                f"block {max(kept)} is wanted of a teacher with {len(blocks)}: run stage depth_prune again"
-            )
-        self._matrices = {
-            name: (block, matrix)
-            for place, block in enumerate(kept)
-            for name, matrix in zip(blocks[place], blocks[block].values(), strict=True)
-        }
-        self.shapes = {name: matrix.shape for name, (_, matrix) in self._matrices.items()}
-        self._held: tuple[int | None, dict[str, Tensor]] = None, {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        block, matrix = self._matrices[name]
-        if self._held[0] != block:
-            self._held = None, {}
-            with layers.opened(families.blocks(self._model)[block]):
-                inside = {each.name: each.weight for other, each in self._matrices.values() if other == block}
-            self._held = block, inside
-        return self._held[1][matrix.name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._matrices)
-
-    def __len__(self) -> int:
-        return len(self._matrices)
 
 
 def write_ledger(stage: Stage, model: nn.Module) -> None:

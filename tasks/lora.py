@@ -26,7 +26,7 @@ def run(stage: Stage) -> None:
         InputError: inputs or parameters don't fit each other, the training diverges, or the pattern is broken.
     """
     source = stage.model_in
-    keep, _ = mask_files.load_masks(stage.input("masks.safetensors"))
+    keep = mask_files.StoredMasks(stage.input("masks.safetensors"))
     kept = json.loads(stage.input("removed.json").read_text(encoding="utf-8"))["kept"]
     recovered = recovery_training.recover(stage, source, keep, kept)
     _ledger(stage, recovered.model)

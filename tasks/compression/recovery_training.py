@@ -1,8 +1,9 @@
 """The recovery training that the stages lora and baseline_lora share: between their folders and the algorithms.
 
-The corpus is tokenised as for perplexity (documents joined by newlines, no special tokens); the teacher is the fetched
-model. It trains in fp32, on the device of the parameters, and gives the weights in the data type of the source. It does
-not choose what to prune, and does not quantise.
+The corpus is tokenised as for perplexity (documents joined by newlines, no special tokens), the teacher is the fetched
+model. It computes in fp32, on the device of the parameters; weights stay in the types that they are stored in. A
+teacher above `streaming.WHOLE` stays on the disk, and what it has in common with the student is held once. It does not
+choose what to prune, and does not quantise.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import checkpoints, families, matrices
-from tasks.algorithms.model.shape import shape_of_config
-from tasks.algorithms.recovery import masked_lora, reconstruction
+from tasks.algorithms.model import checkpoints, families, stored_type, streaming
+from tasks.algorithms.model.shape import shape_of_config, shape_of_model
+from tasks.algorithms.recovery import masked_lora, reconstruction, training
 from tasks.algorithms.scoring import perplexity
-from tasks.models import dense_folder
-from tasks.parameters import rules
+from tasks.models import dense_folder, streamed_folder
+from tasks.parameters import needs, rules
 from tasks.runtime import files
 from tasks.sources import json_lines
 
 if TYPE_CHECKING:
+    from peft import LoraModel
     from transformers import PreTrainedModel
 
     from tasks.parameters.schema import Lora
@@ -36,12 +38,14 @@ STAGES = ("lora", "baseline_lora")
 """They train on the same windows with the same teacher."""
 CODE = "compression/recovery_training"
 """The module whose code what they share depends on."""
+SHARE = 0.4
+"""Of the memory that is free when training begins: what activations of all blocks may take; two recoveries may run."""
 EORA_WINDOWS = 64
 """Windows of lora.length tokens, from the train corpus, on which lora.start = eora measures inputs."""
 
 
 class Recovered(NamedTuple):
-    """The model after recovery, on the CPU in its source's data type, and the training's history."""
+    """The model after recovery, each weight in the type that it had in its source, and the training's history."""
 
     model: PreTrainedModel
     history: list[dict[str, float]]
@@ -64,11 +68,9 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
     _check(params, config)
     tokenizer = dense_folder.load_tokenizer(source)
     tokens = _tokens(stage, tokenizer)
-    device = stage.params.device
-    model, teacher = dense_folder.load_dense(source).to(device), None
+    model, teacher = streamed_folder.load_stored(source, stage.params.device), None
     if _needs_teacher(params):
-        teacher = dense_folder.load_dense(stage.input("vocabulary/model")).to(device)
-        _check_teacher(model, teacher, kept)
+        teacher = _teacher(stage.input("vocabulary/model"), model, kept)
     blocks = len(families.blocks(model))
     steps = params.steps * (blocks if params.method == "block_reconstruction" else 1)
     with stage.progress("recovery", steps) as bar:
@@ -79,9 +81,24 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
         if params.method == "block_reconstruction":
             history = _reconstruct(params, model, teacher, tokens, keep, kept, report, stage.journal)
         else:
-            shared = _shared_targets(stage, tokenizer)
-            model, history = _adapt(params, model, teacher, tokens, keep, kept, report, stage.journal, *shared)
-    return Recovered(model.cpu().to(_dtype(config)), history)
+            adapted = _attach(params, model, keep)
+            if params.start == "eora" and stage.journal.load(training.STATE) is None:
+                _start(params, stage.input("vocabulary/model"), adapted, tokens, kept)
+            shared, turn = _shared_targets(stage, tokenizer)
+            history = training.train(
+                adapted,
+                tokens,
+                _recipe(params),
+                teacher=teacher,
+                kept=kept,
+                report=report,
+                saved=stage.journal,
+                shared=shared,
+                turn=turn,
+                checkpointing=_checkpointing(params, model, bool(keep)),
+            )
+            model = _merge(params, adapted, keep)
+    return Recovered(model, history)
 
 
 def _tokens(stage: Stage, tokenizer: Any) -> Tensor:
@@ -114,30 +131,46 @@ def _shelf(stage: Stage, purpose: str, inputs: Sequence[Path], tokenizer: Any, *
 
 def write(recovered: Recovered, source: Path, model: Path, history: Path) -> None:
     """Write the model with its source's tokenizer as a dense checkpoint, and the history."""
-    dense_folder.save_dense(recovered.model, dense_folder.load_tokenizer(source), model)
+    tokenizer = dense_folder.load_tokenizer(source)
+    with streamed_folder.writing(recovered.model, tokenizer, model) as writer:
+        for index in range(len(families.blocks(recovered.model))):
+            writer.block(index)
     write_history(recovered.history, history)
 
 
 def write_history(history: list[dict[str, float]], path: Path) -> None:
     """Write one row per step; an empty cell was not computed."""
-    files.write_csv(path, pd.DataFrame(history, columns=list(masked_lora.COLUMNS)), "%.9g")
+    files.write_csv(path, pd.DataFrame(history, columns=list(training.COLUMNS)), "%.9g")
 
 
-def _adapt(
-    params: Lora,
-    model: nn.Module,
-    teacher: nn.Module | None,
-    tokens: Tensor,
-    keep: Mapping[str, Tensor],
-    kept: Sequence[int],
-    report: reconstruction.Report,
-    saved: checkpoints.Saved,
-    shared: checkpoints.Saved,
-    turn: int,
-) -> tuple[nn.Module, list[dict[str, float]]]:
-    """Methods masked and remasked: train adapters, merge."""
+def _teacher(folder: Path, model: nn.Module, kept: Sequence[int]) -> nn.Module:
+    """The model that is learnt from, on the student's device: whole, or with its blocks on the disk where it is large.
+
+    Raises:
+        InputError: it isn't the student's.
+    """
+    shape = shape_of_config(dense_folder.config(folder))
+    if 4 * (shape.in_blocks + shape.outside) > streaming.WHOLE:
+        teacher = streamed_folder.open_dense(folder, model.device, stored=True)
+    else:
+        teacher = dense_folder.load_dense(folder).to(model.device)
+    _check_teacher(model, teacher, kept)
+    stored_type.share(teacher, model)
+    return teacher
+
+
+def _checkpointing(params: Lora, model: nn.Module, masked: bool) -> bool:
+    """Whether activations of all blocks are too many for the memory that is free; it changes no byte."""
+    kept = needs.lora_kept(params, shape_of_model(model), masked)
+    on_card = model.device.type == "cuda" and torch.cuda.is_available()
+    free = torch.cuda.mem_get_info(model.device)[0] if on_card else needs.available_memory()
+    return kept > SHARE * free
+
+
+def _attach(params: Lora, model: nn.Module, keep: Mapping[str, Tensor]) -> LoraModel:
+    """Methods masked and remasked: the model with adapters."""
     _check_zeros(model, keep)
-    adapted = masked_lora.attach(
+    return masked_lora.attach(
         model,
         masked_lora.select(model, params.targets),
         keep if params.method == "masked" else {},
@@ -146,37 +179,23 @@ def _adapt(
         dropout=params.dropout,
         seed=params.seed,
     )
-    if params.start == "eora" and saved.load(masked_lora.STATE) is None:
-        _start(params, adapted, teacher, tokens, kept)
-    distils = params.distillation.weight > 0 or params.distillation.hidden > 0
-    history = masked_lora.train(
-        adapted,
-        tokens,
-        _recipe(params),
-        teacher=teacher if distils else None,
-        kept=kept,
-        report=report,
-        saved=saved,
-        shared=shared,
-        turn=turn,
-    )
+
+
+def _start(params: Lora, teacher: Path, adapted: LoraModel, tokens: Tensor, kept: Sequence[int]) -> None:
+    from tasks.algorithms.recovery import eora_start  # here, as it imports gptqmodel
+
+    generator = torch.Generator().manual_seed(params.seed)
+    windows = training.sample(tokens, EORA_WINDOWS, params.length, generator)
+    wanted = streamed_folder.Weights(teacher, kept)
+    eora_start.start_from_eora(adapted, wanted, windows.to(adapted.model.device), params.batch)
+
+
+def _merge(params: Lora, adapted: LoraModel, keep: Mapping[str, Tensor]) -> nn.Module:
     if params.method == "masked":
-        return masked_lora.merge(adapted, keep), history
+        return masked_lora.merge(adapted, keep)
     merged = masked_lora.merge(adapted, {})
     masked_lora.apply_masks(merged, keep)
-    return merged, history
-
-
-def _start(params: Lora, adapted: nn.Module, teacher: nn.Module, tokens: Tensor, kept: Sequence[int]) -> None:
-    generator = torch.Generator().manual_seed(params.seed)
-    windows = masked_lora.sample(tokens, EORA_WINDOWS, params.length, generator)
-    by_block = matrices.by_block(teacher)
-    wanted = {
-        name: matrix.weight
-        for names, index in zip(by_block, kept, strict=False)
-        for name, matrix in zip(names, by_block[index].values(), strict=True)
-    }
-    masked_lora.start_from_eora(adapted, wanted, windows.to(teacher.device), params.batch)
+    return merged
 
 
 def _reconstruct(
@@ -197,8 +216,8 @@ def _reconstruct(
     )
 
 
-def _recipe(params: Lora) -> masked_lora.Recipe:
-    return masked_lora.Recipe(
+def _recipe(params: Lora) -> training.Recipe:
+    return training.Recipe(
         steps=params.steps,
         batch=params.batch,
         length=params.length,
@@ -213,7 +232,7 @@ def _recipe(params: Lora) -> masked_lora.Recipe:
 
 def _needs_teacher(params: Lora) -> bool:
     distils = params.distillation.weight > 0 or params.distillation.hidden > 0
-    return distils or params.start == "eora" or params.method == "block_reconstruction"
+    return distils or params.method == "block_reconstruction"
 
 
 def _check(params: Lora, config: Mapping) -> None:
@@ -242,8 +261,3 @@ def _check_teacher(model: nn.Module, teacher: nn.Module, kept: Sequence[int]) ->
     ours, wanted = model.config.vocab_size, teacher.config.vocab_size
     if ours != wanted:
         raise InputError(f"the model has {ours} tokens, its teacher {wanted}: run stage depth_prune again")
-
-
-def _dtype(config: Mapping) -> torch.dtype:
-    """The checkpoint's data type; transformers before version 5 wrote it as `torch_dtype`."""
-    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -1,8 +1,9 @@
 """A model folder as a dense model whose blocks stay on disk until they are asked for, and the same written.
 
-Embedding, head, final norm and what else is outside of the blocks are in memory, in float32. A block's weights are read
+Embedding, head, final norm and what else is outside of the blocks are in memory. A block's weights are read
 from safetensors within `layers.opened(block)` and dropped afterwards: memory is that of one block, however many there
-are. What is written is an ordinary checkpoint, block by block, in the types that the folder's tensors have.
+are. What is written is an ordinary checkpoint, block by block, in the types that the folder's tensors have. A model may
+also be held whole in the types of its file (`load_stored`), and is written in the same way.
 
 accelerate's hooks don't serve here: they bring weights for a forward pass and drop them with all changes, and
 algorithms read and change weights between passes. from_pretrained's own offloading copies to disk what isn't float32.
@@ -12,14 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms.model import families, layers
+from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import families, layers, matrices, stored_type
 from tasks.models import dense_folder, generations, model_files, skeleton, stored_tensors, tensor_files
 from tasks.models.stored_tensors import StoredTensors
 from tasks.runtime import files
@@ -47,25 +49,46 @@ class StoredBlock:
         if not skeleton.missing(block):  # opened already, further out
             yield
             return
-        names = list(block.state_dict())
-        found = {name: self.tensors.read(f"{self.prefix}.{name}", torch.float32).to(self.device) for name in names}
-        block.load_state_dict(found, assign=True)
-        del found
+        self.load(block, torch.float32)
         try:
             yield
         finally:
             block.to("meta")
             return_freed()
 
+    def load(self, block: nn.Module, dtype: torch.dtype | None = None) -> None:
+        """Give the block its weights for good, in this type; None: in those that they are stored in."""
+        names = list(block.state_dict())
+        found = {name: self.tensors.read(f"{self.prefix}.{name}", dtype).to(self.device) for name in names}
+        block.load_state_dict(found, assign=True)
+
+
+def load_stored(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The model of a dense folder, in evaluation mode, whole and in the types of its file; it computes in float32.
+
+    Raises:
+        InputError: as `open_dense`.
+    """
+    model = open_dense(folder, device, stored=True)
+    for block in families.blocks(model):
+        getattr(block, layers.STORED).load(block)
+    stored_type.compute_in_float32(model)
+    return model
+
 
 def open_dense(
-    folder: Path, device: torch.device | str = "cpu", tensors: StoredTensors | None = None, outside: bool = True
+    folder: Path,
+    device: torch.device | str = "cpu",
+    tensors: StoredTensors | None = None,
+    outside: bool = True,
+    stored: bool = False,
 ) -> PreTrainedModel:
     """The model of a folder, in evaluation mode, with its blocks on disk; it computes as `load_dense`'s does.
 
     Args:
         tensors: the model's; None: the folder's as they are stored.
         outside: bring what is outside of the blocks, too; without it the model's weights can be read, and no more.
+        stored: what is outside of the blocks stays in memory in the types of the file.
 
     Raises:
         InputError: tensors are missing, unexpected or of another shape than the config calls for, a file is damaged, a
@@ -86,15 +109,60 @@ def open_dense(
     found = {}
     for name, (_, source) in _sources(model).items():
         if not name.startswith(inside):
-            found[name] = tensors.read(source, torch.float32).to(device)
+            found[name] = tensors.read(source, None if stored else torch.float32).to(device)
     model.load_state_dict(found, strict=False, assign=True)
     model.tie_weights()
+    if stored:
+        stored_type.compute_in_float32(model)
     skeleton.compute_positions(model, device)
     model.generation_config = generation(folder)
     left = [name for name in skeleton.missing(model) if not name.startswith(inside)]
     if left:
         raise RuntimeError(f"the streamed model has no {left[0]}: its family isn't described fully")
     return model.eval()
+
+
+class Weights(Mapping[str, Tensor]):
+    """The dense weights of the blocks `kept`, under the names that they have in a model of these blocks alone.
+
+    A block is read when one of its weights is asked for, and is held until another one's is.
+
+    Attributes:
+        shapes: name -> (out_features, in_features).
+
+    Raises:
+        InputError: the model has no such block.
+    """
+
+    def __init__(self, folder: Path, kept: Sequence[int]) -> None:
+        self._model = open_dense(folder, outside=False)
+        blocks = matrices.by_block(self._model)
+        if max(kept) >= len(blocks):
+            raise InputError(
+                f"block {max(kept)} is wanted of a teacher with {len(blocks)}: run stage depth_prune again"
+            )
+        self._matrices = {
+            name: (block, matrix)
+            for place, block in enumerate(kept)
+            for name, matrix in zip(blocks[place], blocks[block].values(), strict=True)
+        }
+        self.shapes = {name: matrix.shape for name, (_, matrix) in self._matrices.items()}
+        self._held: tuple[int | None, dict[str, Tensor]] = None, {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        block, matrix = self._matrices[name]
+        if self._held[0] != block:
+            self._held = None, {}
+            with layers.opened(families.blocks(self._model)[block]):
+                inside = {each.name: each.weight for other, each in self._matrices.values() if other == block}
+            self._held = block, inside
+        return self._held[1][matrix.name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._matrices)
+
+    def __len__(self) -> int:
+        return len(self._matrices)
 
 
 def drop_outside(model: PreTrainedModel) -> None:

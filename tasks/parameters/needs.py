@@ -20,7 +20,7 @@ from tasks.algorithms.model import rows, streaming
 from tasks.algorithms.model.shape import ModelShape
 from tasks.algorithms.scoring import batches, protocols
 from tasks.parameters import machine
-from tasks.parameters.schema import Params
+from tasks.parameters.schema import Lora, Params
 
 LIBRARIES = 700 * 2**20
 """Bytes that a process holds after importing torch, transformers and gptqmodel."""
@@ -28,6 +28,12 @@ ACTIVATIONS = (9, 4)
 """Values kept for a backward pass per token and layer, in units of the hidden and of the MLP size."""
 KEPT = {True: 1.3, False: 1.9}
 """What they take of memory, gaps included, by whether the adapters are masked: plain ones make more that is dropped."""
+AHEAD, TARGETS = 32, 2**28
+"""Steps whose targets wait in memory for a training (`tasks.algorithms.recovery.targets`), and their bytes, at most."""
+WIDENED = 1.5
+"""What a head of a shorter type takes while it is in fp32, and multiplied with (1.6 GiB for 1.0 at 128,256 x 2,048)."""
+GAPS = 0.2
+"""Of a block's bytes in fp32: what glibc's heap keeps per block that is computed anew (41 MiB of 232)."""
 BATCH = 4
 """Windows of calibration per forward pass."""
 HARMED = 2
@@ -104,14 +110,30 @@ def _boundary(params: Params, model: ModelShape) -> int:
     return 2 * 4 * params.calibrate.windows * params.calibrate.length * model.hidden
 
 
+def lora_kept(own: Lora, model: ModelShape, masked: bool) -> int:
+    """Bytes that the backward pass of a recovery needs of all blocks, where none is computed anew."""
+    summed = 4 * model.in_blocks if masked or model.stored < 4 else 0  # each weight with its adapter, or in fp32
+    return int(KEPT[masked] * (summed + _backward(model, own.batch * own.length)))
+
+
 def _lora_memory(params: Params, model: ModelShape, masked: bool = True) -> int:
     own = params.lora
-    taught = own.distillation.weight > 0 or own.distillation.hidden > 0 or own.method == "block_reconstruction"
-    models = 2 if taught else 1  # student; teacher
-    summed = 4 * model.in_blocks if masked else 0  # each weight with its adapter
-    tokens = own.batch * own.length
-    working = int(KEPT[masked] * (summed + _backward(model, tokens))) + _logits(model, tokens, 4)
-    return models * _dense(model) + max(_stored(model), working)
+    tokens, block = own.batch * own.length, model.in_blocks // model.layers
+    states = 4 * tokens * model.hidden
+    adapters = 16 * own.rank * model.layers * sum(map(sum, model.linears.values()))  # gradient, two moments
+    held = _stored(model) + adapters + (model.in_blocks // 8 if masked else 0)  # masks are bits
+    opened = 0  # a block of a teacher on the disk
+    if own.distillation.weight > 0 or own.distillation.hidden > 0 or own.method == "block_reconstruction":
+        whole = _dense(model) <= streaming.WHOLE
+        target = states * (1 + model.layers if own.distillation.hidden > 0 else 1)
+        held += (_dense(model) if whole else 0) + max(target, min(AHEAD * target, TARGETS))
+        opened = 0 if whole else 4 * block + _forward(model, tokens)
+    if own.method == "block_reconstruction":  # the student's and the teacher's states of all windows at one depth
+        held += 2 * own.steps * states
+    head = int(WIDENED * _table(model)) if model.stored < 4 else 0  # while it says something
+    anew = int(KEPT[masked] * (8 * block + _forward(model, tokens)))  # a block's weights, and those with adapters
+    held += model.layers * states + int(GAPS * 4 * model.in_blocks)
+    return held + max(opened, _logits(model, tokens, 4) + head, anew)
 
 
 def protocol(params: Params) -> protocols.Protocol:

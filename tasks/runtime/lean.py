@@ -107,10 +107,16 @@ def _after_peft_asks() -> None:
     sys.modules["peft.import_utils"].is_hqq_available = _no
 
 
+def _after_peft_layers() -> None:
+    # it looks for a weight spread over machines in a module that it doesn't import itself
+    sys.modules["peft.tuners.tuners_utils"]._torch_supports_distributed = False
+
+
 AFTER: dict[str, Callable[[], None]] = {
     "torch": _after_torch,
     "transformers": _after_transformers,
     "peft.import_utils": _after_peft_asks,
+    "peft.tuners.tuners_utils": _after_peft_layers,
 }
 
 

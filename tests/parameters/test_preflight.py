@@ -256,10 +256,10 @@ LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16
 @pytest.mark.parametrize(
     ("values", "gibibytes"),
     [
-        ({"lora.batch": 64}, 24),
+        ({"lora.batch": 1024}, 24),
         ({"evaluate.batch": 512}, 24),
         ({"calibrate.windows": 1024}, 24),
-        ({"lora.batch": 64, "evaluate.batch": 512, "calibrate.windows": 1024}, 24),
+        ({"lora.batch": 1024, "evaluate.batch": 512, "calibrate.windows": 1024}, 24),
         (
             {
                 "importance.method": "taylor",

@@ -26,7 +26,9 @@ from tasks.models import dense_folder
 model = dense_folder.load_dense(Path(sys.argv[1]))
 with torch.no_grad():
     logits = model(input_ids=torch.arange(12).unsqueeze(0)).logits
-left_out = ("hqq", "scipy", "torchao", "torch.distributed.tensor", "torch._dynamo.convert_frame")
+from tasks.algorithms.recovery import masked_lora
+masked_lora.attach(model, ["model.layers.0.mlp.up_proj"], {}, rank=2, alpha=2.0, dropout=0.0, seed=0)
+left_out = ("gptqmodel", "hqq", "scipy", "torchao", "torch.distributed.tensor", "torch._dynamo.convert_frame")
 print([name for name in left_out if name in sys.modules])
 import torch._dynamo.config
 import hqq.core.quantize, scipy.optimize

@@ -19,7 +19,7 @@ from tasks import baseline_lora, lora
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families
 from tasks.algorithms.pruning import depth_prune
-from tasks.algorithms.recovery import masked_lora, targets
+from tasks.algorithms.recovery import eora_start, masked_lora, targets, training
 from tasks.compression import recovery_training
 from tasks.models import dense_folder, mask_files
 from tasks.parameters.compression_sections import Distillation, Lora
@@ -141,7 +141,7 @@ def test_stage_writes_a_stock_checkpoint_with_the_masks_and_dtype_kept(folder, a
     steps = 10 if arm == "block" else 5  # per block
     assert [int(row["step"]) for row in history] == [step for step, _ in stage.updates] == list(range(1, steps + 1))
     assert stage.total == steps
-    assert tuple(history[0]) == masked_lora.COLUMNS
+    assert tuple(history[0]) == training.COLUMNS
     assert float(history[-1]["loss"]) == pytest.approx(stage.updates[-1][1], rel=1e-8)
     computed = {name for name in ("causal_lm", "distillation", "hidden") if history[0][name]}
     losses = {"block": {"hidden"}, "hidden": {"causal_lm", "distillation", "hidden"}}
@@ -154,13 +154,13 @@ def test_stage_writes_a_stock_checkpoint_with_the_masks_and_dtype_kept(folder, a
 def test_eora_start_lowers_the_first_loss_and_compares_with_the_teachers_corresponding_blocks(folder, monkeypatch):
     keep, _ = mask_files.load_masks(folder / "wanda/masks.safetensors")
     teacher = dense_folder.load_dense(folder / "vocabulary/model")
-    start, seen = masked_lora.start_from_eora, {}
+    start, seen = eora_start.start_from_eora, {}
 
     def watched(adapted, wanted, *rest):
         seen.update(wanted)
         start(adapted, wanted, *rest)
 
-    monkeypatch.setattr(masked_lora, "start_from_eora", watched)
+    monkeypatch.setattr(eora_start, "start_from_eora", watched)
     first = {}
     for arm in ("zeros", "eora"):
         stage = FakeStage(folder, params(start=arm, method="remasked", distillation=distil(1.0), rank=16))
@@ -189,6 +189,18 @@ def test_stage_repeats_its_bytes(folder, arm):
     assert files(folder / "one") == files(folder / "two")
 
 
+@pytest.mark.parametrize("arm", ["masked", "hidden", "eora", "block"])
+def test_little_memory_changes_no_byte(folder, arm, monkeypatch):
+    """Blocks computed anew, and a teacher whose blocks lie on the disk; the oracle has all in memory."""
+    settings = params(dropout=0.1, **ARMS[arm])
+    lora.run(FakeStage(folder, settings, "whole"))
+    monkeypatch.setattr(recovery_training, "SHARE", 0.0)
+    monkeypatch.setattr(recovery_training.streaming, "WHOLE", 0)
+    monkeypatch.setattr(dense_folder, "load_dense", None)  # nothing is whole in float32
+    lora.run(FakeStage(folder, settings, "little"))
+    assert files(folder / "whole") == files(folder / "little")
+
+
 def test_remasked_is_pefts_merge_and_then_the_masks(folder):
     """The oracle trains with PEFT's stock layer and merges with PEFT's own merge."""
     stage = FakeStage(folder, params(method="remasked", distillation=distil(0.0)))
@@ -199,7 +211,7 @@ def test_remasked_is_pefts_merge_and_then_the_masks(folder):
     tokens = recovery_training.perplexity.tokenise(
         byte_tokenizer(), [f"The pump must report {n} litres." for n in range(40)]
     )
-    masked_lora.train(plain.base_model, tokens, recovery_training._recipe(stage.params.lora))
+    training.train(plain.base_model, tokens, recovery_training._recipe(stage.params.lora))
     merged = plain.merge_and_unload()
     assert all(masked_lora.revived(merged, {name: mask}) for name, mask in keep.items())  # plain LoRA fills the zeros
     recovered = recovery_training.recover(stage, folder / "wanda/model", keep, [0, 2])
@@ -262,7 +274,7 @@ def test_skip_passes_the_model_on(folder):
     stage = FakeStage(folder, params(enabled=False))
     lora.skip(stage)
     assert files(stage.out / "lora/model") == files(folder / "wanda/model")
-    assert (stage.out / "lora/history.csv").read_text() == ",".join(masked_lora.COLUMNS) + "\n"
+    assert (stage.out / "lora/history.csv").read_text() == ",".join(training.COLUMNS) + "\n"
     assert {row["revived"] for row in rows(stage.out / "lora/sparsity.csv")} == {"0"}
 
 

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tasks.algorithms.model import families
-from tasks.algorithms.recovery import masked_lora
+from tasks.algorithms.recovery import masked_lora, training
 
 VOCABULARY = 256
 
 
-RECIPE = masked_lora.Recipe(
+RECIPE = training.Recipe(
     steps=30, batch=4, length=16, learning_rate=0.02, warmup=0.1, distillation=0.0, temperature=2.0, seed=7
 )
 

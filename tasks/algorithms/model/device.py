@@ -6,7 +6,8 @@ An algorithm takes its inputs wherever they are, computes beside the model, and 
 from __future__ import annotations
 
 import itertools
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,3 +26,11 @@ def beside(model: Any, tensor: Tensor) -> Tensor:
 def repeatable_attention(device: torch.device) -> Any:
     """Return a context in which attention always gives the same bytes: fused GPU kernels add gradients in any order."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global random state of all devices inside, restore it after: for libraries that take no generator."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield

@@ -21,7 +21,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, rows: int, cols: int) -> Tensor:
-    """Unpack uint8 [bytes] to bool [rows, cols].
+    """Unpack uint8 [bytes] to bool [rows, cols], on its device.
 
     Raises:
         InputError: the bytes don't belong to a matrix of that shape.
@@ -29,8 +29,9 @@ def unpack(packed: Tensor, rows: int, cols: int) -> Tensor:
     expected = -(-rows * cols // 8)  # rounded up
     if packed.numel() != expected:
         raise InputError(f"a mask of {rows} x {cols} has {expected} bytes, found {packed.numel()}: run wanda again")
-    bits = np.unpackbits(packed.cpu().numpy(), count=rows * cols)
-    return torch.from_numpy(bits.astype(bool)).reshape(rows, cols)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)  # from the highest bit on
+    bits = packed.unsqueeze(1).bitwise_right_shift(shifts).bitwise_and_(1)  # [bytes, 8]
+    return bits.view(torch.bool).flatten()[: rows * cols].reshape(rows, cols)
 
 
 def groups(matrix: Tensor, of: int) -> Tensor:

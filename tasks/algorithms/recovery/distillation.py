@@ -14,7 +14,7 @@ because the last of transformers' `output_hidden_states` is the one after the fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tasks.algorithms.model import stored_type
 from tasks.algorithms.model.rows import chunks
 
 CHUNK = 2**18
@@ -64,7 +65,8 @@ def token_losses(
     if teacher is None:
         weight = 0.0
     following = F.pad(ids[:, 1:], (0, 1), value=-1).flatten()  # -1: nothing follows a window's last token
-    return Losses(*_TokenLosses.apply(student.states, student.head, following, teacher, weight, temperature))
+    with stored_type.widened(student.head), stored_type.widened(None if teacher is None else teacher.head):
+        return Losses(*_TokenLosses.apply(student.states, student.head, following, teacher, weight, temperature))
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -157,10 +159,14 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def outputs_of(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Append the outputs of these blocks to the list, in running order, while the context is open."""
-    seen: list[Tensor] = []
-    handles = [block.register_forward_hook(lambda module, inputs, output: seen.append(output)) for block in blocks]
+def outputs_of(blocks: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
+    """Per block a list of its outputs, of as many passes as are made while the context is open."""
+    seen: list[list[Tensor]] = [[] for _ in blocks]
+
+    def note(outputs: list[Tensor]) -> Callable[..., None]:
+        return lambda module, inputs, output: outputs.append(output)
+
+    handles = [block.register_forward_hook(note(outputs)) for block, outputs in zip(blocks, seen, strict=True)]
     try:
         yield seen
     finally:

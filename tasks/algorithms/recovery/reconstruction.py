@@ -10,7 +10,9 @@ block that was kept: the removed blocks' effect is part of it.
 Loss: squared error relative to the target's energy. No backward pass goes through more than one block; no loss is on
 tokens. Every block is trained for all steps of the recipe, on the same windows, each used once per block: as many
 forward and backward passes of each block as a training of the whole model has, less embedding and head. It holds the
-activations of all windows at one depth twice: 8 bytes * steps * batch * length * hidden size. Norms are not trained.
+activations of all windows at one depth twice: 8 bytes * steps * batch * length * hidden size. Norms are not trained. A
+student's weights may be in the type that they are stored in: those of the block that is trained are float32 meanwhile,
+and rounded when the next block has its inputs.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms.model import checkpoints, families, layers, matrices
+from tasks.algorithms.model import checkpoints, families, layers, matrices, stored_type
 from tasks.algorithms.model.device import repeatable_attention
 from tasks.algorithms.recovery import distillation
-from tasks.algorithms.recovery.masked_lora import COLUMNS, STATE, Recipe, rate, sample, update
+from tasks.algorithms.recovery.training import COLUMNS, STATE, Recipe, rate, sample, update
 
 Report = Callable[[int, float], None]
 """It is called after each step with its number (from 1, over all blocks) and its loss."""
@@ -71,11 +73,13 @@ def reconstruct(
 
     def fit(target: Tensor) -> None:
         index = len(calls) - 1
-        weights = {each.module.weight: keep.get(name) for name, each in by_block[index].items() if name in targets}
-        steps = _fit(blocks[index], calls[index], weights, state[0], target, recipe, saved, index)
-        for learning_rate, loss in steps:
-            history.append(_row(len(history) + 1, loss, learning_rate))
-            report(len(history), loss)
+        trained = {name: each.module for name, each in by_block[index].items() if name in targets}
+        with stored_type.rounded_afterwards(trained.values()):
+            weights = {module.weight: keep.get(name) for name, module in trained.items()}
+            steps = _fit(blocks[index], calls[index], weights, state[0], target, recipe, saved, index)
+            for learning_rate, loss in steps:
+                history.append(_row(len(history) + 1, loss, learning_rate))
+                report(len(history), loss)
 
     def visit(index: int, _: nn.Module, inputs: layers.BlockInputs) -> None:
         if not state:

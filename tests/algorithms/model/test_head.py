@@ -10,7 +10,7 @@ import torch
 from tasks.algorithms.model import head, rows
 from tasks.algorithms.pruning import importance
 from tasks.algorithms.quantisation import eora_ranks
-from tasks.algorithms.recovery import masked_lora
+from tasks.algorithms.recovery import training
 from tests.support.pruned_llama import RECIPE, attach, prune
 
 SIZES = (1, 7 * 96, 2**24)
@@ -50,13 +50,13 @@ def test_nats_are_those_of_the_model_s_own_logits(largest: int, make_model: Any,
 
 def test_a_training_in_chunks_takes_the_same_steps(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.randint(96, (200,), generator=torch.Generator().manual_seed(0))
-    recipe = masked_lora.Recipe(**vars(RECIPE) | {"distillation": 0.5, "steps": 3})
+    recipe = training.Recipe(**vars(RECIPE) | {"distillation": 0.5, "steps": 3})
     histories = []
     for size in SIZES:
         monkeypatch.setattr(rows, "LARGEST", size)
         student = make_model()
         adapted = attach(student, prune(student))
-        histories.append(masked_lora.train(adapted, tokens, recipe, teacher=make_model(seed=1)))
+        histories.append(training.train(adapted, tokens, recipe, teacher=make_model(seed=1)))
     for history in histories[:2]:
         for row, whole in zip(history, histories[2], strict=True):
             for name in ("loss", "causal_lm", "distillation"):
@@ -67,7 +67,7 @@ ASKS = {
     "taylor": lambda model, ids: importance.taylor(model, ids),
     "perplexity": lambda model, ids: importance.perplexity(model, ids),
     "curvature": lambda model, ids: eora_ranks.curvature(model, ids),
-    "recovery": lambda model, ids: masked_lora.train(
+    "recovery": lambda model, ids: training.train(
         attach(model, {}), ids.flatten(), RECIPE, teacher=model if RECIPE.distillation else None
     ),
 }

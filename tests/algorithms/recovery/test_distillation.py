@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tasks.algorithms.model import layers, rows
 from tasks.algorithms.pruning import depth_prune
-from tasks.algorithms.recovery import distillation, masked_lora
+from tasks.algorithms.recovery import distillation, training
 from tests.support.pruned_llama import RECIPE, attach, prune
 from tests.support.stand_in import Says
 
@@ -83,8 +83,8 @@ def test_hidden_loss_is_the_naive_one_at_the_corresponding_blocks(weight, make_m
         / sum(b**2 for b in wanted[j + 1].flatten().tolist())
         for i, j in enumerate((1, 3))
     ]
-    recipe = masked_lora.Recipe(**vars(RECIPE) | {"hidden": 10.0, "distillation": weight})
-    history = masked_lora.train(attach(student, keep), ids, recipe, teacher=teacher, kept=[1, 3])
+    recipe = training.Recipe(**vars(RECIPE) | {"hidden": 10.0, "distillation": weight})
+    history = training.train(attach(student, keep), ids, recipe, teacher=teacher, kept=[1, 3])
     first = history[0]
     assert first["hidden"] == pytest.approx(sum(errors) / 2, rel=1e-4)
     tokens = (1 - weight) * first["causal_lm"] + (weight * first["distillation"] if weight else 0.0)
@@ -99,9 +99,9 @@ def test_a_removed_block_that_does_nothing_costs_nothing(make_model):
         teacher.model.layers[1].get_submodule(name).weight.data.zero_()
     student = copy.deepcopy(depth_prune.without(teacher, [1]))
     ids = torch.randint(96, (16,), generator=torch.Generator().manual_seed(0))
-    recipe = masked_lora.Recipe(**vars(RECIPE) | {"hidden": 1.0, "distillation": 1.0, "steps": 1})
+    recipe = training.Recipe(**vars(RECIPE) | {"hidden": 1.0, "distillation": 1.0, "steps": 1})
     for kept, fits in (([0, 2, 3], True), ([0, 1, 2], False)):
         adapted = attach(copy.deepcopy(student), {})
-        row = masked_lora.train(adapted, ids, recipe, teacher=teacher, kept=kept)[0]
+        row = training.train(adapted, ids, recipe, teacher=teacher, kept=kept)[0]
         assert (row["hidden"] < 1e-10) == fits
         assert row["distillation"] == pytest.approx(0.0, abs=1e-5)

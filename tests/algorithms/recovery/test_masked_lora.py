@@ -14,7 +14,8 @@ from transformers import LlamaForCausalLM
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
-from tasks.algorithms.recovery import masked_lora
+from tasks.algorithms.recovery import eora_start, masked_lora, training
+from tasks.models import dense_folder, streamed_folder
 from tests.support.pruned_llama import RECIPE, VOCABULARY, attach, llama, prune, stir, text_tokens
 
 
@@ -60,7 +61,7 @@ def test_merged_equals_unmerged_and_the_formula(only):
 def test_masks_hold_after_training_and_pefts_own_merge(pruned):
     model, keep = pruned
     adapted = attach(model, keep)
-    masked_lora.train(adapted, text_tokens(), RECIPE)
+    training.train(adapted, text_tokens(), RECIPE)
     merged = adapted.merge_and_unload()
     for name, linear in families.block_linears(merged).items():
         assert type(linear) is nn.Linear
@@ -83,7 +84,7 @@ def test_only_adapters_get_gradients(pruned):
     model, keep = pruned
     frozen = copy.deepcopy(model.state_dict())
     adapted = attach(model, keep)
-    masked_lora.train(adapted, text_tokens(), RECIPE)
+    training.train(adapted, text_tokens(), RECIPE)
     for name, parameter in adapted.named_parameters():
         assert ("lora_" in name) == parameter.requires_grad == (parameter.grad is not None), name
     after = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
@@ -130,8 +131,8 @@ def test_dropout_acts_on_the_low_rank_input_alone():
 def test_loss_falls(pruned, distillation):
     model, keep = pruned
     teacher = llama() if distillation else None
-    recipe = masked_lora.Recipe(**vars(RECIPE) | {"distillation": distillation, "steps": 60})
-    history = masked_lora.train(attach(model, keep), text_tokens(), recipe, teacher=teacher)
+    recipe = training.Recipe(**vars(RECIPE) | {"distillation": distillation, "steps": 60})
+    history = training.train(attach(model, keep), text_tokens(), recipe, teacher=teacher)
     assert [row["step"] for row in history] == list(range(1, 61))
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
     for row in history:
@@ -149,7 +150,7 @@ def test_first_loss_is_the_mean_negative_log_likelihood(pruned):
     with torch.no_grad():
         table = model(input_ids=ids[None]).logits[0].double().softmax(-1)
     expected = -sum(math.log(table[i, ids[i + 1]]) for i in range(15)) / 15
-    history = masked_lora.train(attach(model, keep), ids, RECIPE)
+    history = training.train(attach(model, keep), ids, RECIPE)
     assert history[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -167,7 +168,7 @@ def test_eora_start_is_the_masked_product_of_its_factors(make_model, make_window
     u, s, v = torch.linalg.svd(outputs, full_matrices=False)
     product = (torch.linalg.pinv(x) @ (u[:, :4] * s[:4]) @ v[:4]).T
     adapted = attach(model, keep, rank=4, alpha=6.0)
-    masked_lora.start_from_eora(adapted, teacher, ids, batch=2)
+    eora_start.start_from_eora(adapted, teacher, ids, batch=2)
     assert not adapted.training
     layer = model.get_submodule(first)
     factors = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * (6.0 / 4)
@@ -189,19 +190,19 @@ def test_eora_start_without_a_loss_stays_pefts(make_model, make_windows):
     teacher = {name: linear.weight.detach().clone() for name, linear in families.block_linears(model).items()}
     adapted = attach(model, {})
     before = {name: value.clone() for name, value in adapted.state_dict().items()}
-    masked_lora.start_from_eora(adapted, teacher, make_windows(2, 8), batch=1)
+    eora_start.start_from_eora(adapted, teacher, make_windows(2, 8), batch=1)
     assert all(torch.equal(before[name], value) for name, value in adapted.state_dict().items())
 
 
 def test_learning_rate_rises_linearly_then_follows_half_a_cosine():
-    recipe = masked_lora.Recipe(**vars(RECIPE) | {"steps": 10, "warmup": 0.2, "learning_rate": 1.0})
-    rates = [masked_lora.rate(step, recipe) for step in range(1, 11)]
+    recipe = training.Recipe(**vars(RECIPE) | {"steps": 10, "warmup": 0.2, "learning_rate": 1.0})
+    rates = [training.rate(step, recipe) for step in range(1, 11)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[6] == pytest.approx(0.5)  # half of the 8 falling steps are done
     assert all(a > b > 0 for a, b in zip(rates[2:], rates[3:], strict=False))
     for warmup in (0.0, 1.0):
-        edge = masked_lora.Recipe(**vars(recipe) | {"warmup": warmup})
-        assert all(0 < masked_lora.rate(step, edge) <= 1 for step in range(1, 11))
+        edge = training.Recipe(**vars(recipe) | {"warmup": warmup})
+        assert all(0 < training.rate(step, edge) <= 1 for step in range(1, 11))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -213,7 +214,7 @@ def test_two_runs_give_the_same_bytes_and_leave_the_global_random_state(dropout)
         model = llama()
         keep = prune(model)
         adapted = attach(model, keep, dropout=dropout)
-        history = masked_lora.train(adapted, text_tokens(), RECIPE)
+        history = training.train(adapted, text_tokens(), RECIPE)
         assert torch.equal(torch.get_rng_state(), state)
         results.append((history, masked_lora.merge(adapted, keep).state_dict()))
     (first, weights), (second, again) = results
@@ -221,12 +222,53 @@ def test_two_runs_give_the_same_bytes_and_leave_the_global_random_state(dropout)
     assert all(weights[name].numpy().tobytes() == value.numpy().tobytes() for name, value in again.items())
 
 
+@pytest.mark.parametrize("only", ["", "none"])
+@pytest.mark.parametrize("hidden", [0.0, 1.0])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_computing_blocks_anew_changes_no_byte(only, hidden, dropout):
+    """`only` names the masked linears; the others are dense, and take PEFT's own path."""
+    results = []
+    recipe = training.Recipe(**vars(RECIPE) | {"steps": 4, "distillation": 0.5, "hidden": hidden})
+    for checkpointing in (False, True):
+        model, passes = llama(), []
+        keep = prune(model, only)
+        adapted = attach(model, keep, dropout=dropout)
+        model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        history = training.train(adapted, text_tokens(), recipe, teacher=llama(), checkpointing=checkpointing)
+        assert len(passes) == (8 if checkpointing else 4)
+        results.append((str(history), masked_lora.merge(adapted, keep).state_dict()))
+    (first, weights), (second, again) = results
+    assert first == second
+    assert all(weights[name].numpy().tobytes() == value.numpy().tobytes() for name, value in again.items())
+
+
+@pytest.mark.parametrize("only", ["", "self_attn"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_weights_in_their_stored_type_are_trained_and_merged_as_in_float32(tmp_path, only, dropout):
+    """The oracle has every weight in float32, and rounds the merged ones at the end."""
+    model = llama().bfloat16()
+    keep = prune(model, only)
+    model.save_pretrained(tmp_path)
+    results = []
+    for load in (dense_folder.load_dense, streamed_folder.load_stored):
+        adapted = attach(load(tmp_path), keep, dropout=dropout)
+        assert all(p.dtype == torch.float32 for p in adapted.parameters() if p.requires_grad)
+        recipe = training.Recipe(**vars(RECIPE) | {"steps": 4, "distillation": 0.5})
+        history = training.train(adapted, text_tokens(), recipe, teacher=llama(seed=4))
+        results.append((str(history), masked_lora.merge(adapted, keep)))
+    (first, whole), (second, stored) = results
+    assert first == second
+    for name, linear in families.block_linears(stored).items():
+        assert linear.weight.dtype == torch.bfloat16
+        assert torch.equal(linear.weight, whole.get_submodule(name).weight.bfloat16())
+
+
 def test_seed_changes_the_windows(pruned):
     model, keep = pruned
     losses = []
     for seed in (0, 1):
-        recipe = masked_lora.Recipe(**vars(RECIPE) | {"seed": seed, "steps": 1})
-        losses.append(masked_lora.train(attach(copy.deepcopy(model), keep), text_tokens(), recipe)[0]["loss"])
+        recipe = training.Recipe(**vars(RECIPE) | {"seed": seed, "steps": 1})
+        losses.append(training.train(attach(copy.deepcopy(model), keep), text_tokens(), recipe)[0]["loss"])
     assert losses[0] != losses[1]
 
 
@@ -263,12 +305,12 @@ def test_what_a_user_can_get_wrong(pruned):
         attach(llama(), keep)
     adapted = attach(copy.deepcopy(model), keep)
     with pytest.raises(InputError, match="has 15 tokens, less than one window of 16"):
-        masked_lora.train(adapted, text_tokens()[:15], RECIPE)
+        training.train(adapted, text_tokens()[:15], RECIPE)
     for change in ({"distillation": 0.5}, {"hidden": 0.5}):
         with pytest.raises(ValueError, match="without a teacher"):
-            masked_lora.train(adapted, text_tokens(), masked_lora.Recipe(**vars(RECIPE) | change))
+            training.train(adapted, text_tokens(), training.Recipe(**vars(RECIPE) | change))
     with pytest.raises(ValueError, match="with a teacher"):
-        masked_lora.train(adapted, text_tokens(), RECIPE, teacher=llama())
+        training.train(adapted, text_tokens(), RECIPE, teacher=llama())
     model.model.norm.weight.data.fill_(math.inf)
     with pytest.raises(InputError, match=re.escape("loss of step 1 is nan at a learning rate of 0.00667")):
-        masked_lora.train(attach(model, keep), text_tokens(), RECIPE)
+        training.train(attach(model, keep), text_tokens(), RECIPE)

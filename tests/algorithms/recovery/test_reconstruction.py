@@ -12,9 +12,9 @@ from torch import nn
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, layers
 from tasks.algorithms.pruning import depth_prune
-from tasks.algorithms.recovery import masked_lora, reconstruction
+from tasks.algorithms.recovery import masked_lora, reconstruction, training
 
-RECIPE = masked_lora.Recipe(
+RECIPE = training.Recipe(
     steps=40, batch=4, length=16, learning_rate=0.01, warmup=0.1, distillation=0.0, temperature=1.0, seed=7
 )
 TOKENS = torch.randint(96, (600,), generator=torch.Generator().manual_seed(2))
@@ -82,7 +82,7 @@ def test_the_error_of_every_block_falls_on_text_it_was_not_trained_on(teacher):
     for target, start, end in zip(wanted, before, after, strict=True):
         assert error(end, target) < 0.9 * error(start, target)
     assert [row["step"] for row in history] == list(range(1, 161))
-    assert set(history[0]) == set(masked_lora.COLUMNS)
+    assert set(history[0]) == set(training.COLUMNS)
     for row in history:
         assert row["loss"] == row["hidden"] and math.isnan(row["causal_lm"]) and math.isnan(row["distillation"])
 
@@ -92,16 +92,16 @@ def test_the_first_loss_of_each_block_is_that_of_the_reconstructed_blocks_before
     model = copy.deepcopy(teacher)
     keep = prune(model)
     pruned = copy.deepcopy(model)
-    recipe = masked_lora.Recipe(**vars(RECIPE) | {"steps": 3})
+    recipe = training.Recipe(**vars(RECIPE) | {"steps": 3})
     history = reconstruct(model, teacher, keep, recipe=recipe)
-    ids = masked_lora.sample(TOKENS, 12, 16, torch.Generator().manual_seed(7))
+    ids = training.sample(TOKENS, 12, 16, torch.Generator().manual_seed(7))
     wanted = boundaries(teacher, ids)
     for index in range(4):
         mixed = copy.deepcopy(model)
         mixed.model.layers[index] = pruned.model.layers[index]
         got = boundaries(mixed, ids)[index]
         assert history[3 * index]["loss"] == pytest.approx(error(got[:4], wanted[index][:4]), rel=1e-4)
-        assert history[3 * index]["learning_rate"] == masked_lora.rate(1, recipe)
+        assert history[3 * index]["learning_rate"] == training.rate(1, recipe)
 
 
 def test_a_dense_model_is_left_as_it_is(teacher):
@@ -125,8 +125,8 @@ def test_a_removed_block_that_does_nothing_costs_nothing(teacher, removed):
 def test_the_block_before_a_removed_one_takes_its_work_over(teacher):
     """Its target is the teacher after the removed block; that of the next kept one is its own dense output."""
     model = copy.deepcopy(depth_prune.without(teacher, [1]))
-    recipe = masked_lora.Recipe(**vars(RECIPE) | {"steps": 1})
-    ids = masked_lora.sample(TOKENS, 4, 16, torch.Generator().manual_seed(7))
+    recipe = training.Recipe(**vars(RECIPE) | {"steps": 1})
+    ids = training.sample(TOKENS, 4, 16, torch.Generator().manual_seed(7))
     start = boundaries(model, ids)
     history = reconstruct(model, teacher, {}, kept=[0, 2, 3], recipe=recipe)
     wanted = boundaries(teacher, ids)
@@ -150,7 +150,7 @@ def test_two_runs_give_the_same_bytes_and_leave_the_global_random_state(teacher)
 def test_what_a_user_can_get_wrong(teacher):
     model = copy.deepcopy(teacher)
     keep = prune(model)
-    short = masked_lora.Recipe(**vars(RECIPE) | {"length": 601})
+    short = training.Recipe(**vars(RECIPE) | {"length": 601})
     with pytest.raises(InputError, match="has 600 tokens, less than one window of 601"):
         reconstruct(model, teacher, keep, recipe=short)
     model.model.layers[2].mlp.up_proj.weight.data.fill_(math.inf)
