@@ -43,7 +43,8 @@ def _steps(model: ModelShape, device: str) -> int:
 
 
 def _learning_rate(model: ModelShape, device: str) -> float:
-    return float(f"{0.01 * min(1.0, HIDDEN / model.hidden):.1g}")
+    """0.01 up to the built-in's size; beyond, it falls with the square root of the hidden size."""
+    return float(f"{0.01 * math.sqrt(min(1.0, HIDDEN / model.hidden)):.2g}")
 
 
 def _adapter_bytes(model: ModelShape, device: str) -> int:
