@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tasks.algorithms.errors import InputError
 from tasks.parameters import schema
 from tests.benchmarks import chain as chains
-from tests.benchmarks import curve, quantisation, recovery, sparsity, table
+from tests.benchmarks import curve, defaults, quantisation, recovery, sparsity, table
 from tests.benchmarks.chain import Chain, declared
 from tests.support import project
 from tests.support.paths import ROOT
@@ -142,6 +142,7 @@ def test_every_point_can_be_run_and_has_a_name_of_its_own():
         *({**recovery.PRUNED, **params} for params, _ in recovery.ARMS.values()),
         *({**recovery.MASKED, **losses} for _, losses in recovery.ARMS.values() if losses),
         *({**curve.COMMON, **(removed if point.shallow else {}), **point.params} for point in curve.POINTS),
+        *(params for _, params in defaults.POINTS.values()),
         *sparsity.PATTERNS.values(),
         *({**params, **sparsity.STOCK} for params in sparsity.PATTERNS.values()),
     ]
