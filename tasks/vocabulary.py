@@ -17,8 +17,15 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, head
 from tasks.algorithms.scoring import perplexity
 from tasks.algorithms.text import vocabulary
-from tasks.models import dense_folder, generations, model_files, streamed_folder, tensor_files, tensor_headers
-from tasks.models.stored_tensors import StoredTensors
+from tasks.models import (
+    dense_folder,
+    generations,
+    model_files,
+    stored_tensors,
+    streamed_folder,
+    tensor_files,
+    tensor_headers,
+)
 from tasks.runtime import files
 from tasks.sources import json_lines
 
@@ -185,7 +192,7 @@ def _write_weights(stage: Stage, source: Path, target: Path, keep: Tensor) -> No
     """Embedding and head with the kept rows; a shard with neither is passed on."""
     described = families.family(dense_folder.config(source))
     names = {f"{described.embedding}.weight", f"{described.head}.weight"}
-    tensors = StoredTensors(source)
+    tensors = stored_tensors.StoredTensors(source)
     for path in model_files.tensors(source):
         metadata, entries = tensor_headers.header(path)
         if names.isdisjoint(entries):

@@ -38,8 +38,6 @@ STAGES = ("lora", "baseline_lora")
 """They train on the same windows with the same teacher."""
 CODE = "compression/recovery_training"
 """The module whose code what they share depends on."""
-SHARE = 0.4
-"""Of the memory that is free when training begins: what activations of all blocks may take; two recoveries may run."""
 EORA_WINDOWS = 64
 """Windows of lora.length tokens, from the train corpus, on which lora.start = eora measures inputs."""
 
@@ -161,10 +159,9 @@ def _teacher(folder: Path, model: nn.Module, kept: Sequence[int]) -> nn.Module:
 
 def _checkpointing(params: Lora, model: nn.Module, masked: bool) -> bool:
     """Whether activations of all blocks are too many for the memory that is free; it changes no byte."""
-    kept = needs.lora_kept(params, shape_of_model(model), masked)
     on_card = model.device.type == "cuda" and torch.cuda.is_available()
     free = torch.cuda.mem_get_info(model.device)[0] if on_card else needs.available_memory()
-    return kept > SHARE * free
+    return needs.recovery(params, shape_of_model(model), masked, free).checkpointing
 
 
 def _attach(params: Lora, model: nn.Module, keep: Mapping[str, Tensor]) -> LoraModel:

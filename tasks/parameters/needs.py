@@ -15,6 +15,7 @@ import bisect
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tasks.algorithms.model import rows, streaming
 from tasks.algorithms.model.shape import ModelShape
@@ -26,8 +27,10 @@ LIBRARIES = 700 * 2**20
 """Bytes that a process holds after importing torch, transformers and gptqmodel."""
 ACTIVATIONS = (9, 4)
 """Values kept for a backward pass per token and layer, in units of the hidden and of the MLP size."""
-KEPT = {True: 1.3, False: 1.9}
+KEPT = {True: 1.05, False: 1.3}
 """What they take of memory, gaps included, by whether the adapters are masked: plain ones make more that is dropped."""
+KEEPING = 0.4
+"""Of the free memory: what a recovery may take that keeps the activations of all blocks; two may run side by side."""
 AHEAD, TARGETS = 32, 2**28
 """Steps whose targets wait in memory for a training (`tasks.algorithms.recovery.targets`), and their bytes, at most."""
 WIDENED = 1.5
@@ -46,6 +49,8 @@ BYTES_PER_TOKEN = 3
 """Of a text, at least: what the longest document is taken for before it is tokenised."""
 PROBE = 128
 """Tokens on which stage vocabulary compares the logits of both models."""
+CODED = 2**24
+"""Values of an embedding whose codes are packed together, about (1.2 GB at 128,256 x 2,048, 111 MiB at 32,768 x 256)."""
 LOOKED_AT = 2**22
 """Values that fetch looks at together."""
 UNLIMITED = 2048
@@ -110,14 +115,19 @@ def _boundary(params: Params, model: ModelShape) -> int:
     return 2 * 4 * params.calibrate.windows * params.calibrate.length * model.hidden
 
 
-def lora_kept(own: Lora, model: ModelShape, masked: bool) -> int:
-    """Bytes that the backward pass of a recovery needs of all blocks, where none is computed anew."""
-    summed = 4 * model.in_blocks if masked or model.stored < 4 else 0  # each weight with its adapter, or in fp32
-    return int(KEPT[masked] * (summed + _backward(model, own.batch * own.length)))
+class Recovery(NamedTuple):
+    """What a recovery holds at its peak in bytes, and whether it computes each block anew for the backward pass."""
+
+    size: int
+    checkpointing: bool
 
 
-def _lora_memory(params: Params, model: ModelShape, masked: bool = True) -> int:
-    own = params.lora
+def recovery(own: Lora, model: ModelShape, masked: bool, free: int) -> Recovery:
+    """What a recovery does with so much free memory: the activations of all blocks are kept where `KEEPING` is enough.
+
+    Args:
+        free: bytes, of the device that it runs on.
+    """
     tokens, block = own.batch * own.length, model.in_blocks // model.layers
     states = 4 * tokens * model.hidden
     adapters = 16 * own.rank * model.layers * sum(map(sum, model.linears.values()))  # gradient, two moments
@@ -130,10 +140,18 @@ def _lora_memory(params: Params, model: ModelShape, masked: bool = True) -> int:
         opened = 0 if whole else 4 * block + _forward(model, tokens)
     if own.method == "block_reconstruction":  # the student's and the teacher's states of all windows at one depth
         held += 2 * own.steps * states
-    head = int(WIDENED * _table(model)) if model.stored < 4 else 0  # while it says something
+    head = _logits(model, tokens, 4) + (int(WIDENED * _table(model)) if model.stored < 4 else 0)  # while it is asked
+    summed = 4 * model.in_blocks if masked or model.stored < 4 else 0  # each weight with its adapter, or in fp32
+    kept = held + max(opened, head + int(KEPT[masked] * (summed + _backward(model, tokens))))
+    if kept <= KEEPING * free:
+        return Recovery(kept, False)
     anew = int(KEPT[masked] * (8 * block + _forward(model, tokens)))  # a block's weights, and those with adapters
     held += model.layers * states + int(GAPS * 4 * model.in_blocks)
-    return held + max(opened, _logits(model, tokens, 4) + head, anew)
+    return Recovery(held + max(opened, head, anew), True)
+
+
+def _lora_memory(params: Params, model: ModelShape, masked: bool = True) -> int:
+    return recovery(params.lora, model, masked, available_memory()).size
 
 
 def protocol(params: Params) -> protocols.Protocol:
@@ -194,7 +212,7 @@ def _embedding_memory(params: Params, model: ModelShape) -> int:
 def _sensitivity_memory(params: Params, model: ModelShape) -> int:
     length = params.calibrate.length
     states = 4 * HARMED * length * model.hidden * (TRIED + 3)  # of each linear and width; before; as unchanged
-    measured = states + 2 * _forward(model, HARMED * length) + 6 * 4 * COMPARED * model.vocabulary
+    measured = states + 2 * _forward(model, HARMED * length) + 10 * 4 * COMPARED * model.vocabulary
     return _streamed(model, max(_embedding_memory(params, model), measured))
 
 
@@ -213,15 +231,18 @@ def _gptq_memory(params: Params, model: ModelShape) -> int:
 
 
 def _package_memory(params: Params, model: ModelShape) -> int:
-    return _streamed(model)  # the embedding as it is stored and its codes, as they are packed; a block likewise
+    # the embedding, and what is coded of it at once; a block with its codes, masks and values
+    return max(4 * model.outside + 8 * min(model.outside, CODED), 16 * (model.in_blocks // model.layers))
 
 
 def _eora_memory(params: Params, model: ModelShape) -> int:
-    # ranks are weighed with embedding and head in memory, branches computed without: student's and teacher's block,
-    # float64 moments, eigenvectors and what finds them
-    weighed = 4 * model.outside + 2 * 8 * model.widest**2 + _logits(model, params.calibrate.length, 5)
-    branches = _block(model) + _walk(params, model) + 5 * 8 * model.widest**2
-    return _block(model) + max(weighed, branches)
+    # branches are computed without embedding and head: student's and teacher's block, float64 moments, eigenvectors and
+    # what finds them; ranks are weighed with these in memory
+    needed = _block(model) + _walk(params, model) + 5 * 8 * model.widest**2
+    if params.eora.budget_bytes is not None:
+        weighed = 4 * model.outside + 2 * 8 * model.widest**2 + _logits(model, params.calibrate.length, 5)
+        needed = max(needed, weighed)
+    return _block(model) + needed
 
 
 def _fetch_memory(params: Params, model: ModelShape) -> int:
@@ -271,7 +292,7 @@ MEMORY: dict[str, Callable[[Params, ModelShape], int]] = {
     "baseline": lambda params, model: max(_linears_memory(params, model), _package_memory(params, model)),
     "evaluate": _evaluate_memory,
     # whole, above a size in bfloat16; its few tokens at batch 4 hardly count
-    "measure": lambda params, model: _dense(model) // (1 if _dense(model) <= streaming.WHOLE else 2),
+    "measure": lambda params, model: _loaded(model) if _dense(model) <= streaming.WHOLE else _dense(model) // 2,
     "kv_cache": _kv_cache_memory,
     "harness": _harness_memory,
 }

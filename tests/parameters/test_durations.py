@@ -14,7 +14,7 @@ from tasks.algorithms.model import families, layers, matrices
 from tasks.algorithms.model.shape import ModelShape, shape_of_config, shape_of_model
 from tasks.algorithms.pruning import importance
 from tasks.algorithms.quantisation import sensitivity
-from tasks.algorithms.recovery import masked_lora
+from tasks.algorithms.recovery import masked_lora, training
 from tasks.algorithms.scoring import likelihood, protocols
 from tasks.parameters import durations, schema
 from tasks.parameters.durations import Work, work
@@ -81,8 +81,8 @@ def _recovery(masked: bool) -> Callable[[transformers.LlamaForCausalLM], None]:
             masked_lora.apply_masks(model, keep)
         targets = masked_lora.select(model, "all-linear")
         adapted = masked_lora.attach(model, targets, keep, rank=4, alpha=8, dropout=0.0, seed=0)
-        recipe = masked_lora.Recipe(2, 2, 32, 0.001, 0.0, 0.5, 2.0, 0)
-        masked_lora.train(adapted, windows(1, 500)[0], recipe, teacher=llama())
+        recipe = training.Recipe(2, 2, 32, 0.001, 0.0, 0.5, 2.0, 0)
+        training.train(adapted, windows(1, 500)[0], recipe, teacher=llama())
 
     return run
 

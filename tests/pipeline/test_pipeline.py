@@ -63,7 +63,7 @@ def test_a_parameter_reruns_what_depends_on_it_and_comes_back_from_the_run_cache
     before = project.lock()
     project.change({"wanda.keep": 1})
     assert ran(project.repro().stdout) == BELOW_WANDA
-    project.change({"wanda.keep": 2})
+    project.change({"wanda.keep": "auto"})
     output = project.repro().stdout
     assert ran(output) == {"report"}  # it reads measure's record, no output, which DVC alone doesn't bring back
     assert restored(output) == BELOW_WANDA - {"report"}

@@ -22,6 +22,7 @@ from tasks.algorithms.pruning import depth_prune
 from tasks.algorithms.recovery import eora_start, masked_lora, targets, training
 from tasks.compression import recovery_training
 from tasks.models import dense_folder, mask_files
+from tasks.parameters import needs
 from tasks.parameters.compression_sections import Distillation, Lora
 from tasks.runtime.files import write_json
 from tasks.runtime.shelf import Shelf
@@ -194,7 +195,7 @@ def test_little_memory_changes_no_byte(folder, arm, monkeypatch):
     """Blocks computed anew, and a teacher whose blocks lie on the disk; the oracle has all in memory."""
     settings = params(dropout=0.1, **ARMS[arm])
     lora.run(FakeStage(folder, settings, "whole"))
-    monkeypatch.setattr(recovery_training, "SHARE", 0.0)
+    monkeypatch.setattr(needs, "KEEPING", 0.0)
     monkeypatch.setattr(recovery_training.streaming, "WHOLE", 0)
     monkeypatch.setattr(dense_folder, "load_dense", None)  # nothing is whole in float32
     lora.run(FakeStage(folder, settings, "little"))

@@ -88,7 +88,8 @@ def test_a_stage_writes_on_the_card_what_it_writes_on_the_cpu(name, on_the_cpu, 
 def test_every_stage_that_has_a_device_is_tried():
     stages = declared(ROOT / "dvc.yaml", Chain().values)
     asking = {each.name for each in stages.values() if "device" in each.params}
-    assert asking == {address.partition("@")[0] for address, _ in CASES.values()}
+    tried = {address.partition("@")[0] for address, _ in CASES.values()}
+    assert asking - {"package"} == tried  # package only notes what the rules made of it
 
 
 def test_the_stand_in_refuses_to_mix_devices_as_cuda_does():

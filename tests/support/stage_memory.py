@@ -57,6 +57,8 @@ STAGES = (
     "harness@fetch-corpus",
     "harness@package-corpus",
 )
+SLOW = ("measure",)
+"""Stages that start a process per model; the warm-up goes without."""
 SHAPES: dict[str, dict[str, int]] = {
     "layers": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "vocab_size": 1024},
     "width": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 1024},
@@ -89,6 +91,8 @@ VALUES = {
     "kv_cache.tokens": 256,
     "kv_cache.bits": [8],
     "harness.limit": 8,
+    "measure.new_tokens": 8,
+    "measure.generations": 1,
 }
 
 
@@ -250,8 +254,9 @@ def main() -> None:
     stages, found = [name for name in STAGES if name not in given.without], {}
     for name, sizes in {"warm-up": TINY, **{name: SHAPES[name] for name in given.shapes}}.items():
         print(name, sizes)
+        chosen = [stage for stage in stages if name != "warm-up" or stage not in SLOW]
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = chain(Path(folder).resolve(), sizes, stages=stages)
+            found[name] = chain(Path(folder).resolve(), sizes, stages=chosen)
         given.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
