@@ -50,7 +50,7 @@ BYTES_PER_TOKEN = 3
 PROBE = 128
 """Tokens on which stage vocabulary compares the logits of both models."""
 CODED = 2**24
-"""Values of an embedding whose codes are packed together, about (1.2 GB at 128,256 x 2,048, 111 MiB at 32,768 x 256)."""
+"""Values of an embedding whose codes are packed together, about (1.2 GB at 128,256 x 2,048)."""
 LOOKED_AT = 2**22
 """Values that fetch looks at together."""
 UNLIMITED = 2048
