@@ -60,8 +60,8 @@ STAGES = (
 SLOW = ("measure",)
 """Stages that start a process per model; the warm-up goes without."""
 SHAPES: dict[str, dict[str, int]] = {
-    "layers": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "vocab_size": 1024},
-    "width": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 1024},
+    "layers": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9, "vocab_size": 1024},
+    "width": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 3, "vocab_size": 1024},
     "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 32768},
 }
 """Sizes of the random models: many layers, wide ones, a large vocabulary."""
