@@ -62,7 +62,7 @@ SLOW = ("measure",)
 SHAPES: dict[str, dict[str, int]] = {
     "layers": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9, "vocab_size": 1024},
     "width": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 3, "vocab_size": 1024},
-    "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 32768},
+    "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 16384},
 }
 """Sizes of the random models: many layers, wide ones, a large vocabulary."""
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 512}
