@@ -57,9 +57,10 @@ def tell(stage: Stage) -> None:
     chosen, device = stage.everything.gptq, stage.everything.device
     if not (chosen.enabled and CALIBRATION.is_file() and (PLAIN / model_files.CONFIG).is_file()):
         return
-    plain, ours = dense_folder.config(PLAIN), stage.output("model")
+    plain = dense_folder.config(PLAIN)
     if shape_of_config(plain).hidden <= rules.SMALL:
         return
+    ours = stage.output("model")
     masks = {"wanda": stage.output, "lora": stage.input}.get(stage.name)
     keep, pattern = mask_files.load_masks(masks("masks.safetensors")) if masks else ({}, "dense")
     if not keep and shape_of_config(dense_folder.config(ours)).layers == shape_of_config(plain).layers:

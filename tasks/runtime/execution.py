@@ -175,7 +175,8 @@ def _perform(stage: Stage) -> dict[str, float]:
             (module.run if stage.enabled else module.skip)(stage)
             spent = {"start_up_seconds": start_up, "computing_seconds": time.monotonic() - began}
             if stage.enabled and stage.name in TOLD:
-                importlib.import_module("tasks.compression.standing").tell(stage)  # by name: it shapes no artifact
+                with lazily.imported():  # gptqmodel takes seconds, and of small models nothing is told
+                    importlib.import_module("tasks.compression.standing").tell(stage)  # by name: it shapes no artifact
     estimates.note_work(stage)
     return spent
 

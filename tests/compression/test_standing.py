@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from tasks.algorithms.quantisation import gptq_walk, masked_gptq
@@ -9,6 +12,7 @@ from tasks.algorithms.scoring import perplexity
 from tasks.compression import block_quantisation, standing
 from tasks.models import dense_folder
 from tasks.parameters import rules
+from tests.support.paths import ROOT
 from tests.support.pruned_model import inputs_of_the_stage, sections
 
 SHAPES = {f"layers.{i}.{name}": shape for i in range(9) for name, shape in (("up", (96, 64)), ("down", (64, 96)))}
@@ -96,3 +100,22 @@ def test_of_what_is_not_pruned_nothing_is_told(pruned, make_stage, monkeypatch, 
     (given.out / "model").symlink_to(pruned.files["lora/model"])
     standing.tell(given)
     assert given.facts == {} and capsys.readouterr().out == ""
+
+
+def test_of_a_small_model_nothing_is_told_and_little_is_loaded(tmp_path):
+    """As `tasks.runtime.execution` asks."""
+    code = f"""
+import importlib, pathlib, sys
+from types import SimpleNamespace
+from tasks.runtime import lazily
+everything = SimpleNamespace(gptq=SimpleNamespace(enabled=True), device="cpu")
+with lazily.imported():
+    standing = importlib.import_module("tasks.compression.standing")
+    standing.PLAIN = pathlib.Path("data/base_model/model")
+    standing.CALIBRATION = pathlib.Path({str(tmp_path / "windows")!r})
+    standing.CALIBRATION.touch()
+    standing.tell(SimpleNamespace(name="wanda", everything=everything))
+print("gptqmodel" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "False\n", done.stderr
