@@ -257,7 +257,7 @@ def _copied(model: ModelShape) -> int:
 
 
 def _wanda_memory(params: Params, model: ModelShape) -> int:
-    scores = 24 * model.hidden * model.mlp  # sorted, their indices
+    scores = (12 if params.wanda.pattern == "n_m" else 24) * model.hidden * model.mlp  # sorted, their indices
     return _streamed(model, _walk(params, model) + scores)
 
 

@@ -57,12 +57,12 @@ STAGES = (
     "harness@fetch-corpus",
     "harness@package-corpus",
 )
-SLOW = ("measure",)
-"""Stages that start a process per model; the warm-up goes without."""
+SLOW = {"measure": (), "sensitivity": ("layers",), "baseline": ("layers",)}
+"""Stages that take long -> the shapes on which the test runs them; this command runs all on all but the warm-up."""
 SHAPES: dict[str, dict[str, int]] = {
-    "layers": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9, "vocab_size": 1024},
-    "width": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 3, "vocab_size": 1024},
-    "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 16384},
+    "layers": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "vocab_size": 1024},
+    "width": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 1024},
+    "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 32768},
 }
 """Sizes of the random models: many layers, wide ones, a large vocabulary."""
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 512}
@@ -254,7 +254,7 @@ def main() -> None:
     stages, found = [name for name in STAGES if name not in given.without], {}
     for name, sizes in {"warm-up": TINY, **{name: SHAPES[name] for name in given.shapes}}.items():
         print(name, sizes)
-        chosen = [stage for stage in stages if name != "warm-up" or stage not in SLOW]
+        chosen = [stage for stage in stages if name != "warm-up" or stage != "measure"]
         with tempfile.TemporaryDirectory() as folder:
             found[name] = chain(Path(folder).resolve(), sizes, stages=chosen)
         given.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
