@@ -257,8 +257,8 @@ def _copied(model: ModelShape) -> int:
 
 
 def _wanda_memory(params: Params, model: ModelShape) -> int:
-    scores = (12 if params.wanda.pattern == "n_m" else 24) * model.hidden * model.mlp  # sorted, their indices
-    return _streamed(model, _walk(params, model) + scores)
+    scores = 24 * model.hidden * model.mlp  # sorted, their indices; a pass is over by then
+    return _streamed(model, _boundary(params, model) + max(_forward(model, BATCH * params.calibrate.length), scores))
 
 
 def _importance_memory(params: Params, model: ModelShape) -> int:
