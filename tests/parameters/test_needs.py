@@ -54,13 +54,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
     return run
 
 
-UNSTEADY = pytest.mark.xfail(reason="95 to 179 MiB were measured of the same code and model (2026-11-28)", strict=False)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("shape", "address"), [pytest.param(*case, marks=UNSTEADY if case == ("width", "wanda") else ()) for case in CASES]
-)
+@pytest.mark.parametrize(("shape", "address"), CASES)
 def test_what_is_predicted_is_what_is_taken(
     shape: str, address: str, measured: Callable[[str], dict[str, dict[str, float]]]
 ) -> None:
