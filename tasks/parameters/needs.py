@@ -256,8 +256,10 @@ def _copied(model: ModelShape) -> int:
 
 
 def _wanda_memory(params: Params, model: ModelShape) -> int:
-    scores = 24 * model.hidden * model.mlp  # sorted, their indices; a pass is over by then
-    return _streamed(model, _boundary(params, model) + max(_forward(model, BATCH * params.calibrate.length), scores))
+    tokens = BATCH * params.calibrate.length
+    scores = 24 * model.hidden * model.mlp  # in float64, and their order; a pass is over by then
+    seen = _forward(model, tokens) + 2 * 8 * tokens * model.mlp  # the widest inputs in float64, and their squares
+    return _streamed(model, _boundary(params, model) + max(seen, scores))
 
 
 def _importance_memory(params: Params, model: ModelShape) -> int:

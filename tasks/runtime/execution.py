@@ -32,20 +32,7 @@ from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
 from tasks.parameters import parameter_file, preflight
-from tasks.runtime import (
-    accelerator,
-    code,
-    edits,
-    estimates,
-    failures,
-    lazily,
-    lineage,
-    locks,
-    mend,
-    parent,
-    processes,
-    spilling,
-)
+from tasks.runtime import accelerator, code, edits, estimates, failures, lazily, lineage, locks, mend, parent, spilling
 from tasks.runtime.stage import JOURNALS, SCRATCH, Stage
 
 if TYPE_CHECKING:
@@ -66,7 +53,6 @@ def execute(address: str, *, run_ids: dict[str, str] | None = None) -> None:
         InputError: what a user can mend; the previous outputs are back in place.
     """
     parent.end_with_it(address)
-    processes.return_large_pieces()
     attempt = _Attempt(address)
     try:
         with locks.held(SCRATCH / f"{address}.lock", f"stage {address} is already running in this folder"):

@@ -251,7 +251,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    processes.return_large_pieces()  # as `tasks.runtime.execution` does
     stages, found = [name for name in STAGES if name not in given.without], {}
     for name, sizes in {"warm-up": TINY, **{name: SHAPES[name] for name in given.shapes}}.items():
         print(name, sizes)
