@@ -11,6 +11,10 @@ from collections.abc import Callable
 
 import pytest
 
+from tasks import calibrate, wanda
+from tasks.algorithms.quantisation import sensitivity
+from tasks.algorithms.recovery import targets
+from tasks.compression import block_quantisation
 from tasks.parameters import needs
 from tests.support import stage_memory
 from tests.support.paths import ROOT
@@ -37,6 +41,12 @@ def test_shapes_differ_in_layers_width_and_vocabulary() -> None:
     for name, key in {"layers": "num_hidden_layers", "width": "hidden_size", "vocabulary": "vocab_size"}.items():
         of = {shape: sizes[key] for shape, sizes in stage_memory.SHAPES.items()}
         assert all(of[name] >= 3 * other for shape, other in of.items() if shape != name)
+
+
+def test_numbers_that_stand_here_without_torch_are_those_of_the_stages() -> None:
+    assert (needs.AHEAD, needs.TARGETS) == (targets.AHEAD, targets.HELD)
+    assert (needs.HARMED, needs.COMPARED) == (block_quantisation.MEASURED, sensitivity.POSITIONS)
+    assert {calibrate.BATCH, wanda.BATCH, block_quantisation.BATCH} == {needs.BATCH}
 
 
 @pytest.fixture(scope="module")
