@@ -2,8 +2,9 @@
 
 The fetched model after the same recovery, nothing pruned, is quantised by GPTQ with the parameters of `gptq`, but with
 bits per linear chosen by what stage sensitivity measured, so that its packed file is as large as it can be without
-being larger than the package's. Embedding, scales and file format are treated alike; there is no low-rank branch. A
-package that scores worse than this model is not worth its pruning, and the report says so.
+being larger than the package's. Embedding, scales and file format are treated alike, and where the package's codes are
+trained (`qad`), so are these, which changes no size; there is no low-rank branch. A package that scores worse than this
+model is not worth its pruning, and the report says so.
 
 Sizes are planned and then measured. The plan counts the scales that rounding to the nearest has, and is right to a few
 bytes; where the file came out larger than the limit all the same, or much smaller, the budget is moved by the
@@ -14,7 +15,7 @@ and the report names both sizes.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,33 +134,42 @@ def fit(
         limit: bytes of model.safetensors and model.json.
         widths: the bits to begin with.
     """
+
+    def near(size: int) -> bool:
+        return 0 <= limit - size <= NEAR * limit
+
     least = _total(choices, _narrowest(choices))
     found: dict[int, dict[str, int]] = {}  # bytes -> widths
     written = None
     while len(found) < ROUNDS:
-        size, anew = _round(stage, len(found), widths, coded)
+        size, anew = _round(stage, len(found), widths, coded, near)
         found[size], written = widths, widths if anew else None
-        if 0 <= limit - size <= NEAR * limit:
+        if near(size):
             break
         widths = choices.within(max(least, _total(choices, widths) + limit - size))
         if widths in found.values():
             break
     fitting = [size for size in found if size <= limit]
     best = found[max(fitting)] if fitting else choices.within(least)
-    if best != written:
-        quantise(stage, best, coded, stage.journal.part("final"))
+    trained = not stage.params.qad.enabled or (fitting and near(max(fitting)))
+    if best != written or not trained:
+        quantise(stage, best, coded, stage.journal.part("final"), lambda size: True)
     return best
 
 
 def _round(
-    stage: Stage, number: int, widths: Mapping[str, int], coded: Mapping[str, rounding.Coded]
+    stage: Stage,
+    number: int,
+    widths: Mapping[str, int],
+    coded: Mapping[str, rounding.Coded],
+    last: Callable[[int], bool],
 ) -> tuple[int, bool]:
     """Bytes of the model with these widths, and whether it is in baseline/model: False where the journal had them."""
     saved = stage.journal.part(f"round{number}")
     if before := saved.load("bytes"):
         return before.values, False
     linears = saved.part("linears")
-    size = quantise(stage, widths, coded, linears)
+    size = quantise(stage, widths, coded, linears, last)
     saved.save("bytes", {}, size)
     linears.forget()
     return size, True
@@ -190,9 +200,14 @@ def quantise(
     stage: Stage,
     widths: Mapping[str, int],
     coded: Mapping[str, rounding.Coded],
-    saved: checkpoints.Saved = checkpoints.NOTHING,
+    saved: checkpoints.Saved,
+    last: Callable[[int], bool],
 ) -> int:
-    """Quantise the dense model with these widths and pack it into baseline/model; bytes of what holds the model."""
+    """Quantise the dense model with these widths and pack it into baseline/model; bytes of what holds the model.
+
+    Args:
+        last: whether a model of so many bytes is the one that stays: its codes are trained, where the package's are.
+    """
     dense, target = stage.model_in, stage.output("model")
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]
     model = streamed_folder.open_dense(dense, stage.params.device)
@@ -203,7 +218,14 @@ def quantise(
         del model
         block_quantisation.save_embedding(codes, coded, stage.params.gptq)
         writer.save(source_folder.read(folder, embedding=codes), target)
-    return shipped_bytes(target)
+        size = shipped_bytes(target)
+        if stage.params.qad.enabled and last(size):
+            from tasks.compression import qad_training  # here, as it imports PEFT
+
+            trained, layers = Path(scratch) / "trained", dense_folder.config(dense)["num_hidden_layers"]
+            qad_training.distil(stage, folder, trained, dense, range(layers), saved=stage.journal.part("qad"))
+            writer.save(source_folder.read(trained, embedding=codes), target)
+    return size
 
 
 def table(described: Mapping, choices: block_quantisation.Choices, widths: Mapping[str, int]) -> pd.DataFrame:

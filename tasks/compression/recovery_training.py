@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from peft import LoraModel
     from transformers import PreTrainedModel
 
-    from tasks.parameters.schema import Lora
+    from tasks.parameters.schema import Lora, Qad
     from tasks.runtime.stage import Stage
 
 STAGES = ("lora", "baseline_lora")
@@ -65,10 +65,10 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
     params = rules.settle(stage.params.lora, shape_of_config(config), stage.params.device)
     _check(params, config)
     tokenizer = dense_folder.load_tokenizer(source)
-    tokens = _tokens(stage, tokenizer)
+    tokens = training_tokens(stage, tokenizer)
     model, teacher = streamed_folder.load_stored(source, stage.params.device), None
     if _needs_teacher(params):
-        teacher = _teacher(stage.input("vocabulary/model"), model, kept)
+        teacher = open_teacher(stage.input("vocabulary/model"), model, kept)
     blocks = len(families.blocks(model))
     steps = params.steps * (blocks if params.method == "block_reconstruction" else 1)
     with stage.progress("recovery", steps) as bar:
@@ -86,7 +86,7 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
             history = training.train(
                 adapted,
                 tokens,
-                _recipe(params),
+                recipe(params),
                 teacher=teacher,
                 kept=kept,
                 report=report,
@@ -99,7 +99,7 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
     return Recovered(model, history)
 
 
-def _tokens(stage: Stage, tokenizer: Any) -> Tensor:
+def training_tokens(stage: Stage, tokenizer: Any) -> Tensor:
     """The training corpus, int32 [tokens]; the two recoveries tokenise it once."""
     corpora = stage.input("fetch/corpora")
 
@@ -141,7 +141,7 @@ def write_history(history: list[dict[str, float]], path: Path) -> None:
     files.write_csv(path, pd.DataFrame(history, columns=list(training.COLUMNS)), "%.9g")
 
 
-def _teacher(folder: Path, model: nn.Module, kept: Sequence[int]) -> nn.Module:
+def open_teacher(folder: Path, model: nn.Module, kept: Sequence[int]) -> nn.Module:
     """The model that is learnt from, on the student's device: whole, or with its blocks on the disk where it is large.
 
     Raises:
@@ -207,13 +207,13 @@ def _reconstruct(
 ) -> list[dict[str, float]]:
     _check_zeros(model, keep)
     targets = masked_lora.select(model, params.targets)
-    recipe = _recipe(params)
     return reconstruction.reconstruct(
-        model, teacher, tokens, recipe, targets=targets, keep=keep, kept=kept, report=report, saved=saved
+        model, teacher, tokens, recipe(params), targets=targets, keep=keep, kept=kept, report=report, saved=saved
     )
 
 
-def _recipe(params: Lora) -> training.Recipe:
+def recipe(params: Lora | Qad) -> training.Recipe:
+    """The settings of a training."""
     return training.Recipe(
         steps=params.steps,
         batch=params.batch,
@@ -232,10 +232,19 @@ def _needs_teacher(params: Lora) -> bool:
     return distils or params.method == "block_reconstruction"
 
 
-def _check(params: Lora, config: Mapping) -> None:
+def check_length(section: str, length: int, config: Mapping) -> None:
+    """Refuse windows that are longer than the model's context.
+
+    Raises:
+        InputError: they are.
+    """
     context = config.get("max_position_embeddings")
-    if context is not None and params.length > context:
-        raise InputError(f"lora.length = {params.length} is above the model's context of {context} tokens; lower it")
+    if context is not None and length > context:
+        raise InputError(f"{section}.length = {length} is above the model's context of {context} tokens; lower it")
+
+
+def _check(params: Lora, config: Mapping) -> None:
+    check_length("lora", params.length, config)
     if params.start == "eora" and params.method == "block_reconstruction":
         raise InputError(
             "lora.start = eora is the start of an adapter, and lora.method = block_reconstruction has none: "

@@ -5,7 +5,10 @@ A quantised linear is `qweight`, `qzeros`, `scales` and `g_idx`; all else is sto
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from torch import Tensor
 from tasks.algorithms import packing
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.quantisation.codes import Codes
-from tasks.models import model_files
+from tasks.models import model_files, tensor_files
 from tasks.models.stored_tensors import StoredTensors
 from tasks.models.tensor_headers import Entry
 
@@ -101,6 +104,36 @@ class Dequantised(StoredTensors):
             return super().read(name, dtype)
         weight = self._stored.codes(name.removesuffix(".weight"), self.shapes[name]).values()
         return weight if dtype is None else weight.to(dtype)
+
+
+@contextlib.contextmanager
+def recoding(source: Path, folder: Path) -> Iterator[Callable[[str, Tensor], None]]:
+    """Write a checkpoint that differs from `source` in its codes alone; within this context they are written.
+
+    Called with each quantised linear's full name and its codes, uint8 [out_features, in_features], in any order.
+
+    Raises:
+        InputError: as for `GptqTensors`.
+        RuntimeError: a linear's codes have not been written; then the file isn't there.
+    """
+    stored = GptqTensors(source)
+    shutil.copytree(source, folder, ignore=lambda place, _: [model_files.SINGLE] * (Path(place) == source))
+    with tensor_files.writing(folder / model_files.SINGLE, stored.entries, {"format": "pt"}) as write:
+        for name in stored.entries:
+            if not name.endswith(CODES):
+                write(name, stored.read(name))
+
+        def recode(name: str, codes: Tensor) -> None:
+            words = stored.entries[f"{name}{CODES}"].shape[0]  # [in * bits / 32, out]
+            write(f"{name}{CODES}", _words(codes.cpu(), words * 32 // codes.shape[1]))
+
+        yield recode
+
+
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """int32 [in * bits / 32, out] of uint8 [out, in], as `_fields` reads them."""
+    data = packing.pack_digits(codes.numpy(), 2**bits)  # of each row whole words
+    return torch.from_numpy(data.view("<i4").reshape(len(codes), -1).T.copy())
 
 
 def _fields(words: Tensor, bits: int) -> np.ndarray:

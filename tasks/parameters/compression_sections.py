@@ -179,6 +179,23 @@ class Eora(Section):
         return self
 
 
+class Qad(Section):
+    """Quantisation-aware distillation: the codes of GPTQ, of package and baseline alike, trained on their grids."""
+
+    enabled: bool
+    seed: Seed
+    steps: Annotated[Count | Auto, OrAuto]
+    """Optimiser steps."""
+    batch: Count
+    """Windows per step."""
+    length: Annotated[int, Field(ge=8)]
+    """Tokens per window."""
+    learning_rate: Rate
+    """In steps of the grid: of one that moves always the same way, so much per step of the optimiser."""
+    warmup: Fraction
+    distillation: Distillation
+
+
 class Package(Section):
     enabled: bool
 

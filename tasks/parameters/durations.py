@@ -212,6 +212,25 @@ def _lora(params: Params, model: ModelShape) -> Work:
     return _recovery(params, pruned(params, model), model, masked)
 
 
+def _qad(params: Params, model: ModelShape, whole: ModelShape) -> Work:
+    """Training of the codes of `model` with `whole` as the teacher."""
+    own = params.qad
+    tokens = own.batch * own.length
+    forward = _forward(model, tokens, own.length, own.batch)
+    block = 2 * tokens * model.in_blocks
+    # codes to values, twice the gradient, AdamW: of each weight
+    backward = Work(
+        products=2 * block + BACKWARD * (forward.products - block),
+        bytes=2 * forward.bytes + 25 * 4 * model.in_blocks,
+        calls=2 * forward.calls + 60 * model.layers * len(model.linears),
+    )
+    teacher, heads = Work(), 2
+    if own.distillation.weight or own.distillation.hidden:
+        teacher, heads = _forward(whole, tokens, own.length, own.batch), 3
+    head = Work(products=heads * _head(model, tokens).products, exps=LOSSES / 3 * heads * tokens * model.vocabulary)
+    return own.steps * (forward + backward + teacher + head) + _tokenised(text_bytes(params, "train")) + _read(model, 6)
+
+
 def _search(params: Params, weights: float) -> Work:
     """Choosing the scales of so many weights."""
     return Work(exps=(SEARCHED if params.gptq.mse else 1) * weights)
@@ -267,7 +286,8 @@ def _gptq(params: Params, model: ModelShape) -> Work:
 
 
 def _baseline(params: Params, model: ModelShape) -> Work:
-    return ROUNDS * (_linears(params, model) + _packing(model)) + 2 * _search(params, model.in_blocks)
+    trained = _qad(params, model, model) if params.qad.enabled else Work()
+    return ROUNDS * (_linears(params, model) + _packing(model)) + 2 * _search(params, model.in_blocks) + trained
 
 
 def _eora(params: Params, model: ModelShape) -> Work:
@@ -383,6 +403,7 @@ WORK: dict[str, Row] = {
     "package": lambda params, model: _packing(pruned(params, model)),
     "baseline_lora": lambda params, model: _recovery(params, model, model, masked=False),
     "sensitivity": lambda params, model: _embedding(params, model) + _harm(params, model),
+    "qad": lambda params, model: _qad(params, pruned(params, model), model),
     "baseline": _baseline,
     "measure": _measure,
     "kv_cache": lambda params, model: _kv_cache(params, pruned(params, model)),
@@ -391,7 +412,7 @@ WORK: dict[str, Row] = {
 """What a stage has to do, without its start."""
 MATRIX: dict[str, Callable[[Params, ModelShape, str], Work]] = {"evaluate": _evaluate, "harness": _harness}
 """The same for one item of a stage with a matrix; the item begins with the model's name."""
-PRUNED = ("depth_prune", "wanda", "lora", "gptq", "eora", "package")
+PRUNED = ("depth_prune", "wanda", "lora", "gptq", "eora", "qad", "package")
 """Models without the layers that depth_prune removes."""
 LIGHT = ("code", "corpus", "overlap", "harness_data", "hardware_fit", "report")
 """Stages that import no PyTorch."""

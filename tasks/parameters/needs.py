@@ -21,7 +21,7 @@ from tasks.algorithms.model import rows, streaming
 from tasks.algorithms.model.shape import ModelShape
 from tasks.algorithms.scoring import batches, protocols
 from tasks.parameters import machine
-from tasks.parameters.schema import Lora, Params
+from tasks.parameters.schema import Lora, Params, Qad
 
 LIBRARIES = 700 * 2**20
 """Bytes that a process holds after importing torch, transformers and gptqmodel."""
@@ -150,6 +150,26 @@ def recovery(own: Lora, model: ModelShape, masked: bool, free: int) -> Recovery:
 
 def _lora_memory(params: Params, model: ModelShape, masked: bool = True) -> int:
     return recovery(params.lora, model, masked, available_memory()).size
+
+
+def qad(own: Qad, model: ModelShape, free: int) -> Recovery:
+    """What training the codes of all linears does with so much free memory, as `recovery`."""
+    tokens = own.batch * own.length
+    states = 4 * tokens * model.hidden
+    # latent codes, gradient, two moments; codes and masks as they are; scales; what is outside in fp16
+    held = (16 + 2) * model.in_blocks + model.in_blocks // 8 + 2 * model.outside
+    opened = 0
+    if own.distillation.weight > 0 or own.distillation.hidden > 0:
+        whole = _dense(model) <= streaming.WHOLE
+        target = states * (1 + model.layers if own.distillation.hidden > 0 else 1)
+        held += (_dense(model) if whole else 0) + max(target, min(AHEAD * target, TARGETS))
+        opened = 0 if whole else _block(model) + _forward(model, tokens)
+    head = _logits(model, tokens, 4) + int(WIDENED * _table(model))
+    kept = held + max(opened, head + int(KEPT[True] * (4 * model.in_blocks + _backward(model, tokens))))
+    if kept <= KEEPING * free:
+        return Recovery(kept, False)
+    anew = int(KEPT[True] * (2 * _block(model) + _forward(model, tokens)))
+    return Recovery(held + model.layers * states + max(opened, head, anew), True)
 
 
 def protocol(params: Params) -> protocols.Protocol:
@@ -287,10 +307,15 @@ MEMORY: dict[str, Callable[[Params, ModelShape], int]] = {
     "lora": _lora_memory,
     "gptq": _gptq_memory,
     "eora": _eora_memory,
+    "qad": lambda params, model: qad(params.qad, model, available_memory()).size,
     "package": _package_memory,
     "baseline_lora": lambda params, model: _lora_memory(params, model, masked=False),
     "sensitivity": _sensitivity_memory,
-    "baseline": lambda params, model: max(_linears_memory(params, model), _package_memory(params, model)),
+    "baseline": lambda params, model: max(
+        _linears_memory(params, model),
+        _package_memory(params, model),
+        qad(params.qad, model, available_memory()).size if params.qad.enabled else 0,
+    ),
     "evaluate": _evaluate_memory,
     # whole, above a size in bfloat16; its few tokens at batch 4 hardly count
     "measure": lambda params, model: _loaded(model) if _dense(model) <= streaming.WHOLE else _dense(model) // 2,
@@ -315,6 +340,7 @@ DISK: dict[str, Callable[[Params, ModelShape], int]] = {
     "lora": lambda params, model: _dense(model),
     "gptq": _quantised,
     "eora": _quantised,
+    "qad": _quantised,
     "package": _quantised,
     "baseline_lora": lambda params, model: _dense(model),
     "sensitivity": lambda params, model: 2 * model.vocabulary * model.hidden,  # codes of embedding and head
@@ -348,6 +374,7 @@ REMEDIES = {
     "lora": "lora.batch",
     "gptq": "calibrate.windows",
     "eora": "calibrate.windows",
+    "qad": "qad.batch",
     "baseline_lora": "lora.batch",
     "sensitivity": "calibrate.windows",
     "baseline": "calibrate.windows",

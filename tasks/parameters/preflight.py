@@ -303,6 +303,7 @@ RULES: dict[str, Callable[[Params, ModelShape], Iterator[str]]] = {
     "lora": _lora,
     "gptq": _gptq,
     "eora": _eora,
+    "qad": lambda params, model: _too_long("qad.length", params.qad.length, model),
     "evaluate": _evaluate,
     "measure": _measure,
     "kv_cache": _kv_cache,

@@ -61,6 +61,7 @@ RULES: dict[str, dict[str, Callable[[ModelShape, str], Any]]] = {
     "DepthPrune": {"remove": _layers},
     "Wanda": {"keep": _kept},
     "Lora": {"steps": _steps, "learning_rate": _learning_rate},
+    "Qad": {"steps": _steps},
     "Eora": {"budget_bytes": _adapter_bytes},
     "Evaluate": {"max_windows": _windows},
 }

@@ -25,6 +25,7 @@ from tasks.parameters.compression_sections import (
     Importance,
     Lora,
     Package,
+    Qad,
     Sensitivity,
     Vocabulary,
     Wanda,
@@ -58,6 +59,7 @@ class Params(Section):
     lora: Lora
     gptq: Gptq
     eora: Eora
+    qad: Qad
     package: Package
     baseline_lora: BaselineLora
     sensitivity: Sensitivity
@@ -86,6 +88,8 @@ class Params(Section):
             raise ValueError("gptq.joint chooses the masks itself: switch wanda off")
         if self.eora.enabled and not self.gptq.enabled:
             raise ValueError("gptq is switched off, but eora compensates its error: switch eora off too")
+        if self.qad.enabled and not self.gptq.enabled:
+            raise ValueError("gptq is switched off, but qad trains its codes: switch qad off too")
         if self.baseline.enabled and self.gptq.enabled and not self.sensitivity.enabled:
             raise ValueError("sensitivity is switched off, but baseline chooses bits by it: switch baseline off too")
         if self.harness.enabled and not self.harness_data.enabled:

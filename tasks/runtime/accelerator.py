@@ -25,6 +25,7 @@ LOWER = {
     "importance": "calibrate.length",
     "kv_cache": "kv_cache.contexts",
     "lora": "lora.batch or lora.length",
+    "qad": "qad.batch or qad.length",
     "sensitivity": "calibrate.length",
     "wanda": "calibrate.windows or calibrate.length",
 }

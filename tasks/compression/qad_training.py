@@ -1,0 +1,112 @@
+"""Quantisation-aware distillation of a quantised folder, which package and plain model go through alike.
+
+Between gptqmodel's folders and `tasks.algorithms.recovery.qad`: codes, scales, masks and adapter are read as they will
+be packed, the weights before quantisation say where in its cell each code begins, the teacher is the fetched model, the
+text is the recovery's corpus at other places. What is written differs in codes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from tasks.algorithms.model import checkpoints, families, layers
+from tasks.algorithms.model.shape import shape_of_config, shape_of_model
+from tasks.algorithms.quantisation.codes import Codes
+from tasks.algorithms.recovery import qad, training
+from tasks.compression import recovery_training
+from tasks.models import dense_folder, gptq_tensors, streamed_folder
+from tasks.packed import source_folder
+from tasks.parameters import needs, rules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tasks.packed.stored_model import Linear
+    from tasks.runtime.stage import Stage
+
+
+def distil(
+    stage: Stage,
+    source: Path,
+    folder: Path,
+    dense: Path,
+    kept: Sequence[int],
+    masks: Path | None = None,
+    saved: checkpoints.Saved = checkpoints.NOTHING,
+) -> list[dict[str, float]]:
+    """Train the codes of `source` by the parameters of `qad`, write them to `folder`; returns the training's history.
+
+    Args:
+        stage: with params.qad, and as inputs vocabulary/model (the teacher) and fetch/corpora.
+        source: a gptqmodel checkpoint, with or without an adapter.
+        folder: to be written.
+        dense: the folder that was quantised.
+        kept: of each of the model's blocks, its index in the teacher.
+        masks: masks.safetensors; None: nothing is pruned.
+        saved: what it holds of an interrupted training is taken up.
+
+    Raises:
+        InputError: models, masks or corpus don't fit each other, or the training diverges.
+    """
+    config = dense_folder.config(source)
+    params = rules.settle(stage.params.qad, shape_of_config(config), stage.params.device)
+    recovery_training.check_length("qad", params.length, config)
+    tokens = recovery_training.training_tokens(stage, dense_folder.load_tokenizer(source))
+    model, teacher = _opened(source, masks, dense, stage.params.device), None
+    if params.distillation.weight > 0 or params.distillation.hidden > 0:
+        teacher = recovery_training.open_teacher(stage.input("vocabulary/model"), model, kept)
+    free = needs.available_memory()
+    if model.device.type == "cuda" and torch.cuda.is_available():
+        free = torch.cuda.mem_get_info(model.device)[0]
+    with stage.progress("qad", params.steps) as bar:
+        history = training.train(
+            qad.trainable(model),
+            tokens,
+            recovery_training.recipe(params),
+            teacher=teacher,
+            kept=kept,
+            report=lambda step, loss: bar.update(step, loss=loss),
+            saved=saved,
+            checkpointing=needs.qad(params, shape_of_model(model), free).checkpointing,
+        )
+    with gptq_tensors.recoding(source, folder) as write:
+        for name, grid in qad.grids(model).items():
+            write(name, grid.codes())
+    return history
+
+
+def moved(before: Path, after: Path) -> float:
+    """The share of two folders' codes that differ."""
+    ours, others = source_folder.read(before).blocks, source_folder.read(after).blocks
+    total, different = 0, 0
+    for block, other in zip(ours, others, strict=True):
+        for name, linear in block.items():
+            total += linear.codes.numel()
+            different += int((linear.codes != other[name].codes).sum())
+    return different / total
+
+
+def _opened(source: Path, masks: Path | None, dense: Path, device: str) -> PreTrainedModel:
+    """The model with trainable codes in its blocks; what is outside of them stays in the type of its file."""
+    model = streamed_folder.open_dense(source, device, gptq_tensors.Dequantised(source), stored=True)
+    blocks, stored = families.blocks(model), source_folder.read(source, masks).blocks
+    before = streamed_folder.Weights(dense, range(len(blocks)))
+    for block, linears in zip(blocks, stored, strict=True):
+        getattr(block, layers.STORED).load(block, torch.float32)
+        for name, linear in linears.items():
+            place = model.get_submodule(name)
+            grid = _grid(linear, before[name], getattr(place, "bias", None)).to(device)
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, grid)
+    return model
+
+
+def _grid(linear: Linear, weight: torch.Tensor, bias: nn.Parameter | None) -> qad.GridLinear:
+    start = Codes(linear.codes, linear.scales, linear.zeros, linear.bits, linear.group_size, linear.group_index)
+    branch = None if linear.adapter is None else tuple(side.float() for side in linear.adapter)
+    return qad.GridLinear(start, weight, linear.keep, None if bias is None else bias.detach(), branch)
