@@ -24,7 +24,7 @@ def run(stage: Stage) -> None:
     Raises:
         InputError: fewer layers than `remove` are unprotected.
     """
-    params, layers = _settled(stage), dense_folder.config(stage.model_in)["num_hidden_layers"]
+    params, layers = _settled(stage), shape_of_config(dense_folder.config(stage.model_in)).layers
     depth_prune.unprotected(layers, params.remove, params.protect_first, params.protect_last)
     if not params.remove:
         print("remove = 0: the model is passed on")
@@ -49,7 +49,7 @@ def run(stage: Stage) -> None:
 def skip(stage: Stage) -> None:
     """The model as it is, nothing removed."""
     stage.pass_on(stage.model_in, stage.output("model"))
-    _record(stage, dense_folder.config(stage.model_in)["num_hidden_layers"], [])
+    _record(stage, shape_of_config(dense_folder.config(stage.model_in)).layers, [])
 
 
 def _settled(stage: Stage) -> DepthPrune:
