@@ -9,6 +9,7 @@ hold them to all of that.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,13 +22,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import device, families, head, inspection, layers, masks, matrices
-from tasks.algorithms.model.shape import shape_of_config
+from tasks.algorithms.model.shape import ModelShape, shape_of_config
 from tasks.algorithms.pruning import depth_prune
 from tasks.models import dense_folder, generations, skeleton, streamed_folder, tensor_files
 from tasks.packed import reader, source_folder, writer
 
-VOCABULARY, WIDE, KEPT = 64, 256, 2
-"""Of the small model: tokens; values of the hidden states up to which they aren't cut; blocks."""
+VOCABULARY, WIDE, HEAD, KEPT = 64, 256, 32, 2
+"""Of the small model: tokens; values of the hidden states up to which they aren't cut; values of a head; blocks."""
 TOLERANCE = 1e-4
 """Of the largest logit: other orders of sums."""
 INNER = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
@@ -62,21 +63,21 @@ def _small(config: Mapping[str, Any]) -> PreTrainedModel:
     kind, own = inspection.read(config)
     shape = shape_of_config(config)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(own, key, None)
+        if getattr(own, key, None) is not None:
+            setattr(own, key, 0)
     own.vocab_size = VOCABULARY
     if shape.layers > KEPT:
         with torch.device("meta"):
             whole = kind._from_config(copy.deepcopy(own))
         own = depth_prune.without(whole, range(1, shape.layers - 1)).config
-    narrow = _narrow(own, shape)
-    for each in (narrow, own):
+    for each in (_narrow(own, shape, HEAD), _narrow(own, shape, None), own):
         try:
             found = inspection.inspect({**each.to_dict(), "architectures": [kind.__name__]})
-            if found.family.linears == shape.family.linears:
-                own = each
-                break
         except InputError:
             continue
+        if found.family.linears == shape.family.linears:
+            own = each
+            break
     model = kind._from_config(own, dtype=torch.float32)
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn_like(weight) if weight.ndim == 1 else 0.02 * torch.randn_like(weight)
@@ -84,23 +85,22 @@ def _small(config: Mapping[str, Any]) -> PreTrainedModel:
     return model.eval()
 
 
-def _narrow(config: Any, shape: Any) -> Any:
-    """The config with fewer heads and less wide, which not every family allows."""
+def _narrow(config: Any, shape: ModelShape, head_dim: int | None) -> Any:
+    """The config with fewer heads, of another size or of their own, and less wide; not every family allows it."""
     found = copy.deepcopy(config)
     if shape.hidden <= WIDE:
         return found
     kv_heads = min(shape.kv_heads, 2)
-    heads = kv_heads * (shape.heads // shape.kv_heads)
-    hidden = shape.hidden * heads // shape.heads
-    for key, value in (("num_attention_heads", heads), ("hidden_size", hidden), ("word_embed_proj_dim", hidden)):
-        if hasattr(found, key):
-            setattr(found, key, value)
-    for key in ("num_key_value_heads", "num_kv_heads"):
+    heads = kv_heads * min(shape.heads // shape.kv_heads, 2)
+    hidden = heads * head_dim if head_dim else shape.hidden * heads // shape.heads
+    sizes = {"num_attention_heads": heads, "hidden_size": hidden, "word_embed_proj_dim": hidden}
+    sizes |= dict.fromkeys(("num_key_value_heads", "num_kv_heads"), kv_heads)
+    sizes |= {key: 2 * hidden for key in INNER}
+    sizes |= {"head_dim": head_dim} if head_dim else {}
+    for key, value in sizes.items():
         if getattr(found, key, None):
-            setattr(found, key, kv_heads)
-    for key in INNER:
-        if getattr(found, key, None):
-            setattr(found, key, -(-getattr(found, key) * heads // shape.heads // 32) * 32)
+            with contextlib.suppress(AttributeError):  # Falcon's head_dim follows from the others
+                setattr(found, key, value)
     return found
 
 

@@ -1,29 +1,43 @@
 """The whole DAG on a small random model in this process: the stages' own functions, with dvc.yaml's inputs and outputs.
 
 What DVC does (hashes, cache, records) and what costs seconds of every stage (a process, libraries) is left out, so that
-many models can go through all stages in one test session.
+many models can go through all stages in one test session. As a command it prints the matrix of families and stages:
+`python -m tests.support.family_matrix [FAMILY ...]`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import io
 import json
 import os
 import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import torch
+import transformers
+import vl_convert
 import yaml
 from dvc.repo import Repo
 
+from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints
-from tasks.parameters import schema
+from tasks.parameters import preflight, schema
 from tasks.runtime.stage import Inputs
 from tests.support import project
+from tests.support.family_list import FAMILIES, REFUSED
 from tests.support.paths import ROOT
 
+QUICKER = {"gptq.mse": 0.0, "gptq.descent_cycles": 1, "evaluate.new_tokens": 2}
+"""Of the parameters what takes most of the time of a tiny model: the search of scales."""
 LEFT_OUT = ("code", "corpus", "base_model")
 """Stages that know no model."""
 
@@ -110,6 +124,7 @@ def parameters(model: Path, corpora: dict[str, Path], **changes: Any) -> schema.
     raw = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     values = {
         **project.QUICK,
+        **QUICKER,
         "fetch.model.path": str(model),
         **{f"fetch.corpora.{name}.path": str(path) for name, path in corpora.items()},
         **changes,
@@ -123,13 +138,58 @@ def parameters(model: Path, corpora: dict[str, Path], **changes: Any) -> schema.
     return schema.parse(raw, "params.yaml")
 
 
-def run(root: Path, params: schema.Params) -> None:
-    """Run all stages below `root`."""
+def run(root: Path, name: str) -> Iterator[str]:
+    """Make a family's model below `root` and run all stages on it; yields the address of each when it has run.
+
+    The charts are not drawn. The cache of attention with a window can't be quantised, as preflight says.
+    """
+    model, corpora = FAMILIES[name].save(root / "source/model"), project.short_corpora(root / "source")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    params = parameters(model, corpora)
+    try:
+        preflight.check(params, config)
+    except InputError as error:
+        assert str(error).startswith("kv_cache can't quantise the cache of a model whose attention has a window")
+        params = parameters(model, corpora, **{"kv_cache.enabled": False})
+        preflight.check(params, config)
     record = root / "data/lineage/measure.json"
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps({"facts": {}, "produced_by": {}}), encoding="utf-8")
+    record.parent.mkdir(parents=True)
+    record.write_text("{}", encoding="utf-8")
     for found in graph():
         stage = ChainStage(root, found, params)
         module = importlib.import_module(f"tasks.{stage.name}")
         enabled = getattr(getattr(stage.params, stage.name, None), "enabled", True)
-        (module.run if enabled else module.skip)(stage)
+        drawn = (
+            (vl_convert, "javascript_bundle", lambda **_: ""),
+            (vl_convert, "vegalite_to_svg", lambda *_, **__: "<svg/>"),
+        )
+        with contextlib.ExitStack() as stack:
+            for target in drawn:
+                stack.enter_context(mock.patch.object(*target))
+            (module.run if enabled else module.skip)(stage)
+        yield found.address
+
+
+def main(names: list[str]) -> int:
+    """Print a line per family: the stages that it went through, or the sentence with which it is refused."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    failed = 0
+    for name in names or FAMILIES:
+        done: list[str] = []
+        with tempfile.TemporaryDirectory() as root:
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    done.extend(run(Path(root), name))
+                said = "all stages"
+            except Exception as error:  # the matrix goes on with the next one
+                failed, said = failed + 1, f"{type(error).__name__} after {done[-1:]}: {error}"
+        print(f"| {name} | {FAMILIES[name].architecture} | {len(done)} | {said} |", flush=True)
+    for name, (architecture, sentence) in ({} if names else REFUSED).items():
+        print(f"| {name} | {architecture} | 0 | refused: {sentence} |")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
