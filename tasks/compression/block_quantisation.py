@@ -41,8 +41,10 @@ BATCH = 4
 """Windows per forward pass: no effect on the result beyond rounding, and no parameter."""
 ROWS = 4096
 """Rows of an embedding that are dequantised at once, to bound the memory."""
-MEASURED = 2
+MEASURED = 1
 """Calibration windows on which sensitivities are measured, at most."""
+MEASURED_WIDTH = 3
+"""The width at which they are: those of 2, 4 and 8 bit follow from it (tasks/algorithms/README.md: what that loses)."""
 SNAPPED_BITS = 6
 """What a scale of `scale_steps` takes when coded: an estimate, the package's coder sees how they are distributed."""
 
@@ -187,7 +189,9 @@ def measure_harm(
 
     with stage.progress("sensitivity", len(matrices.of_model(model))) as progress:
         saved = stage.journal.part("sensitivity")
-        return sensitivity.measure(model, windows[:MEASURED], quantise, packable.WIDTHS, progress.update, BATCH, saved)
+        return sensitivity.measure(
+            model, windows[:MEASURED], quantise, packable.WIDTHS, MEASURED_WIDTH, progress.update, BATCH, saved
+        )
 
 
 def write_harm(path: Path, harm: Mapping[str, Mapping[int, float]]) -> None:

@@ -252,16 +252,23 @@ def input_statistics(
 ) -> dict[str, InputStatistics]:
     """Sum the squares of each linear's inputs, from the block's own forward, in float64; `carry` as for `observe`."""
     statistics: dict[str, InputStatistics] = {}
+    last: list[Tensor] = []  # the inputs seen last [tokens, in_features], and their squares' sums [in_features]
 
     def see(name: str, x: Tensor) -> None:
-        squares = x.double().square().sum(dim=0)  # [in_features]
-        before = statistics.get(name)
+        if not (last and _same(x, last[0])):  # linears side by side get the same tensor
+            last[:] = x, x.double().square().sum(dim=0)
+        squares, before = last[1], statistics.get(name)
         if before:
-            squares += before.sum_of_squares
+            squares = squares + before.sum_of_squares
         statistics[name] = InputStatistics(squares, len(x) + (before.tokens if before else 0))
 
     observe(matrices, block, inputs, see, carry)
     return statistics
+
+
+def _same(x: Tensor, other: Tensor) -> bool:
+    """Whether both are views of the same values; `other` is alive, so that nothing else can be in its place."""
+    return x.data_ptr() == other.data_ptr() and x.shape == other.shape and x._version == other._version
 
 
 def room(shape: tuple[int, ...], like: Tensor) -> Tensor:
