@@ -6,8 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -92,16 +94,24 @@ def test_what_went_in_comes_out_and_the_manifest_describes_every_file(make_packa
     assert lineage["inputs"]["removed.json"] == hashlib.sha256(b'{"removed": [3]}').hexdigest()
 
 
-def test_the_bound_is_the_information_of_what_is_stored(make_package, pruned_folder: Path) -> None:
+def entropy(values: torch.Tensor) -> float:
+    """Bytes of the order-0 entropy of float32 values, place by place of their bytes."""
+    places = values.contiguous().numpy().reshape(-1).view(np.uint8).reshape(-1, 4).T
+    counts = [np.unique(place, return_counts=True)[1] for place in places]
+    return sum(count.sum() * scipy.stats.entropy(count, base=2) for count in counts) / 8
+
+
+def test_the_bound_is_the_entropy_of_what_is_stored(make_package, pruned_folder: Path) -> None:
     stage = make_package()
     package.run(stage)
     tensors = load_file(pruned_folder / "model.safetensors")
-    pruned = sum(tensors[f"{name}.weight"].numel() for name in PRUNED)
-    linears = sum(tensor.numel() for name, tensor in tensors.items() if "proj" in name)
+    kept = {f"{name}.weight": mask for name, mask in masks(pruned_folder).items()}
+    linears = {name: tensor for name, tensor in tensors.items() if "proj" in name}
     bound = manifest(stage)["bound"]
-    assert bound["positions"] == pytest.approx(pruned / 2 / 8)  # a group of two keeps the one or the other: 1 bit
-    assert bound["values"] == 4 * (linears - pruned / 2)
-    assert bound["embedding"] == 4 * tensors["model.embed_tokens.weight"].numel()
+    assert bound["positions"] == 0  # every group of two keeps its first
+    values = (entropy(tensor[kept[name]] if name in kept else tensor) for name, tensor in linears.items())
+    assert bound["values"] == pytest.approx(sum(values))
+    assert bound["embedding"] == pytest.approx(entropy(tensors["model.embed_tokens.weight"]))
 
 
 def test_the_ledger_is_that_of_the_shipped_file(make_package) -> None:
@@ -144,7 +154,8 @@ def test_a_broken_pattern_that_is_allowed_is_packed_as_dense(make_package, prune
     found = manifest(stage)
     assert (found["pattern"], found["asked"], found["pruned_matrices"]) == ("dense", "1:2", 0)
     assert found["bound"]["positions"] == 0
-    assert found["bound"]["values"] == 4 * sum(tensor.numel() for name, tensor in tensors.items() if "proj" in name)
+    values = sum(entropy(tensor) for name, tensor in tensors.items() if "proj" in name)
+    assert found["bound"]["values"] == pytest.approx(values)
     ledger = pd.read_csv(stage.output("sparsity.csv")).set_index("linear")
     assert ledger.loc[PRUNED[1], "revived"] == 1
 
