@@ -3,19 +3,20 @@
 The fetched model after the same recovery, nothing pruned, is quantised by GPTQ with the parameters of `gptq`, but with
 bits per linear chosen by what stage sensitivity measured, so that its packed file is as large as it can be without
 being larger than the package's. Embedding, scales and file format are treated alike, and where the package's codes are
-trained (`qad`), so are these, which changes no size; there is no low-rank branch. A package that scores worse than this
+trained (`qad`), so are these; there is no low-rank branch. A package that scores worse than this
 model is not worth its pruning, and the report says so.
 
 Sizes are planned and then measured. The plan counts the scales that rounding to the nearest has, and is right to a few
-bytes; where the file came out larger than the limit all the same, or much smaller, the budget is moved by the
-difference and the model quantised again. Where even the narrowest widths are larger than the package, they are taken,
+bytes; where the package is entropy coded, so is this model, and the plan counts the coded bytes of such codes. Where
+the file came out larger than the limit all the same, or much smaller, the budget is moved by the difference and the
+model quantised again. Where even the narrowest widths are larger than the package, they are taken,
 and the report names both sizes.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,13 +25,13 @@ from safetensors.torch import load_file
 
 from tasks.algorithms.model import checkpoints
 from tasks.algorithms.model.shape import shape_of_config
-from tasks.compression import block_quantisation, linear_quantisation
-from tasks.models import dense_folder, model_files, streamed_folder
+from tasks.compression import block_quantisation, coded_sizes, linear_quantisation
+from tasks.models import dense_folder, model_files, streamed_folder, tokenizer_archive
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed import source_folder, writer
 from tasks.packed.description import DESCRIPTION, FILE
 from tasks.packed.packed_folder import is_packed
-from tasks.packed.plan import Plan, planned_bytes
+from tasks.packed.plan import Plan, planned, planned_bytes
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
 
 COLUMNS = ["linear", "weights", "bits", "bytes", "sensitivity"]
-"""bytes: of the packed linear; sensitivity: divergence of the model's predictions in nats per token with this linear
-alone rounded to the nearest."""
+"""bytes: of the packed linear, entropy coded those of rounding to the nearest; sensitivity: divergence of the model's
+predictions in nats per token with this linear alone rounded to the nearest."""
 PLANS = 4
 """How often widths are planned before the model is quantised."""
 SPARE = 2
@@ -68,10 +69,16 @@ def run(stage: Stage) -> None:
     block_quantisation.place(start, coded)
     harm = block_quantisation.read_harm(stage.input("sensitivity/sensitivity.csv"))
     choices = block_quantisation.choices(harm, block_quantisation.shapes(start), {}, "dense", chosen)
-    widths = plan(stage, choices, start, coded, limit)
+    if stage.params.package.coding == "entropy":
+        choices = choices._replace(sizes=coded_sizes.of_linears(start, chosen, stage.params.device))
+        widths = plan_coded(stage, choices, coded, limit)
+    else:
+        widths = plan(stage, choices, start, coded, limit)
     del start
     widths = fit(stage, choices, coded, limit, widths)
     copy_tokenizer(dense, target)
+    if stage.params.package.coding == "entropy":
+        tokenizer_archive.pack(target)
     files.write_csv(stage.output("bits.csv"), table(dense_folder.config(dense), choices, widths), "%.9g")
     found = shipped_bytes(target)
     mean = sum(widths.values()) / len(widths)
@@ -120,6 +127,37 @@ def plan(
     return widths
 
 
+def plan_coded(
+    stage: Stage, choices: block_quantisation.Choices, coded: Mapping[str, rounding.Coded], limit: int
+) -> dict[str, int]:
+    """The same where the file is entropy coded, and `choices` counts such bytes."""
+    around, tables = 0, sum(coded_sizes.of_table(each, stage.params.gptq) for each in coded.values())
+    least = _narrowest(choices)
+    widths = least
+    for _ in range(PLANS):
+        sizes = planned(dense_folder.config(stage.input("baseline_lora/model")), _stored(stage, widths, None)).sizes
+        around = max(around, sizes["metadata"] + sizes["norms"] + (tables if coded else sizes["embedding"]))
+        widths = choices.within(max(_total(choices, least), limit - around))
+    return widths
+
+
+class _Aim:
+    """What a file is to be like.
+
+    Attributes:
+        limit: bytes that it may take.
+        growth: bytes by which training its codes made one longer: coded ones, as they are spread further.
+        trained: widths of the models whose codes were trained.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.growth = limit, 0
+        self.trained: list[Mapping[str, int]] = []
+
+    def near(self, size: int) -> bool:
+        return 0 <= self.limit - size <= NEAR * self.limit
+
+
 def fit(
     stage: Stage,
     choices: block_quantisation.Choices,
@@ -134,44 +172,36 @@ def fit(
         limit: bytes of model.safetensors and model.json.
         widths: the bits to begin with.
     """
-
-    def near(size: int) -> bool:
-        return 0 <= limit - size <= NEAR * limit
-
-    least = _total(choices, _narrowest(choices))
+    aim, least = _Aim(limit), _total(choices, _narrowest(choices))
     found: dict[int, dict[str, int]] = {}  # bytes -> widths
     written = None
     while len(found) < ROUNDS:
-        size, anew = _round(stage, len(found), widths, coded, near)
+        size, anew = _round(stage, len(found), widths, coded, aim)
         found[size], written = widths, widths if anew else None
-        if near(size):
+        if aim.near(size):
             break
         widths = choices.within(max(least, _total(choices, widths) + limit - size))
         if widths in found.values():
             break
     fitting = [size for size in found if size <= limit]
     best = found[max(fitting)] if fitting else choices.within(least)
-    trained = not stage.params.qad.enabled or (fitting and near(max(fitting)))
-    if best != written or not trained:
-        quantise(stage, best, coded, stage.journal.part("final"), lambda size: True)
+    if best != written or (stage.params.qad.enabled and best not in aim.trained):
+        quantise(stage, best, coded, stage.journal.part("final"))
     return best
 
 
 def _round(
-    stage: Stage,
-    number: int,
-    widths: Mapping[str, int],
-    coded: Mapping[str, rounding.Coded],
-    last: Callable[[int], bool],
+    stage: Stage, number: int, widths: Mapping[str, int], coded: Mapping[str, rounding.Coded], aim: _Aim
 ) -> tuple[int, bool]:
     """Bytes of the model with these widths, and whether it is in baseline/model: False where the journal had them."""
     saved = stage.journal.part(f"round{number}")
     if before := saved.load("bytes"):
-        return before.values, False
-    linears = saved.part("linears")
-    size = quantise(stage, widths, coded, linears, last)
-    saved.save("bytes", {}, size)
-    linears.forget()
+        size, aim.growth = before.values
+        return size, False
+    work = saved.part("work")
+    size = quantise(stage, widths, coded, work, aim)
+    saved.save("bytes", {}, [size, aim.growth])
+    work.forget()
     return size, True
 
 
@@ -183,8 +213,13 @@ def planned_around(
     Args:
         distinct: how many scales differ; None where all are stored as they are.
     """
+    stored = _stored(stage, widths, distinct)
+    return planned_bytes(dense_folder.config(stage.input("baseline_lora/model")), stored) - _total(choices, widths)
+
+
+def _stored(stage: Stage, widths: Mapping[str, int], distinct: int | None) -> Plan:
     chosen = stage.params.gptq
-    stored = Plan(
+    return Plan(
         bits=widths,
         group_size=chosen.group_size,
         embedding_bits=chosen.embedding.bits,
@@ -193,39 +228,46 @@ def planned_around(
         order=chosen.act_order == "descending",
         distinct_scales=distinct if chosen.scale_steps else None,
     )
-    return planned_bytes(dense_folder.config(stage.input("baseline_lora/model")), stored) - _total(choices, widths)
 
 
 def quantise(
     stage: Stage,
     widths: Mapping[str, int],
     coded: Mapping[str, rounding.Coded],
-    saved: checkpoints.Saved,
-    last: Callable[[int], bool],
+    saved: checkpoints.Saved = checkpoints.NOTHING,
+    aim: _Aim | None = None,
 ) -> int:
     """Quantise the dense model with these widths and pack it into baseline/model; bytes of what holds the model.
 
+    Where the package's codes are trained, these are, if the file will be what it is to be.
+
     Args:
-        last: whether a model of so many bytes is the one that stays: its codes are trained, where the package's are.
+        aim: None: the model stays, whatever it takes.
     """
-    dense, target = stage.model_in, stage.output("model")
+    dense, target, coding = stage.model_in, stage.output("model"), stage.params.package.coding
     windows = load_file(stage.input("windows.safetensors"))["input_ids"]
     model = streamed_folder.open_dense(dense, stage.params.device)
     block_quantisation.place(model, coded)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder, codes = Path(scratch) / "model", Path(scratch) / "embedding.safetensors"
-        linear_quantisation.quantise_linears(stage, model, windows, {}, widths, folder, saved)
+        linear_quantisation.quantise_linears(stage, model, windows, {}, widths, folder, saved.part("linears"))
         del model
         block_quantisation.save_embedding(codes, coded, stage.params.gptq)
-        writer.save(source_folder.read(folder, embedding=codes), target)
+        writer.save(source_folder.read(folder, embedding=codes), target, coding)
         size = shipped_bytes(target)
-        if stage.params.qad.enabled and last(size):
-            from tasks.compression import qad_training  # here, as it imports PEFT
+        if not stage.params.qad.enabled:
+            return size
+        if aim and not aim.near(size + aim.growth):
+            return size + aim.growth
+        from tasks.compression import qad_training  # here, as it imports PEFT
 
-            trained, layers = Path(scratch) / "trained", dense_folder.config(dense)["num_hidden_layers"]
-            qad_training.distil(stage, folder, trained, dense, range(layers), saved=stage.journal.part("qad"))
-            writer.save(source_folder.read(trained, embedding=codes), target)
-    return size
+        trained, layers = Path(scratch) / "trained", shape_of_config(dense_folder.config(dense)).layers
+        qad_training.distil(stage, folder, trained, dense, range(layers), saved=saved.part("qad"))
+        writer.save(source_folder.read(trained, embedding=codes), target, coding)
+        if aim:
+            aim.growth = shipped_bytes(target) - size
+            aim.trained.append(widths)
+        return shipped_bytes(target)
 
 
 def table(described: Mapping, choices: block_quantisation.Choices, widths: Mapping[str, int]) -> pd.DataFrame:

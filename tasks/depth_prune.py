@@ -24,9 +24,8 @@ def run(stage: Stage) -> None:
     Raises:
         InputError: fewer layers than `remove` are unprotected.
     """
-    config = dense_folder.config(stage.model_in)
-    params = rules.settle(stage.params.depth_prune, shape_of_config(config), stage.params.device)
-    layers = config["num_hidden_layers"]
+    shape = shape_of_config(dense_folder.config(stage.model_in))
+    params, layers = rules.settle(stage.params.depth_prune, shape, stage.params.device), shape.layers
     depth_prune.unprotected(layers, params.remove, params.protect_first, params.protect_last)
     if not params.remove:
         print("remove = 0: the model is passed on")
@@ -51,7 +50,7 @@ def run(stage: Stage) -> None:
 def skip(stage: Stage) -> None:
     """The model as it is, nothing removed."""
     stage.pass_on(stage.model_in, stage.output("model"))
-    _record(stage, dense_folder.config(stage.model_in)["num_hidden_layers"], [])
+    _record(stage, shape_of_config(dense_folder.config(stage.model_in)).layers, [])
 
 
 def _one_shot(stage: Stage, params: DepthPrune, model: nn.Module, scores: Tensor) -> list[int]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms import packing
-from tasks.algorithms.model import checkpoints, families, layers, masks, matrices
+from tasks.algorithms.model import checkpoints, families, head, layers, masks, matrices
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import (
     allocation,
@@ -119,11 +119,10 @@ def _sides(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
 def head_moments(model: nn.Module, windows: Tensor) -> Tensor:
     """Average X^T X over tokens, X the head's inputs (final norm included): float64 [hidden, hidden]."""
     hidden = layers.walk(model, windows, lambda *_: None, BATCH)  # [windows, length, hidden]
-    norm = model.get_submodule(families.of_model(model).final_norm)
     total = torch.zeros(hidden.shape[-1], hidden.shape[-1], dtype=torch.float64, device=hidden.device)
     with torch.no_grad():
         for part in hidden.split(BATCH):
-            x = norm(part).flatten(0, 1).double()  # [tokens, hidden]
+            x = head.finished(model, part).flatten(0, 1).double()  # [tokens, hidden]
             total += x.T @ x
     return total / hidden[..., 0].numel()
 

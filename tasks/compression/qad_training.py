@@ -54,8 +54,9 @@ def distil(
         InputError: models, masks or corpus don't fit each other, or the training diverges.
     """
     config = dense_folder.config(source)
-    params = rules.settle(stage.params.qad, shape_of_config(config), stage.params.device)
-    recovery_training.check_length("qad", params.length, config)
+    shape = shape_of_config(config)
+    params = rules.settle(stage.params.qad, shape, stage.params.device)
+    recovery_training.check_length("qad", params.length, shape.context)
     tokens = recovery_training.training_tokens(stage, dense_folder.load_tokenizer(source))
     model, teacher = _opened(source, masks, dense, stage.params.device), None
     if params.distillation.weight > 0 or params.distillation.hidden > 0:

@@ -62,8 +62,9 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
         InputError: parameters, model, masks, teacher or corpus don't fit each other, or the training diverges.
     """
     config = dense_folder.config(source)
-    params = rules.settle(stage.params.lora, shape_of_config(config), stage.params.device)
-    _check(params, config)
+    shape = shape_of_config(config)
+    params = rules.settle(stage.params.lora, shape, stage.params.device)
+    _check(params, shape.context)
     tokenizer = dense_folder.load_tokenizer(source)
     tokens = training_tokens(stage, tokenizer)
     model, teacher = streamed_folder.load_stored(source, stage.params.device), None
@@ -232,19 +233,18 @@ def _needs_teacher(params: Lora) -> bool:
     return distils or params.method == "block_reconstruction"
 
 
-def check_length(section: str, length: int, config: Mapping) -> None:
+def check_length(section: str, length: int, context: int | None) -> None:
     """Refuse windows that are longer than the model's context.
 
     Raises:
         InputError: they are.
     """
-    context = config.get("max_position_embeddings")
     if context is not None and length > context:
         raise InputError(f"{section}.length = {length} is above the model's context of {context} tokens; lower it")
 
 
-def _check(params: Lora, config: Mapping) -> None:
-    check_length("lora", params.length, config)
+def _check(params: Lora, context: int | None) -> None:
+    check_length("lora", params.length, context)
     if params.start == "eora" and params.method == "block_reconstruction":
         raise InputError(
             "lora.start = eora is the start of an adapter, and lora.method = block_reconstruction has none: "

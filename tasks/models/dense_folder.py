@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.model import families
 from tasks.algorithms.model.shape import shape_of_model
-from tasks.models import generations, model_files
+from tasks.models import generations, model_files, tokenizer_archive
 
 if TYPE_CHECKING:
     import torch
@@ -32,16 +32,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder.
 
     Raises:
-        InputError: one of its files is larger than any tokenizer's.
+        InputError: one of its files is larger than any tokenizer's, or damaged where it is compressed.
     """
     from transformers import AutoTokenizer  # here: a switched-off stage only asks for the config
 
     model_files.check_sizes(folder)
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with tokenizer_archive.unpacked(folder) as path:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
 
 
 def load_dense(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A dense checkpoint on the CPU, in evaluation mode, in float32 unless another type is asked for.
+    """A dense checkpoint on the CPU, in evaluation mode, in float32 or the type asked for; matrices are [out, in].
 
     Raises:
         InputError: a text of the folder is larger than any model's, or it holds two sets of weights.
@@ -49,16 +52,18 @@ def load_dense(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
     import torch
     from transformers import AutoModelForCausalLM
 
+    from tasks.models import skeleton
+
     model_files.check_sizes(folder)
     model_files.check_unambiguous(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
-    return model.eval()
+    return skeleton.with_linears(model).eval()
 
 
 def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write an ordinary checkpoint that stock `from_pretrained` loads, of transformers 4 as of 5."""
+    """Write a model as transformers made it: a checkpoint that stock `from_pretrained` loads, of 4 as of 5."""
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
     generations.rewrite(folder)

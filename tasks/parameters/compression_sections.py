@@ -198,6 +198,7 @@ class Qad(Section):
 
 class Package(Section):
     enabled: bool
+    coding: Literal["fixed", "entropy"]
 
 
 class BaselineLora(Section):

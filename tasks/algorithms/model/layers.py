@@ -73,6 +73,13 @@ def opening_themselves(model: nn.Module) -> Iterator[None]:
             vars(block).pop("forward", None)
 
 
+def run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """Run a block on hidden states [batch, length, hidden]; its own, without what some families return beside them."""
+    positional, named = call
+    output = block(hidden, *positional, **named)
+    return output if isinstance(output, Tensor) else output[0]
+
+
 @dataclass
 class BlockInputs:
     """The inputs of one block, valid during the visit only: the walk overwrites `hidden` with the block's outputs.
@@ -96,9 +103,8 @@ class BlockInputs:
 
     def output(self, block: nn.Module, where: slice) -> Tensor:
         """Run the block on one batch: [batch, length, hidden]."""
-        positional, named = self.calls[where.stop - where.start]
         with torch.no_grad():
-            return block(self.hidden[where], *positional, **named)
+            return run(block, self.hidden[where], self.calls[where.stop - where.start])
 
     def outputs(self, block: nn.Module) -> Iterator[tuple[slice, Tensor]]:
         """Run the block batch by batch, and yield (windows of the batch, outputs [batch, length, hidden])."""
@@ -196,8 +202,7 @@ def carry(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     for index, block in enumerate(families.blocks(model)):
         with opened(block), torch.no_grad():
             for at, states in enumerate(hidden):
-                positional, named = calls[index][states.shape[0], states.shape[1]]
-                hidden[at] = block(states, *positional, **named)
+                hidden[at] = run(block, states, calls[index][states.shape[0], states.shape[1]])
     return hidden
 
 
@@ -286,15 +291,15 @@ def _enter(
     The model's own forward runs with blocks that hand their input on and note how they were called: blocks of one model
     can get different masks (sliding windows). All tokens count, so the arguments depend on a batch's sizes only.
     """
-    blocks = families.blocks(model)
+    blocks, outputs = families.blocks(model), families.of_model(model).outputs
     calls: list[dict[tuple[int, int], Call]] = [{} for _ in blocks]
 
-    def stand_in(index: int) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
+    def stand_in(index: int) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Any:
             calls[index].setdefault((hidden_states.shape[0], hidden_states.shape[1]), (positional, named))
             if index == 0:
                 enter(hidden_states)
-            return hidden_states
+            return (hidden_states, *(None,) * (outputs - 1)) if outputs else hidden_states
 
         return forward
 

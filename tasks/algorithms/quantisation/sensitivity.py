@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tasks.algorithms.model import checkpoints, families, layers, matrices
+from tasks.algorithms.model import checkpoints, families, head, layers, matrices
 from tasks.algorithms.model.matrices import Matrix
 
 POSITIONS = 128
@@ -166,17 +166,16 @@ def _replaced(matrix: Matrix, weight: Tensor) -> Iterator[None]:
 
 def _divergences(model: nn.Module, last: Tensor, changed: Sequence[Tensor], inputs: layers.BlockInputs) -> list[float]:
     """Average KL per position between the distributions after the last block's outputs `last` and each of `changed`."""
-    described = families.of_model(model)
-    norm, head = model.get_submodule(described.final_norm), model.get_submodule(described.head)
+    said = head.of(model)
     totals = [0.0] * len(changed)
     with torch.no_grad():
         for where in inputs.batches():
             parts = [tensor[where].flatten(0, 1).split(POSITIONS) for tensor in (last, *changed)]
             for before, *after in zip(*parts, strict=True):  # [positions, hidden] each
-                logits = head(norm(before))  # [positions, vocabulary]
+                logits = said(head.finished(model, before))  # [positions, vocabulary]
                 p = logits.softmax(dim=-1)
                 for index, hidden in enumerate(after):
-                    totals[index] += _summed_divergence(p, head(norm(hidden)).sub_(logits))
+                    totals[index] += _summed_divergence(p, said(head.finished(model, hidden)).sub_(logits))
     # rounding can make a divergence of nothing negative
     return [max(0.0, total / last[..., 0].numel()) for total in totals]
 
