@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tasks.algorithms.model.shape import shape_of_config
-from tasks.compression import recovery_training
+from tasks.compression import recovery_training, training_inputs
 from tasks.models import dense_folder
 
 if TYPE_CHECKING:
@@ -30,4 +30,4 @@ def run(stage: Stage) -> None:
 def skip(stage: Stage) -> None:
     """Pass the model on; a history without rows."""
     stage.pass_on(stage.model_in, stage.output("baseline_lora/model"))
-    recovery_training.write_history([], stage.output("history.csv"))
+    training_inputs.write_history([], stage.output("history.csv"))

@@ -10,7 +10,7 @@ import json
 from typing import TYPE_CHECKING
 
 from tasks.algorithms.model import layers
-from tasks.compression import recovery_training
+from tasks.compression import recovery_training, training_inputs
 from tasks.models import mask_files, sparsity_ledger, streamed_folder
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def skip(stage: Stage) -> None:
     """Pass the pruned model on; a history without rows."""
     _ledger(stage, streamed_folder.open_dense(stage.model_in, outside=False))
     stage.pass_on(stage.model_in, stage.output("lora/model"))
-    recovery_training.write_history([], stage.output("history.csv"))
+    training_inputs.write_history([], stage.output("history.csv"))
 
 
 def _ledger(stage: Stage, model: nn.Module) -> None:

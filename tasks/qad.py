@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from tasks.compression import qad_training, recovery_training
+from tasks.compression import qad_training, training_inputs
 from tasks.models import gptq_folder, mask_files, sparsity_ledger
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def run(stage: Stage) -> None:
     source, target, masks = stage.model_in, stage.output("qad/model"), stage.input("masks.safetensors")
     kept = json.loads(stage.input("removed.json").read_text(encoding="utf-8"))["kept"]
     history = qad_training.distil(stage, source, target, stage.input("lora/model"), kept, masks, stage.journal)
-    recovery_training.write_history(history, stage.output("history.csv"))
+    training_inputs.write_history(history, stage.output("history.csv"))
     keep = mask_files.StoredMasks(masks)
     weights = ({name: weight for name, (_, weight) in block.items()} for block in gptq_folder.stored_linears(target))
     table = sparsity_ledger.ledger_of_blocks(weights, keep, keep.pattern)
@@ -38,5 +38,5 @@ def run(stage: Stage) -> None:
 def skip(stage: Stage) -> None:
     """Pass the model on; tables without rows."""
     stage.pass_on(stage.model_in, stage.output("qad/model"))
-    recovery_training.write_history([], stage.output("history.csv"))
+    training_inputs.write_history([], stage.output("history.csv"))
     sparsity_ledger.write_empty(stage.output("sparsity.csv"))

@@ -18,7 +18,7 @@ from tasks.algorithms.model import checkpoints, families, layers
 from tasks.algorithms.model.shape import shape_of_config, shape_of_model
 from tasks.algorithms.quantisation.codes import Codes
 from tasks.algorithms.recovery import qad, training
-from tasks.compression import recovery_training
+from tasks.compression import training_inputs
 from tasks.models import dense_folder, gptq_tensors, streamed_folder
 from tasks.packed import source_folder
 from tasks.parameters import needs, rules
@@ -56,11 +56,11 @@ def distil(
     config = dense_folder.config(source)
     shape = shape_of_config(config)
     params = rules.settle(stage.params.qad, shape, stage.params.device)
-    recovery_training.check_length("qad", params.length, shape.context)
-    tokens = recovery_training.training_tokens(stage, dense_folder.load_tokenizer(source))
+    training_inputs.check_length("qad", params.length, shape.context)
+    tokens = training_inputs.tokens(stage, dense_folder.load_tokenizer(source))
     model, teacher = _opened(source, masks, dense, stage.params.device), None
     if params.distillation.weight > 0 or params.distillation.hidden > 0:
-        teacher = recovery_training.open_teacher(stage.input("vocabulary/model"), model, kept)
+        teacher = training_inputs.teacher(stage.input("vocabulary/model"), model, kept)
     free = needs.available_memory()
     if model.device.type == "cuda" and torch.cuda.is_available():
         free = torch.cuda.mem_get_info(model.device)[0]
@@ -68,7 +68,7 @@ def distil(
         history = training.train(
             qad.trainable(model),
             tokens,
-            recovery_training.recipe(params),
+            training_inputs.recipe(params),
             teacher=teacher,
             kept=kept,
             report=lambda step, loss: bar.update(step, loss=loss),

@@ -8,36 +8,30 @@ choose what to prune, and does not quantise.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import checkpoints, families, stored_type, streaming
+from tasks.algorithms.model import checkpoints, families
 from tasks.algorithms.model.shape import shape_of_config, shape_of_model
 from tasks.algorithms.recovery import masked_lora, reconstruction, training
-from tasks.algorithms.scoring import perplexity
+from tasks.compression import training_inputs
 from tasks.models import dense_folder, streamed_folder
 from tasks.parameters import needs, rules
-from tasks.runtime import files
-from tasks.sources import json_lines
 
 if TYPE_CHECKING:
     from peft import LoraModel
     from transformers import PreTrainedModel
 
-    from tasks.parameters.schema import Lora, Qad
+    from tasks.parameters.schema import Lora
     from tasks.runtime.stage import Stage
 
 STAGES = ("lora", "baseline_lora")
 """They train on the same windows with the same teacher."""
-CODE = "compression/recovery_training"
-"""The module whose code what they share depends on."""
 EORA_WINDOWS = 64
 """Windows of lora.length tokens, from the train corpus, on which lora.start = eora measures inputs."""
 
@@ -66,10 +60,10 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
     params = rules.settle(stage.params.lora, shape, stage.params.device)
     _check(params, shape.context)
     tokenizer = dense_folder.load_tokenizer(source)
-    tokens = training_tokens(stage, tokenizer)
+    tokens = training_inputs.tokens(stage, tokenizer)
     model, teacher = streamed_folder.load_stored(source, stage.params.device), None
     if _needs_teacher(params):
-        teacher = open_teacher(stage.input("vocabulary/model"), model, kept)
+        teacher = training_inputs.teacher(stage.input("vocabulary/model"), model, kept)
     blocks = len(families.blocks(model))
     steps = params.steps * (blocks if params.method == "block_reconstruction" else 1)
     with stage.progress("recovery", steps) as bar:
@@ -87,7 +81,7 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
             history = training.train(
                 adapted,
                 tokens,
-                recipe(params),
+                training_inputs.recipe(params),
                 teacher=teacher,
                 kept=kept,
                 report=report,
@@ -100,32 +94,13 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
     return Recovered(model, history)
 
 
-def training_tokens(stage: Stage, tokenizer: Any) -> Tensor:
-    """The training corpus, int32 [tokens]; the two recoveries tokenise it once."""
-    corpora = stage.input("fetch/corpora")
-
-    def compute() -> dict[str, Tensor]:
-        return {"ids": perplexity.tokenise(tokenizer, json_lines.documents(corpora / "train.jsonl"))}
-
-    shelf = _shelf(stage, "tokens", [corpora], tokenizer)
-    return (compute() if shelf is checkpoints.NOTHING else shelf.once("train", compute))["ids"]
-
-
 def _shared_targets(stage: Stage, tokenizer: Any) -> tuple[checkpoints.Saved, int]:
     """Where the two recoveries leave the targets of their windows, which are the same, and whose turn this one has."""
     params = stage.params.lora
     inputs = [stage.input("fetch/corpora"), stage.input("vocabulary/model")]
     windows = [params.seed, params.batch, params.length]
-    shelf = _shelf(stage, "targets", inputs, tokenizer, device=stage.params.device, windows=windows)
+    shelf = training_inputs.shelf(stage, "targets", inputs, tokenizer, device=stage.params.device, windows=windows)
     return shelf, STAGES.index(stage.name)
-
-
-def _shelf(stage: Stage, purpose: str, inputs: Sequence[Path], tokenizer: Any, **given: Any) -> Any:
-    """For both recoveries, whose models have one tokenizer; nothing is shared of one that isn't a file of its own."""
-    if not tokenizer.is_fast:
-        return checkpoints.NOTHING
-    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    return stage.shelf(purpose, CODE, inputs, tokenizer=digest, **given)
 
 
 def write(recovered: Recovered, source: Path, model: Path, history: Path) -> None:
@@ -134,28 +109,7 @@ def write(recovered: Recovered, source: Path, model: Path, history: Path) -> Non
     with streamed_folder.writing(recovered.model, tokenizer, model) as writer:
         for index in range(len(families.blocks(recovered.model))):
             writer.block(index)
-    write_history(recovered.history, history)
-
-
-def write_history(history: list[dict[str, float]], path: Path) -> None:
-    """Write one row per step; an empty cell was not computed."""
-    files.write_csv(path, pd.DataFrame(history, columns=list(training.COLUMNS)), "%.9g")
-
-
-def open_teacher(folder: Path, model: nn.Module, kept: Sequence[int]) -> nn.Module:
-    """The model that is learnt from, on the student's device: whole, or with its blocks on the disk where it is large.
-
-    Raises:
-        InputError: it isn't the student's.
-    """
-    shape = shape_of_config(dense_folder.config(folder))
-    if 4 * (shape.in_blocks + shape.outside) > streaming.WHOLE:
-        teacher = streamed_folder.open_dense(folder, model.device, stored=True)
-    else:
-        teacher = dense_folder.load_dense(folder).to(model.device)
-    _check_teacher(model, teacher, kept)
-    stored_type.share(teacher, model)
-    return teacher
+    training_inputs.write_history(recovered.history, history)
 
 
 def _checkpointing(params: Lora, model: nn.Module, masked: bool) -> bool:
@@ -209,22 +163,15 @@ def _reconstruct(
     _check_zeros(model, keep)
     targets = masked_lora.select(model, params.targets)
     return reconstruction.reconstruct(
-        model, teacher, tokens, recipe(params), targets=targets, keep=keep, kept=kept, report=report, saved=saved
-    )
-
-
-def recipe(params: Lora | Qad) -> training.Recipe:
-    """The settings of a training."""
-    return training.Recipe(
-        steps=params.steps,
-        batch=params.batch,
-        length=params.length,
-        learning_rate=params.learning_rate,
-        warmup=params.warmup,
-        distillation=params.distillation.weight,
-        temperature=params.distillation.temperature,
-        seed=params.seed,
-        hidden=params.distillation.hidden,
+        model,
+        teacher,
+        tokens,
+        training_inputs.recipe(params),
+        targets=targets,
+        keep=keep,
+        kept=kept,
+        report=report,
+        saved=saved,
     )
 
 
@@ -233,18 +180,8 @@ def _needs_teacher(params: Lora) -> bool:
     return distils or params.method == "block_reconstruction"
 
 
-def check_length(section: str, length: int, context: int | None) -> None:
-    """Refuse windows that are longer than the model's context.
-
-    Raises:
-        InputError: they are.
-    """
-    if context is not None and length > context:
-        raise InputError(f"{section}.length = {length} is above the model's context of {context} tokens; lower it")
-
-
 def _check(params: Lora, context: int | None) -> None:
-    check_length("lora", params.length, context)
+    training_inputs.check_length("lora", params.length, context)
     if params.start == "eora" and params.method == "block_reconstruction":
         raise InputError(
             "lora.start = eora is the start of an adapter, and lora.method = block_reconstruction has none: "
@@ -255,15 +192,3 @@ def _check(params: Lora, context: int | None) -> None:
 def _check_zeros(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
     if broken := masked_lora.revived(model, keep):
         raise InputError(f"pruned weights of {min(broken)} are not zero; take model and masks from the same run")
-
-
-def _check_teacher(model: nn.Module, teacher: nn.Module, kept: Sequence[int]) -> None:
-    blocks, theirs = len(families.blocks(model)), len(families.blocks(teacher))
-    if len(kept) != blocks or max(kept) >= theirs:
-        raise InputError(
-            f"{len(kept)} of the teacher's {theirs} blocks were kept (the last: {max(kept)}), and the model has "
-            f"{blocks}: run stage depth_prune again"
-        )
-    ours, wanted = model.config.vocab_size, teacher.config.vocab_size
-    if ours != wanted:
-        raise InputError(f"the model has {ours} tokens, its teacher {wanted}: run stage depth_prune again")

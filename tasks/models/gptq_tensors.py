@@ -118,8 +118,9 @@ def recoding(source: Path, folder: Path) -> Iterator[Callable[[str, Tensor], Non
     """
     stored = GptqTensors(source)
     shutil.copytree(source, folder, ignore=lambda place, _: [model_files.SINGLE] * (Path(place) == source))
-    with tensor_files.writing(folder / model_files.SINGLE, stored.entries, {"format": "pt"}) as write:
-        for name in stored.entries:
+    entries = {name: entry for name, entry in stored.entries.items() if ADAPTER not in name}  # which has its own file
+    with tensor_files.writing(folder / model_files.SINGLE, entries, {"format": "pt"}) as write:
+        for name in entries:
             if not name.endswith(CODES):
                 write(name, stored.read(name))
 

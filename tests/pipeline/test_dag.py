@@ -151,7 +151,7 @@ def test_the_device_is_a_parameter_of_every_stage_that_asks_for_it() -> None:
 
 REACH = {
     "tasks/packed/writer.py": {"package", "baseline"},
-    "tasks/packed/source_folder.py": {"package", "baseline", "evaluate", "measure", "kv_cache", "harness"},
+    "tasks/packed/source_folder.py": {"qad", "package", "baseline", "evaluate", "measure", "kv_cache", "harness"},
     "tasks/algorithms/quantisation/masked_gptq.py": {"gptq", "baseline"},
     "tasks/algorithms/quantisation/gptq_walk.py": {"gptq", "baseline"},
     "tasks/algorithms/quantisation/sparsegpt.py": {"gptq", "baseline"},
@@ -160,6 +160,7 @@ REACH = {
     "tasks/algorithms/quantisation/eora_ranks.py": {"eora"},
     "tasks/algorithms/pruning/wanda.py": {"wanda"},
     "tasks/algorithms/recovery/masked_lora.py": {"lora", "baseline_lora"},
+    "tasks/algorithms/recovery/qad.py": {"qad", "baseline"},
     "tasks/parameters/preflight.py": {"fetch"},
     "tasks/reporting/page.html.jinja": {"report"},
     "tasks/device_profiles/profiles.py": {"hardware_fit"},

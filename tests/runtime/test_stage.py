@@ -75,7 +75,7 @@ def test_the_models_that_the_stages_work_on_are_one_chain_and_its_baselines() ->
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     models = {name: [Path(dep) for dep in stage["deps"] if Path(dep).name == "model"] for name, stage in stages.items()}
     before = {name: found[0].parent.name for name, found in models.items() if found and name != "measure"}
-    chain = ["fetch", "vocabulary", "depth_prune", "wanda", "lora", "gptq", "eora", "package", "hardware_fit"]
+    chain = ["fetch", "vocabulary", "depth_prune", "wanda", "lora", "gptq", "eora", "qad", "package", "hardware_fit"]
     assert [before[name] for name in chain[1:]] == chain[:-1]
     assert (before["baseline_lora"], before["baseline"]) == ("vocabulary", "baseline_lora")
     assert all(len(models[name]) == 1 for name in ("evaluate", "kv_cache", "harness"))

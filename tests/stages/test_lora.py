@@ -20,7 +20,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, families
 from tasks.algorithms.pruning import depth_prune
 from tasks.algorithms.recovery import eora_start, masked_lora, targets, training
-from tasks.compression import recovery_training
+from tasks.compression import recovery_training, training_inputs
 from tasks.models import dense_folder, mask_files
 from tasks.parameters import needs
 from tasks.parameters.compression_sections import Distillation, Lora
@@ -196,7 +196,7 @@ def test_little_memory_changes_no_byte(folder, arm, monkeypatch):
     settings = params(dropout=0.1, **ARMS[arm])
     lora.run(FakeStage(folder, settings, "whole"))
     monkeypatch.setattr(needs, "KEEPING", 0.0)
-    monkeypatch.setattr(recovery_training.streaming, "WHOLE", 0)
+    monkeypatch.setattr(training_inputs.streaming, "WHOLE", 0)
     monkeypatch.setattr(dense_folder, "load_dense", None)  # nothing is whole in float32
     lora.run(FakeStage(folder, settings, "little"))
     assert files(folder / "whole") == files(folder / "little")
@@ -209,10 +209,10 @@ def test_remasked_is_pefts_merge_and_then_the_masks(folder):
     model = dense_folder.load_dense(folder / "wanda/model")
     torch.manual_seed(0)
     plain = get_peft_model(model, LoraConfig(r=4, lora_alpha=8.0, lora_dropout=0.0, target_modules=list(keep)))
-    tokens = recovery_training.perplexity.tokenise(
+    tokens = training_inputs.perplexity.tokenise(
         byte_tokenizer(), [f"The pump must report {n} litres." for n in range(40)]
     )
-    training.train(plain.base_model, tokens, recovery_training._recipe(stage.params.lora))
+    training.train(plain.base_model, tokens, training_inputs.recipe(stage.params.lora))
     merged = plain.merge_and_unload()
     assert all(masked_lora.revived(merged, {name: mask}) for name, mask in keep.items())  # plain LoRA fills the zeros
     recovered = recovery_training.recover(stage, folder / "wanda/model", keep, [0, 2])
@@ -286,9 +286,9 @@ def test_what_the_two_recoveries_share_changes_nothing_and_is_computed_once(fold
         module.run(FakeStage(folder, params(), f"alone-{name}", name))
         alone[name] = files(folder / f"alone-{name}")
     asked, texts = [], []
-    states, tokenise = targets.head.states, recovery_training.perplexity.tokenise
+    states, tokenise = targets.head.states, training_inputs.perplexity.tokenise
     monkeypatch.setattr(targets.head, "states", lambda model, ids: asked.append(model.training) or states(model, ids))
-    monkeypatch.setattr(recovery_training.perplexity, "tokenise", lambda *given: texts.append(1) or tokenise(*given))
+    monkeypatch.setattr(training_inputs.perplexity, "tokenise", lambda *given: texts.append(1) or tokenise(*given))
     for name, module in (("lora", lora), ("baseline_lora", baseline_lora), ("lora", lora)):
         stage = FakeStage(folder, params(), f"shared-{name}-{len(asked)}", name)
         stage.shared = Shelf(folder / "shelf")

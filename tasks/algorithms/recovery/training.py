@@ -1,9 +1,10 @@
-"""The training of adapters: AdamW on windows of a corpus, with a causal-LM loss and losses against a dense teacher.
+"""The training of adapters or codes: AdamW on windows of a corpus, with a causal-LM loss and losses against a teacher.
 
-What an adapter is, is `tasks.algorithms.recovery.masked_lora`'s, losses are `distillation`'s, what the teacher says of
-a window is `targets`'s. In memory are the student's weights, in whatever type they have, the adapters with gradient and
-AdamW's two moments in float32, and activations: of all blocks, or, where each block is computed anew for the backward
-pass (`checkpointing`), of one block and the inputs of all. The bytes are the same.
+What an adapter is, is `tasks.algorithms.recovery.masked_lora`'s, what a trained code is `qad`'s; losses are
+`distillation`'s, what the teacher says of a window is `targets`'s. In memory are the student's weights, in whatever
+type they have, what is trained, with gradient and AdamW's two moments in float32, and activations: of all blocks, or,
+where each block is computed anew for the backward pass (`checkpointing`), of one block and the inputs of all. The bytes
+are the same.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraModel
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
@@ -22,6 +23,11 @@ from tasks.algorithms.model import checkpoints, families, head
 from tasks.algorithms.model.device import repeatable_attention, seeded
 from tasks.algorithms.recovery import distillation
 from tasks.algorithms.recovery.targets import Target, Targets
+
+if TYPE_CHECKING:
+    from peft import LoraModel
+
+    from tasks.algorithms.recovery.qad import Adapted
 
 COLUMNS = ("step", "loss", "causal_lm", "distillation", "hidden", "learning_rate")
 """A row of a training's history has these keys."""
@@ -94,7 +100,7 @@ def drawn(tokens: Tensor, recipe: Recipe) -> Callable[[int], Tensor]:
 
 
 def train(
-    model: LoraModel,
+    model: LoraModel | Adapted,
     tokens: Tensor,
     recipe: Recipe,
     *,
@@ -109,7 +115,7 @@ def train(
     """Train the adapters with AdamW (no weight decay) on windows cut from the corpus at seeded random places.
 
     Args:
-        model: from `masked_lora.attach`; trained in place, in evaluation mode afterwards.
+        model: from `masked_lora.attach` or `qad.trainable`; trained in place, in evaluation mode afterwards.
         tokens: int [corpus], the corpus as one row of token ids, on the CPU.
         recipe: see `Recipe`.
         teacher: a model of the same vocabulary on the same device; given if and only if the recipe distils.
@@ -152,7 +158,7 @@ def train(
 
 
 @contextmanager
-def _training(model: LoraModel, checkpointing: bool) -> Iterator[None]:
+def _training(model: LoraModel | Adapted, checkpointing: bool) -> Iterator[None]:
     """Within this context the model is in training mode, by need with its blocks computed anew for a backward pass."""
     model.train()
     if checkpointing:  # transformers' own, around torch's; the embedding is frozen, no gradient has to reach it
@@ -193,7 +199,7 @@ def _targets(
 
 
 def _losses(
-    model: LoraModel, ids: Tensor, recipe: Recipe, target: Target | None
+    model: LoraModel | Adapted, ids: Tensor, recipe: Recipe, target: Target | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the losses of a batch, ids int64 [batch, length]: all together, causal LM, distillation, hidden."""
     blocks = families.blocks(model.model) if recipe.hidden else []
