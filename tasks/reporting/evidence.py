@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CODE = "code"
 """The stage that lists the code of every other: an edge to each would tell nothing."""
-LEDGERS = ("wanda", "lora", "gptq", "eora", "package")
+LEDGERS = ("wanda", "lora", "gptq", "eora", "qad", "package")
 """Stages that say what is left of the sparsity pattern, in the order of dvc.yaml."""
 
 
@@ -41,7 +41,7 @@ class Evidence:
         metrics, completions: of the evaluated models by name, in the order of dvc.yaml
         (`tasks.evaluation.results.read`).
         overlap: how the splits relate to the training text; `measured` is false where stage overlap was switched off.
-        scores, masks, history, quantised, compensated: tables; without rows where the stage was switched off.
+        scores, masks, history, quantised, compensated, trained: tables; without rows where the stage was switched off.
         plain_history: of the recovery of the plain model; without rows where that was switched off.
         ledgers: what each stage left of the sparsity pattern, per linear; without rows where it was switched off.
         bits: of every linear of the plain model; without rows where the baseline was switched off.
@@ -65,6 +65,7 @@ class Evidence:
     history: pd.DataFrame
     quantised: pd.DataFrame
     compensated: pd.DataFrame
+    trained: pd.DataFrame
     plain_history: pd.DataFrame
     ledgers: dict[str, pd.DataFrame]
     bits: pd.DataFrame
@@ -127,6 +128,7 @@ def read(stage: Stage) -> Evidence:
         history=_table(stage.input("lora/history.csv")),
         quantised=_table(stage.input("gptq/layers.csv")),
         compensated=_table(stage.input("eora/layers.csv")),
+        trained=_table(stage.input("qad/history.csv")),
         plain_history=plain_history,
         ledgers={name: _table(stage.input(f"{name}/sparsity.csv")) for name in LEDGERS},
         bits=bits,

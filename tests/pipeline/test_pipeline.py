@@ -14,7 +14,19 @@ from tests.support.project import Project, ran, restored
 
 pytestmark = pytest.mark.slow
 
-MODELS = ("fetch", "vocabulary", "depth_prune", "wanda", "lora", "gptq", "eora", "package", "baseline_lora", "baseline")
+MODELS = (
+    "fetch",
+    "vocabulary",
+    "depth_prune",
+    "wanda",
+    "lora",
+    "gptq",
+    "eora",
+    "qad",
+    "package",
+    "baseline_lora",
+    "baseline",
+)
 EVALUATIONS = {f"evaluate@{name}" for name in MODELS}
 STAGES = {
     *MODELS,
@@ -31,7 +43,7 @@ STAGES |= {"code", "harness_data@corpus", "harness@fetch-corpus"}
 BELOW_PACKAGE = {"baseline", "measure", "kv_cache", "hardware_fit", "report", "evaluate@package", "evaluate@baseline"}
 BELOW_PACKAGE |= {"harness@package-corpus", "harness@baseline-corpus"}
 STAGES |= BELOW_PACKAGE
-BELOW_WANDA = {"wanda", "lora", "gptq", "eora", "package"} | BELOW_PACKAGE
+BELOW_WANDA = {"wanda", "lora", "gptq", "eora", "qad", "package"} | BELOW_PACKAGE
 BELOW_WANDA |= {f"evaluate@{name}" for name in BELOW_WANDA} & EVALUATIONS
 
 
@@ -244,7 +256,7 @@ def test_an_altered_output_is_found_and_put_right(project) -> None:
 
 def test_lineage_leads_to_the_sources(project) -> None:
     shown = project(sys.executable, "-m", "tasks", "lineage", "show", "data/package/model").stdout
-    for name in ("package", "eora", "gptq", "lora", "wanda", "depth_prune", "fetch", "source/model"):
+    for name in ("package", "qad", "eora", "gptq", "lora", "wanda", "depth_prune", "fetch", "source/model"):
         assert name in shown
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from tasks.reporting.sections import importance
 
-PIPELINE = ("fetch", "vocabulary", "depth_prune", "wanda", "lora", "gptq", "eora", "package")
+PIPELINE = ("fetch", "vocabulary", "depth_prune", "wanda", "lora", "gptq", "eora", "qad", "package")
 TASKED = ("fetch", "package", "baseline")
 MODELS = (*PIPELINE, "baseline_lora", "baseline")
 SIZES = {"blocks": 4_100_000, "scales": 0, "embedding": 524_288, "norms": 6_400, "adapter": 0, "metadata": 140_000}
@@ -29,6 +29,7 @@ PERPLEXITY = {
     "lora": (3.6789, 355.5),
     "gptq": (3.9012, 371.25),
     "eora": (3.81, 366.75),
+    "qad": (3.81, 366.75),
     "package": (3.81, 366.75),
     "baseline_lora": (2.95, 300.25),
     "baseline": (4.2, 362.0),
@@ -62,11 +63,13 @@ class Node(NamedTuple):
 def sizes(name):
     if name in ("package", "baseline"):
         return dict(PACKED if name == "package" else PLAIN)
-    return dict(SMALL) | {"adapter": 61_440 if name == "eora" else 0} if name in ("gptq", "eora") else dict(SIZES)
+    return (
+        dict(SMALL) | {"adapter": 0 if name == "gptq" else 61_440} if name in ("gptq", "eora", "qad") else dict(SIZES)
+    )
 
 
 def metrics(name):
-    sparse = name in ("wanda", "lora", "gptq", "eora", "package")
+    sparse = name in ("wanda", "lora", "gptq", "eora", "qad", "package")
     test, ood = PERPLEXITY[name]
     blocks = 1_720_320 if name in PIPELINE[2:] else 2_064_384
     return {
@@ -212,9 +215,10 @@ def tables():
         "wanda/layers.csv": pd.DataFrame(masks),
         "lora/history.csv": history(),
         "gptq/layers.csv": pd.DataFrame(quantised),
+        "qad/history.csv": history(),
         "eora/layers.csv": pd.DataFrame(eora).assign(bytes=512, bits_per_weight_equivalent=0.25),
         **{f"{name}/sparsity.csv": ledger() for name in ("wanda", "lora")},
-        **{f"{name}/sparsity.csv": ledger(zeros=8300) for name in ("gptq", "eora", "package")},
+        **{f"{name}/sparsity.csv": ledger(zeros=8300) for name in ("gptq", "eora", "qad", "package")},
         "baseline_lora/history.csv": history(),
         "kv_cache/kv_cache.csv": kv_cache(),
         "hardware_fit/devices.csv": devices(),

@@ -18,7 +18,7 @@ def switched_off(evidence: Evidence) -> list[str]:
     off = {name for name, section in sections.items() if section.get("enabled") is False}
     tables = {"importance": evidence.scores, "wanda": evidence.masks, "lora": evidence.history}
     tables |= {"gptq": evidence.quantised, "eora": evidence.compensated, PLAINLY_QUANTISED: evidence.bits}
-    tables |= {RECOVERED_DENSE: evidence.plain_history}
+    tables |= {"qad": evidence.trained, RECOVERED_DENSE: evidence.plain_history}
     off |= {name for name, table in tables.items() if table.empty}
     off |= set() if evidence.manifest["files"] else {"package"}
     off |= set() if evidence.fit_checked else {"hardware_fit"}

@@ -1,4 +1,4 @@
-"""Bits per linear, the error that quantisation left, and what the low-rank branches gain and cost."""
+"""Bits per linear, the error that quantisation left, what branches gain and cost, and how codes were trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tasks.evaluation.comparison import PLAINLY_QUANTISED
-from tasks.reporting import layer_charts
+from tasks.reporting import layer_charts, result_charts
 from tasks.reporting.section import Plot, Section
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ERROR = "GPTQ: relative error of every linear's output on calibration inputs, in running order."
 COMPENSATED = "EoRA: the same error against its teacher, before and after the low-rank branch."
+TRAINED = "QAD: losses in nats while the codes are trained, by step."
 BITS = {"gptq": "Bits of every linear of the package.", PLAINLY_QUANTISED: "Bits of every linear of the plain model."}
 
 
@@ -60,11 +61,12 @@ def widths(evidence: Evidence) -> dict[str, pd.DataFrame]:
 
 
 def context(evidence: Evidence) -> dict[str, Any]:
-    """widths, quantised (whether gptq was on), adapter."""
+    """widths, quantised and trained (whether gptq and qad were on), adapter."""
     return {
         "widths": bits_table(evidence),
         "quantised": not evidence.quantised.empty,
         "adapter": adapter_summary(evidence),
+        "trained": not evidence.trained.empty,
     }
 
 
@@ -76,6 +78,8 @@ def plots(evidence: Evidence) -> dict[str, Plot]:
         found["quantisation"] = Plot(layer_charts.quantisation_error(evidence.quantised), ERROR)
     if not evidence.compensated.empty:
         found["compensation"] = Plot(layer_charts.compensation(evidence.compensated), COMPENSATED)
+    if not evidence.trained.empty:
+        found["codes"] = Plot(result_charts.training(evidence.trained), TRAINED)
     return found
 
 
