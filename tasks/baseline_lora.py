@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.compression import recovery_training
 from tasks.models import dense_folder
 
@@ -21,7 +22,7 @@ def run(stage: Stage) -> None:
     if not stage.params.lora.enabled:
         return skip(stage)
     source = stage.model_in
-    layers = dense_folder.config(source)["num_hidden_layers"]
+    layers = shape_of_config(dense_folder.config(source)).layers
     recovered = recovery_training.recover(stage, source, keep={}, kept=range(layers))
     recovery_training.write(recovered, source, stage.output("baseline_lora/model"), stage.output("history.csv"))
 

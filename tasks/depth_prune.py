@@ -24,7 +24,8 @@ def run(stage: Stage) -> None:
     Raises:
         InputError: fewer layers than `remove` are unprotected.
     """
-    params, layers = _settled(stage), dense_folder.config(stage.model_in)["num_hidden_layers"]
+    shape = shape_of_config(dense_folder.config(stage.model_in))
+    params, layers = rules.settle(stage.params.depth_prune, shape, stage.params.device), shape.layers
     depth_prune.unprotected(layers, params.remove, params.protect_first, params.protect_last)
     if not params.remove:
         print("remove = 0: the model is passed on")
@@ -34,7 +35,7 @@ def run(stage: Stage) -> None:
 
     model = streamed_folder.open_dense(stage.model_in, stage.params.device)
     scores = torch.tensor(pd.read_csv(stage.input("scores.csv"))[stage.params.importance.method].to_numpy(dtype=float))
-    removed = SCHEDULES[params.schedule](stage, model, scores)
+    removed = SCHEDULES[params.schedule](stage, params, model, scores)
     smaller = depth_prune.without(model, removed)
     tokenizer = dense_folder.load_tokenizer(stage.model_in)
     with streamed_folder.writing(smaller, tokenizer, stage.output("model")) as writer:
@@ -49,21 +50,15 @@ def run(stage: Stage) -> None:
 def skip(stage: Stage) -> None:
     """The model as it is, nothing removed."""
     stage.pass_on(stage.model_in, stage.output("model"))
-    _record(stage, dense_folder.config(stage.model_in)["num_hidden_layers"], [])
+    _record(stage, shape_of_config(dense_folder.config(stage.model_in)).layers, [])
 
 
-def _settled(stage: Stage) -> DepthPrune:
-    shape = shape_of_config(dense_folder.config(stage.model_in))
-    return rules.settle(stage.params.depth_prune, shape, stage.params.device)
-
-
-def _one_shot(stage: Stage, model: nn.Module, scores: Tensor) -> list[int]:
-    params = _settled(stage)
+def _one_shot(stage: Stage, params: DepthPrune, model: nn.Module, scores: Tensor) -> list[int]:
     return depth_prune.one_shot(scores, params.remove, params.protect_first, params.protect_last)
 
 
-def _greedy(stage: Stage, model: nn.Module, scores: Tensor) -> list[int]:
-    params, scoring = _settled(stage), stage.params.importance
+def _greedy(stage: Stage, params: DepthPrune, model: nn.Module, scores: Tensor) -> list[int]:
+    scoring = stage.params.importance
     input_ids = tensor_files.load_tensors(stage.input("windows.safetensors"))["input_ids"][: scoring.windows].long()
     with stage.progress("depth_prune", params.remove) as progress:
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families, layers
+from tasks.algorithms.model import layers
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import eora_branches, eora_ranks
 from tasks.models import (
@@ -130,13 +130,14 @@ def read_teacher(stage: Stage, described: Mapping) -> streamed_folder.Weights:
     Raises:
         InputError: it hasn't the blocks of the model.
     """
-    blocks = described["num_hidden_layers"]
+    shape = shape_of_config(described)
+    blocks = shape.layers
     if stage.params.eora.teacher == "lora":
         teacher = streamed_folder.Weights(stage.input("lora/model"), range(blocks))
     else:
         kept = json.loads(stage.input("removed.json").read_text(encoding="utf-8"))["kept"]
         teacher = streamed_folder.Weights(stage.input("vocabulary/model"), kept)
-    if len(teacher) != blocks * len(families.family(described).linears):
+    if len(teacher) != blocks * len(shape.linears):
         raise InputError(f"the teacher has {len(teacher)} linears for {blocks} blocks: run stage depth_prune again")
     return teacher
 

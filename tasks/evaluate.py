@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.model import checkpoints, layers, masks
-from tasks.algorithms.model.shape import shape_of_config
+from tasks.algorithms.model.shape import shape_of_config, shape_of_model
 from tasks.algorithms.scoring import generation_failures, likelihood, protocols
 from tasks.models import dense_folder, model_files
 from tasks.parameters import prompt_file, rules
@@ -74,7 +74,7 @@ def measure(stage: Stage) -> None:
     p = rules.settle(stage.params.evaluate, shape_of_config(any_folder.config(folder)), stage.params.device)
     model, tokenizer = any_folder.load_or_stream(folder, stage.params.device), dense_folder.load_tokenizer(folder)
     protocol = protocols.protocol(p.protocol, p.length, p.stride)
-    protocols.check_context(protocol, getattr(model.config, "max_position_embeddings", None))
+    protocols.check_context(protocol, shape_of_model(model).context)
     metrics = {
         "model": stage.item,
         "evaluated": True,

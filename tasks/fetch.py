@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.models import dense_folder, model_files
+from tasks.packed import self_test
 from tasks.parameters import preflight
 from tasks.parameters.special_tokens import Known
 from tasks.runtime import files
-from tasks.sources import corpus_source, hub, model_source, weight_check
+from tasks.sources import canonical_names, corpus_source, hub, model_source, weight_check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,15 +43,18 @@ def run(stage: Stage) -> None:
     target.mkdir(parents=True)
     folder, inside = model_source.locate(source, _declared(stage, source))
     config = check_folder(folder, inside)
+    self_test.check(config)
     model_source.copy(folder, inside, model_source.present(folder, model_files.SMALL), target)
     tokenizer = _tokenizer(target)
     size = _tokenizer_size(tokenizer)
-    preflight.check_tokenizer(size, config["vocab_size"])
+    preflight.check_tokenizer(size, shape_of_config(config).vocabulary)
     preflight.check_special_tokens(stage.everything, _special_tokens(tokenizer))
     if source.hub is not None:  # of a local model everything was known before the stage started
         preflight.check(stage.everything, config, tokenizer_size=size, stage="fetch")
     corpora = _corpora(stage, tokenizer)
     model_source.copy(folder, inside, model_source.weights(source, folder, inside), target)
+    if families.known(config) is None and canonical_names.rewrite(target):
+        print("tensors of the model were renamed to what transformers calls them")
     tensors = weight_check.check_weights(target, stage)
     record = {
         "model": model_source.origin(source)

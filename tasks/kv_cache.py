@@ -24,6 +24,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.model import layers
+from tasks.algorithms.model.shape import shape_of_model
 from tasks.algorithms.scoring import kv_cache, likelihood, protocols
 from tasks.models import dense_folder
 from tasks.runners import any_folder
@@ -64,7 +65,7 @@ def run(stage: Stage) -> None:
     with stage.progress("kv_cache", len(p.contexts) * len(bits)) as progress, layers.opening_themselves(model):
         for context in p.contexts:
             protocol = protocols.protocol("joined", context, context)
-            protocols.check_context(protocol, getattr(model.config, "max_position_embeddings", None))
+            protocols.check_context(protocol, shape_of_model(model).context)
             prepared = likelihood.prepare(protocol, tokenizer, documents, p.tokens // context)
             reference = None
             for width in bits:

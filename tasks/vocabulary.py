@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, head
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.scoring import perplexity
 from tasks.algorithms.text import vocabulary
 from tasks.models import (
@@ -64,7 +65,7 @@ def run(stage: Stage) -> None:
     content = _content(tokenizer)
     texts = json_lines.read(stage.input("fetch/corpora") / f"{p.corpus}.jsonl")
     tokens = perplexity.tokenise(tokenizer, texts).long()
-    counts = tokens.bincount(minlength=dense_folder.config(source)["vocab_size"])
+    counts = tokens.bincount(minlength=shape_of_config(dense_folder.config(source)).vocabulary)
     tokenizer.save_pretrained(target)  # and makes the folder
     described = _described(source, target)
     named = [number for each in described.values() for number in vocabulary.named_ids(each)]
@@ -221,9 +222,10 @@ def _sizes(source: Path, target: Path, tokenizer: int) -> dict[str, Any]:
         tokenizer: bytes by which tokenizer.json is smaller, both in the format of the tokenizers library.
     """
     folders = {"before": source, "after": target}
+    shapes = {when: shape_of_config(dense_folder.config(folder)) for when, folder in folders.items()}
     tables = [tensor_headers.component_bytes(folder)["embedding"] for folder in folders.values()]
     return {
-        "tokens": {when: dense_folder.config(folder)["vocab_size"] for when, folder in folders.items()},
+        "tokens": {when: shape.vocabulary for when, shape in shapes.items()},
         "bytes": {when: model_files.stored_bytes(folder) for when, folder in folders.items()},
         "bytes_saved": {"embedding": tables[0] - tables[1], "tokenizer": tokenizer},
     }

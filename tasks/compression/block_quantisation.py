@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms import packing
-from tasks.algorithms.model import checkpoints, families, layers, masks, matrices
+from tasks.algorithms.model import checkpoints, families, head, layers, masks, matrices
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import (
     allocation,
@@ -41,8 +41,10 @@ BATCH = 4
 """Windows per forward pass: no effect on the result beyond rounding, and no parameter."""
 ROWS = 4096
 """Rows of an embedding that are dequantised at once, to bound the memory."""
-MEASURED = 2
+MEASURED = 1
 """Calibration windows on which sensitivities are measured, at most."""
+MEASURED_WIDTH = 3
+"""The width at which they are: those of 2, 4 and 8 bit follow from it (tasks/algorithms/README.md: what that loses)."""
 SNAPPED_BITS = 6
 """What a scale of `scale_steps` takes when coded: an estimate, the package's coder sees how they are distributed."""
 
@@ -117,11 +119,10 @@ def _sides(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
 def head_moments(model: nn.Module, windows: Tensor) -> Tensor:
     """Average X^T X over tokens, X the head's inputs (final norm included): float64 [hidden, hidden]."""
     hidden = layers.walk(model, windows, lambda *_: None, BATCH)  # [windows, length, hidden]
-    norm = model.get_submodule(families.of_model(model).final_norm)
     total = torch.zeros(hidden.shape[-1], hidden.shape[-1], dtype=torch.float64, device=hidden.device)
     with torch.no_grad():
         for part in hidden.split(BATCH):
-            x = norm(part).flatten(0, 1).double()  # [tokens, hidden]
+            x = head.finished(model, part).flatten(0, 1).double()  # [tokens, hidden]
             total += x.T @ x
     return total / hidden[..., 0].numel()
 
@@ -188,7 +189,9 @@ def measure_harm(
 
     with stage.progress("sensitivity", len(matrices.of_model(model))) as progress:
         saved = stage.journal.part("sensitivity")
-        return sensitivity.measure(model, windows[:MEASURED], quantise, packable.WIDTHS, progress.update, BATCH, saved)
+        return sensitivity.measure(
+            model, windows[:MEASURED], quantise, packable.WIDTHS, MEASURED_WIDTH, progress.update, BATCH, saved
+        )
 
 
 def write_harm(path: Path, harm: Mapping[str, Mapping[int, float]]) -> None:

@@ -62,8 +62,9 @@ def recover(stage: Stage, source: Path, keep: Mapping[str, Tensor], kept: Sequen
         InputError: parameters, model, masks, teacher or corpus don't fit each other, or the training diverges.
     """
     config = dense_folder.config(source)
-    params = rules.settle(stage.params.lora, shape_of_config(config), stage.params.device)
-    _check(params, config)
+    shape = shape_of_config(config)
+    params = rules.settle(stage.params.lora, shape, stage.params.device)
+    _check(params, shape.context)
     tokenizer = dense_folder.load_tokenizer(source)
     tokens = _tokens(stage, tokenizer)
     model, teacher = streamed_folder.load_stored(source, stage.params.device), None
@@ -232,8 +233,7 @@ def _needs_teacher(params: Lora) -> bool:
     return distils or params.method == "block_reconstruction"
 
 
-def _check(params: Lora, config: Mapping) -> None:
-    context = config.get("max_position_embeddings")
+def _check(params: Lora, context: int | None) -> None:
     if context is not None and params.length > context:
         raise InputError(f"lora.length = {params.length} is above the model's context of {context} tokens; lower it")
     if params.start == "eora" and params.method == "block_reconstruction":

@@ -193,9 +193,10 @@ def _prompt(folder: Path, workload: Workload) -> Any:
 
     vocabulary = workload.vocabulary
     if vocabulary is None:
+        from tasks.algorithms.model.shape import shape_of_config
         from tasks.runners import any_folder
 
-        vocabulary = any_folder.config(folder)["vocab_size"]
+        vocabulary = shape_of_config(any_folder.config(folder)).vocabulary
     return np.random.default_rng(0).integers(1, vocabulary, (1, workload.prompt_tokens))
 
 

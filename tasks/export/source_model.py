@@ -77,12 +77,14 @@ def read(folder: Path) -> Source:
     """A packed folder, a gptqmodel checkpoint or a dense folder.
 
     Raises:
-        InputError: it is no model folder, a damaged one, or of a family that isn't known.
+        InputError: it is no model folder, a damaged one, or of a family that no format is written for.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: name one with a packed, a quantised or a dense model")
     model = reader.load(folder) if is_packed(folder) else source_folder.read(folder)
-    families.family(model.config)
+    if families.known(model.config) is None:
+        named, known = ", ".join(model.config["architectures"]), ", ".join(sorted(families.BY_HEART))
+        raise InputError(f"{named} can't be exported: the formats are written for {known}; ship the package instead")
     head = None if model.head is None else _linear(model.head)
     blocks = [dict(block) for block in model.blocks]
     return Source(folder, model.config, blocks, _linear(model.embedding), head, model.rest)

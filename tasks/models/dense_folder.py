@@ -44,7 +44,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_dense(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A dense checkpoint on the CPU, in evaluation mode, in float32 unless another type is asked for.
+    """A dense checkpoint on the CPU, in evaluation mode, in float32 or the type asked for; matrices are [out, in].
 
     Raises:
         InputError: a text of the folder is larger than any model's, or it holds two sets of weights.
@@ -52,16 +52,18 @@ def load_dense(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
     import torch
     from transformers import AutoModelForCausalLM
 
+    from tasks.models import skeleton
+
     model_files.check_sizes(folder)
     model_files.check_unambiguous(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
-    return model.eval()
+    return skeleton.with_linears(model).eval()
 
 
 def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write an ordinary checkpoint that stock `from_pretrained` loads, of transformers 4 as of 5."""
+    """Write a model as transformers made it: a checkpoint that stock `from_pretrained` loads, of 4 as of 5."""
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
     generations.rewrite(folder)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, matrices
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import gptqmodel_library as library
 from tasks.algorithms.quantisation import packed_linear, unpacking
 from tasks.models import dense_folder, generations, model_files, streamed_folder, tensor_files
@@ -120,7 +121,7 @@ def stored_linears(folder: Path) -> Iterator[dict[str, tuple[int, Tensor]]]:
     """
     described, tensors = dense_folder.config(folder), StoredTensors(folder)
     family = families.family(described)
-    for index in range(described[family.keys.layers]):
+    for index in range(shape_of_config(described).layers):
         block = {}
         for short in family.linears:
             name = f"{family.blocks}.{index}.{short}"

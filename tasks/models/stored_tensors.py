@@ -6,7 +6,7 @@ open for `PIECE` bytes and no longer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -30,15 +30,21 @@ class StoredTensors:
 
     Attributes:
         folder: theirs.
-        entries: name -> what the header says of it.
+        entries: name -> what the header says of it; of a turned one, with its sides the other way round.
+
+    Args:
+        turned: names of matrices that the files keep as [in, out], and that are to be read as [out, in].
 
     Raises:
         InputError: there are no weights as safetensors, or a file is missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.entries: dict[str, Entry] = tensor_headers.entries(folder)
+    def __init__(self, folder: Path, turned: Collection[str] = ()) -> None:
+        self.folder, self._turned = folder, frozenset(turned)
+        self.entries: dict[str, Entry] = {
+            name: turn(entry) if name in self._turned else entry
+            for name, entry in tensor_headers.entries(folder).items()
+        }
         self._places = {name: path for path in model_files.tensors(folder) for name in tensor_headers.header(path)[1]}
 
     @property
@@ -53,6 +59,8 @@ class StoredTensors:
             InputError: its file can't be read.
         """
         shape = self.shapes[name]
+        if name in self._turned:
+            shape = shape[::-1]
         found = torch.empty(shape, dtype=dtype or tensor_files.DTYPES[self.entries[name].dtype])
         rows = shape[0] if shape else 1
         step = max(1, PIECE * rows // max(1, self.entries[name].size))
@@ -65,7 +73,7 @@ class StoredTensors:
                         found.copy_(file.get_tensor(name))
         except SafetensorError as error:
             raise InputError(f"{self._places[name]} can't be read ({error}); write it again") from error
-        return found
+        return found.T.contiguous() if name in self._turned else found
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -82,6 +90,11 @@ class StoredTensors:
         if shape is not None and found != tuple(shape):
             raise InputError(f"{name} of {self.folder} is {found}, its config says {tuple(shape)}")
         return self.read(name)
+
+
+def turn(entry: Entry) -> Entry:
+    """The entry of a matrix with its sides the other way round."""
+    return entry._replace(shape=entry.shape[::-1])
 
 
 def compare(shapes: Shapes, expected: Shapes, tied: tuple[str, ...] = ()) -> None:

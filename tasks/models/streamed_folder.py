@@ -53,7 +53,7 @@ class StoredBlock:
         try:
             yield
         finally:
-            block.to("meta")
+            skeleton.empty(block)
             return_freed()
 
     def load(self, block: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -99,7 +99,8 @@ def open_dense(
     model_files.check_sizes(folder)
     model_files.check_unambiguous(folder)
     model = skeleton.build(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-    tensors = tensors or StoredTensors(folder)
+    tensors = tensors or StoredTensors(folder, skeleton.turned(model))
+    skeleton.compute_buffers(model, device)
     stored_tensors.compare(tensors.shapes, skeleton.shapes(model), skeleton.tied(model))
     inside = f"{families.of_model(model).blocks}."
     for index, block in enumerate(families.blocks(model)):
@@ -114,7 +115,6 @@ def open_dense(
     model.tie_weights()
     if stored:
         stored_type.compute_in_float32(model)
-    skeleton.compute_positions(model, device)
     model.generation_config = generation(folder)
     left = [name for name in skeleton.missing(model) if not name.startswith(inside)]
     if left:
@@ -211,7 +211,13 @@ def writing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: 
     folder.mkdir(parents=True, exist_ok=True)
     inside, sources = f"{families.of_model(model).blocks}.", _sources(model)
     entries = {name: tensors.entries[source] for name, (tensors, source) in sources.items()}
-    with tensor_files.writing(folder / model_files.SINGLE, entries, {"format": "pt"}) as write:
+    turned = set(skeleton.turned(model))
+    laid_out = {name: stored_tensors.turn(entry) if name in turned else entry for name, entry in entries.items()}
+    with tensor_files.writing(folder / model_files.SINGLE, laid_out, {"format": "pt"}) as put:
+
+        def write(name: str, tensor: Tensor) -> None:
+            put(name, tensor.T if name in turned else tensor)
+
         for name, (tensors, source) in sources.items():
             if not name.startswith(inside):
                 write(name, tensors.read(source))

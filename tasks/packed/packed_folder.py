@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model.shape import shape_of_config
 from tasks.packed.blob_header import checked_sizes
 from tasks.packed.description import DESCRIPTION, FILE, read_description
 from tasks.packed.layout import COUNTS, INDEX, Peek, Section, Spec, index_bytes, lay_out
@@ -56,8 +57,8 @@ class PackedFolder:
         self.path = folder / FILE
         self.description, digest = read_description(folder / DESCRIPTION)
         self.sizes = checked_sizes(self.path, digest)
-        blocks = self.description.config.get("num_hidden_layers")
-        if type(blocks) is not int or blocks != sum(name.startswith("layers.") for name in self.sizes):
+        blocks = shape_of_config(self.description.config).layers
+        if blocks != sum(name.startswith("layers.") for name in self.sizes):
             raise InputError(f"{self.path} does not hold the {blocks} blocks of its config: the folder is damaged")
         self.layout = lay_out(self.description)
         if list(self.sizes) != self.layout.names or set(self.description.sha256) != set(self.sizes):

@@ -44,7 +44,8 @@ def read(
     config = clean(json.loads(read_bytes(folder / "config.json", "it is no model folder")))
     shapes = shapes_of(config)
     described = families.family(config)
-    tensors = GptqTensors(folder) if model_files.is_quantised(folder) else StoredTensors(folder)
+    turned = [f"{name}.weight" for block in shapes.linears for name in block if name.endswith(described.transposed)]
+    tensors = GptqTensors(folder) if model_files.is_quantised(folder) else StoredTensors(folder, turned)
     table, head = f"{described.embedding}.weight", f"{described.head}.weight"
     if shapes.tied and table not in tensors:
         table = head  # a tied matrix may be stored under either name

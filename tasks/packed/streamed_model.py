@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from tasks.algorithms.model import families, layers
 from tasks.algorithms.model.shape import shape_of_model
 from tasks.algorithms.quantisation import rounding
-from tasks.models.skeleton import attach, compute_positions, missing
+from tasks.models.skeleton import attach, compute_buffers, missing
 from tasks.models.streamed_folder import return_freed
 from tasks.packed import packed_linear
 from tasks.packed.model_config import skeleton
@@ -34,13 +34,13 @@ def open_model(
     """
     model = skeleton(stored.config)
     described, shape = families.of_model(model), shape_of_model(model)
+    compute_buffers(model, device)
     outside = {name: tensor.to(dtype) for name, tensor in stored.rest.items()}
     outside[f"{described.embedding}.weight"] = _values(stored.embedding, dtype)
     if stored.head is not None:
         outside[f"{described.head}.weight"] = _values(stored.head, dtype)
     model.load_state_dict({name: each.to(device) for name, each in outside.items()}, strict=False, assign=True)
     model.tie_weights()
-    compute_positions(model, device)
     inside = [f"{described.blocks}.{index}.{name}" for index in range(shape.layers) for name in described.linears]
     if left := [name for name in missing(model) if name.rpartition(".")[0] not in inside]:
         raise RuntimeError(f"the packed model has no {left[0]}: its family isn't described fully")

@@ -115,7 +115,7 @@ def _describe(
     config: dict[str, Any], shapes: Shapes, facts: _Facts, codings: Mapping[str, Coding | None]
 ) -> Description:
     specs, names = facts.specs, list(facts.dtypes.values())
-    dtype = max(sorted(set(names)), key=names.count)
+    dtype = max(sorted(set(names)), key=names.count, default="F16")  # OLMo's norms have no weights
     factors = [pair for pair in facts.factors if pair]
     adapter = tuple(_common_coding([pair[side] for pair in factors]) for side in (0, 1)) if factors else None
     return Description(

@@ -74,7 +74,7 @@ MODELS = 10
 """That stage measure asks; those that equal another one are asked once."""
 EMBEDDED = 200
 """Exponential functions that rounding a value of the embedding takes as long as, its scale included."""
-DIVERGED = 45
+DIVERGED = 5
 """Exponential functions that a logit takes as long as in a divergence, which is summed in float64."""
 SWEPT = 400
 """Bytes that GPTQ's sweep moves per weight and row of its blocks."""
@@ -251,13 +251,13 @@ def _linears(params: Params, model: ModelShape) -> Work:
 
 
 def _harm(params: Params, model: ModelShape) -> Work:
-    """What fewer bits cost each linear: four widths, each through the blocks behind it, and its divergence."""
-    length, widths = params.calibrate.length, 4
-    tokens = min(2, params.calibrate.windows) * length
+    """What fewer bits cost each linear: four widths in its block, one through the blocks behind it, its divergence."""
+    tokens, widths = params.calibrate.length, 4
     linears = model.layers * len(model.linears)
-    behind = widths * len(model.linears) * (model.layers + 1) / 2 * _forward(model, tokens, length, BATCH)
-    heads = linears * ((widths + 1) * _head(model, tokens) + Work(exps=widths * DIVERGED * tokens * model.vocabulary))
-    return behind + heads + widths * _search(params, model.in_blocks)
+    blocks = _forward(model, tokens, tokens, layers=linears * (widths + (model.layers - 1) / 2))
+    heads = (linears + model.layers) * _head(model, tokens)
+    compared = linears * DIVERGED * tokens * model.vocabulary
+    return blocks + heads + Work(exps=compared) + widths * _search(params, model.in_blocks)
 
 
 def _gptq(params: Params, model: ModelShape) -> Work:

@@ -39,10 +39,8 @@ GAPS = 0.2
 """Of a block's bytes in fp32: what glibc's heap keeps per block that is computed anew (41 MiB of 232)."""
 BATCH = 4
 """Windows of calibration per forward pass."""
-HARMED = 2
+HARMED = 1
 """Windows on which sensitivities are measured."""
-TRIED = 28
-"""Linears of a block, times widths."""
 COMPARED = 128
 """Positions whose predictions are compared at once."""
 BYTES_PER_TOKEN = 3
@@ -211,8 +209,9 @@ def _embedding_memory(params: Params, model: ModelShape) -> int:
 
 def _sensitivity_memory(params: Params, model: ModelShape) -> int:
     length = params.calibrate.length
-    states = 4 * HARMED * length * model.hidden * (TRIED + 3)  # of each linear and width; before; as unchanged
-    measured = states + 2 * _forward(model, HARMED * length) + 10 * 4 * COMPARED * model.vocabulary
+    kept = len(model.linears) + 4  # of each linear; before, as unchanged, as it ends, of the width that is tried
+    states = 4 * HARMED * length * model.hidden * kept
+    measured = states + 2 * _forward(model, HARMED * length) + 4 * 4 * COMPARED * model.vocabulary
     return _streamed(model, max(_embedding_memory(params, model), measured))
 
 
@@ -257,8 +256,10 @@ def _copied(model: ModelShape) -> int:
 
 
 def _wanda_memory(params: Params, model: ModelShape) -> int:
-    scores = 24 * model.hidden * model.mlp  # sorted, their indices; a pass is over by then
-    return _streamed(model, _boundary(params, model) + max(_forward(model, BATCH * params.calibrate.length), scores))
+    tokens = BATCH * params.calibrate.length
+    scores = 24 * model.hidden * model.mlp  # in float64, and their order; a pass is over by then
+    seen = _forward(model, tokens) + 2 * 8 * tokens * model.mlp  # the widest inputs in float64, and their squares
+    return _streamed(model, _boundary(params, model) + max(seen, scores))
 
 
 def _importance_memory(params: Params, model: ModelShape) -> int:

@@ -289,10 +289,11 @@ def _kv_cache(params: Params, model: ModelShape) -> Iterator[str]:
             f"kv_cache.group_size = {own.group_size} does not divide the {model.head_dim} values of an attention head;"
             f" choose a divisor of {model.head_dim}, or null for the whole head"
         )
-    if model.window:
+    if model.window or model.mixed:
+        size = model.window or "of some layers"
         yield (
             f"kv_cache can't quantise the cache of a model whose attention has a window (sliding_window ="
-            f" {model.window} in its config.json): set kv_cache.enabled to false"
+            f" {size} in its config.json): set kv_cache.enabled to false"
         )
 
 

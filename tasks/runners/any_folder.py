@@ -30,7 +30,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     if packed_folder.is_packed(folder):
         return reader.load_model(folder, dtype)
     if model_files.is_quantised(folder):
-        if dtype != torch.float32:
+        if dtype != torch.float32 or families.known(config(folder)) is None:
             return _with_generation(streamed_model.load_model(source_folder.read(folder), dtype=dtype), folder)
         from tasks.models import gptq_folder
 

@@ -70,7 +70,7 @@ def _expected(folder: Path) -> tuple[stored_tensors.Shapes, tuple[str, ...]]:
         model = skeleton.build(config)
     except Exception as error:  # any entry of an untrusted config can be wrong in its own way
         raise InputError(f"transformers can't build the model of config.json: {hub.line(error)}") from error
-    return skeleton.shapes(model), skeleton.tied(model)
+    return skeleton.stored_shapes(model), skeleton.tied(model)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,12 +1,13 @@
-"""How far is what `tasks.parameters.durations` predicts from what stages take?
+"""How far is what `tasks.parameters` predicts of time and memory from what stages take?
 
     python -m tests.benchmarks.durations [--shapes layers width vocabulary]
     python -m tests.benchmarks.durations --records
 
 The first runs the stages on random Llamas, one after another by one thread in one process, and prints per stage
-processor seconds, those predicted, and the ratio; what starting a stage takes is in neither. --records compares the
-processor seconds of this folder's own runs with what is predicted of them, starts included: of each stage the last run
-that is kept in data/lineage/here, else the tracked record, whichever machine it is of.
+processor seconds, those predicted, and the ratio; what starting a stage takes is in neither. --records compares what
+this folder's own runs took with what is predicted of them: seconds by the clock, processor seconds, starts included,
+and memory at the peak, libraries included. Of each stage the last run that is kept in data/lineage/here, else the
+tracked record, whichever machine it is of.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 
 from tasks.algorithms.model.shape import ModelShape
-from tasks.parameters import durations, preflight, schema, speed
+from tasks.parameters import durations, needs, preflight, rules, schema, speed
 from tasks.runtime import lineage
 from tests.support import stage_memory
 
@@ -76,12 +77,21 @@ def of_shape(sizes: dict[str, int]) -> None:
 
 def of_records() -> None:
     """Compare with what stages took in this folder."""
-    params = schema.load()
+    params, model = schema.load(), preflight.model_here(schema.load())
     took = {path.stem: lineage.read(path) for path in sorted(lineage.RECORDS.glob("*.json"))}
     here = sorted(lineage.computed_here(Path()), key=lambda each: each[1].get("started", ""))
     took |= {path.parent.name: entry for path, entry in here}
-    seconds = {name: entry["cpu_seconds"] for name, entry in took.items() if entry and entry.get("cpu_seconds")}
-    compared(params, preflight.model_here(params), seconds, started=True)
+    took = {name: entry for name, entry in took.items() if entry and entry.get("cpu_seconds")}
+    compared(params, model, {name: entry["cpu_seconds"] for name, entry in took.items()}, started=True)
+    print("\n| stage | seconds | peak MiB | predicted | ratio |\n|---|---|---|---|---|")
+    settled = rules.settle_all(params, model)
+    for address, entry in took.items():
+        peak, name = entry["peak_memory_bytes"], address.partition("@")[0]
+        row = f"| {address} | {entry['seconds']:.1f} | {peak / 2**20:,.0f} |"
+        if name in needs.MEMORY and preflight.enabled(params, name):
+            predicted = needs.LIBRARIES + needs.MEMORY[name](settled, model)
+            row += f" {predicted / 2**20:,.0f} | {predicted / peak:.2f} |"
+        print(row if row.count("|") == 6 else f"{row} | |")
 
 
 def main() -> None:

@@ -118,7 +118,7 @@ def random_model(case: str, embedding: int, seed: int = 0) -> Model:
         for block in range(CONFIG["num_hidden_layers"])
         for name in names
     }
-    rest[f"{families.family(CONFIG).final_norm}.weight"] = torch.ones(hidden).half()
+    rest[f"{families.family(CONFIG).after[0]}.weight"] = torch.ones(hidden).half()
     if embedding == 16:
         words = torch.randn(table, generator=generator).half()
     else:

@@ -22,10 +22,15 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.benchmarks import random_models
 from tests.support.paths import ROOT
+
+if TYPE_CHECKING:
+    import torch
+
+    from tasks.algorithms.quantisation import rounding
 
 STAGES = (
     *("vocabulary", "importance", "eora", "package", "kv_cache", "harness@fetch-corpus", "harness@package-corpus"),
@@ -83,6 +88,20 @@ def linears(root: Path) -> list[tuple[str, tuple[int, int]]]:
     return [(f"model.layers.{at}.{name}", sides) for at in range(shape.layers) for name, sides in shape.linears.items()]
 
 
+def _embedding(root: Path, shape: tuple[int, int], generator: torch.Generator) -> rounding.Coded:
+    """Random codes of an embedding [vocabulary, hidden], in their file."""
+    import torch
+
+    from tasks.algorithms.quantisation import rounding
+    from tasks.models import tensor_files
+
+    words = torch.randint(-127, 128, tuple(shape), generator=generator, dtype=torch.int8)
+    coded = rounding.Coded(words, torch.full((shape[0], shape[1] // 32), 3e-4, dtype=torch.float16), 8, 32)
+    codes = {"embedding.codes": coded.codes, "embedding.scales": coded.scales}
+    tensor_files.save_tensors(root / "data/gptq/embedding.safetensors", codes, {"bits": "8", "group_size": "32"})
+    return coded
+
+
 def quantise(root: Path) -> None:
     """data/gptq of random codes, as gptqmodel stores them, one matrix in memory."""
     import torch
@@ -99,13 +118,8 @@ def quantise(root: Path) -> None:
             shutil.copyfile(path, folder / path.name)
     stored, all_linears = StoredTensors(source), dict(linears(root))
     table = "model.embed_tokens.weight"
-    rows, cols = stored.shapes[table]
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(-127, 128, (rows, cols), generator=generator, dtype=torch.int8)
-    coded = rounding.Coded(words, torch.full((rows, cols // 32), 3e-4, dtype=torch.float16), 8, 32)
-    codes = {"embedding.codes": coded.codes, "embedding.scales": coded.scales}
-    tensor_files.save_tensors(root / "data/gptq/embedding.safetensors", codes, {"bits": "8", "group_size": "32"})
-    entries = {}
+    coded, entries = _embedding(root, stored.shapes[table], generator), {}
     for name, entry in stored.entries.items():
         if name.removesuffix(".weight") not in all_linears:
             entries[name] = Entry("F16", entry.shape, entry.size)

@@ -102,7 +102,7 @@ def random_package(layers: int, folder: Path) -> Path:
     shapes = shape_of_config(config).linears
     blocks = ({f"{prefix}.{block}.{name}": linear(*shape) for name, shape in shapes.items()} for block in range(layers))
     norms = [f"{prefix}.{b}.{name}.weight" for b in range(layers) for name in families.family(config).norms]
-    rest = {name: torch.ones(hidden).half() for name in [*norms, f"{families.family(config).final_norm}.weight"]}
+    rest = {name: torch.ones(hidden).half() for name in [*norms, f"{families.family(config).after[0]}.weight"]}
     words = torch.randn(config["vocab_size"], hidden, generator=generator).half()
     writer.save(stored_model.Model(config, blocks, words, None, rest), folder)
     copy_tokenizer(TOKENIZER, folder)

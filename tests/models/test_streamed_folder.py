@@ -21,7 +21,7 @@ KINDS = {
     "sharded": {"max_shard_size": "20KB"},
     "bf16": {"dtype": torch.bfloat16},
     "fp16, untied and sharded": {"tie_word_embeddings": False, "max_shard_size": "20KB", "dtype": torch.float16},
-    **{architecture: {"architecture": architecture} for architecture in sorted(families.FAMILIES)},
+    **{architecture: {"architecture": architecture} for architecture in sorted(families.BY_HEART)},
 }
 
 

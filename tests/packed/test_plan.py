@@ -80,4 +80,4 @@ def test_plans_that_make_no_sense_are_refused():
         with pytest.raises(InputError, match=message):
             planned_bytes(REALISTIC, Plan(**changed))
     with pytest.raises(InputError, match="supported are"):
-        planned_bytes(REALISTIC | {"architectures": ["GPT2LMHeadModel"]}, Plan())
+        planned_bytes(REALISTIC | {"architectures": ["LlamaWithoutEnd"]}, Plan())

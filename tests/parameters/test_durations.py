@@ -98,7 +98,7 @@ def _evaluate(model: transformers.LlamaForCausalLM) -> None:
 
 
 def _sensitivity(model: transformers.LlamaForCausalLM) -> None:
-    sensitivity.measure(model, windows(2), lambda name, weight, bits: weight.clone(), (2, 3, 4, 8), batch=4)
+    sensitivity.measure(model, windows(1), lambda name, weight, bits: weight.clone() + 1, (2, 3, 4, 8), 3)
 
 
 RUNS = {

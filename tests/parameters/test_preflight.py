@@ -214,8 +214,15 @@ def test_the_edge_is_allowed(values: dict, config: dict) -> None:
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"architectures": ["OPTForCausalLM"]}, "the model's config.json names OPTForCausalLM; supported are Llama"),
-        ({"architectures": None}, "the model's config.json names no architecture; supported are"),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "MambaForCausalLM is a state-space model (state_size in its config), which isn't supported",
+        ),
+        (
+            {"architectures": ["LlamaWithoutEnd"]},
+            "the model's config.json names LlamaWithoutEnd, which is no language model",
+        ),
+        ({"architectures": None}, "the model's config.json names no architecture; expected one"),
         (
             {"architectures": "LlamaForCausalLM"},
             "the model's config.json has architectures = 'LlamaForCausalLM', expected",

@@ -77,8 +77,8 @@ def test_hub_equals_local(make_fetch, hub: Hub, model_folder: Path, no_preflight
 
 
 def test_a_refused_hub_model_is_not_downloaded(make_fetch, hub: Hub, model_folder: Path) -> None:
-    edit(model_folder / "config.json", architectures=["GPT2LMHeadModel"])
-    assert "names GPT2LMHeadModel" in refusal(make_fetch(AT_HUB))
+    edit(model_folder / "config.json", architectures=["LlamaWithoutEnd"])
+    assert "names LlamaWithoutEnd" in refusal(make_fetch(AT_HUB))
     assert not any("model.safetensors" in line and "index" not in line for line in hub.asked if "/resolve/" in line)
 
 

@@ -16,7 +16,7 @@ from tasks.models import dense_folder, streamed_folder, tensor_files
 
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
 MODELS = [
-    *((architecture, {}) for architecture in sorted(families.FAMILIES)),
+    *((architecture, {}) for architecture in sorted(families.BY_HEART)),
     ("MistralForCausalLM", {"sliding_window": 4}),
     ("Qwen2ForCausalLM", WINDOWED),
     ("Qwen3ForCausalLM", WINDOWED),

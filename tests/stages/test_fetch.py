@@ -81,8 +81,8 @@ CONFIGS = {
     "invalid": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
     "list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json holds list, expected an object"),
     "architecture": (
-        lambda folder: edit(folder / "config.json", architectures=["GPT2LMHeadModel"]),
-        "the model's config.json names GPT2LMHeadModel; supported are LlamaForCausalLM, MistralForCausalLM",
+        lambda folder: edit(folder / "config.json", architectures=["LlamaWithoutEnd"]),
+        "the model's config.json names LlamaWithoutEnd, which is no language model that transformers",
     ),
     "code": (
         lambda folder: edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"}),

@@ -91,12 +91,11 @@ def _boundaries(model: nn.Module, input_ids: Tensor, batch: int) -> tuple[Tensor
 
 def _through_head(model: nn.Module, input_ids: Tensor, hidden: Tensor, loss: Loss, batch: int) -> Tensor:
     """Return the gradient of the last block's outputs [windows, length, hidden], in the place of these."""
-    norm = model.get_submodule(families.of_model(model).final_norm)
     for start in range(0, len(hidden), batch):
         where = slice(start, start + batch)
         inputs = hidden[where].clone().requires_grad_()
         with torch.enable_grad():
-            said = norm(inputs).flatten(0, 1)
+            said = head.finished(model, inputs).flatten(0, 1)
             leaf, gradient = said.detach().requires_grad_(), torch.zeros_like(said)
             for rows, logits in head.logits(model, leaf):
                 gradient += torch.autograd.grad(loss(input_ids[where], rows, logits), leaf)[0]
@@ -112,9 +111,8 @@ def _through(
     with _differentiable(weights):
         for where in inputs.batches():
             hidden = inputs.hidden[where].clone().requires_grad_()
-            positional, named = inputs.calls[where.stop - where.start]
             with torch.enable_grad():
-                output = block(hidden, *positional, **named)
+                output = layers.run(block, hidden, inputs.calls[where.stop - where.start])
                 gradient[where], *own = torch.autograd.grad(output, [hidden, *weights], gradient[where])
             found = [before.add_(each) for before, each in zip(found, own, strict=True)] if found else own
     return found

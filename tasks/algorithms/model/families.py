@@ -1,15 +1,16 @@
-"""The differences between model architectures, as data: where the blocks are, their matrices, how sizes are named.
+"""What an algorithm knows of an architecture, as data: where the blocks are, their matrices, how sizes are named.
 
-An algorithm asks here and never looks at a model's type. A family is one row of `FAMILIES`; one whose blocks hold fused
-or transposed projections (GPT-2, Phi) also says how its matrices lie in its modules (`Projection`).
+An algorithm asks here and never looks at a model's type. A family is found by inspecting the model that transformers
+makes of a config (`inspection`). A few are known by heart, so that a check of their configs needs no torch; a test
+holds each of them against what inspection finds.
 It does not load models and knows no weights: sizes are read by `shape`, weights are seen through `matrices`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.errors import InputError
 
@@ -34,53 +35,31 @@ class Keys:
     tied: str = "tie_word_embeddings"
 
 
-class Projection(NamedTuple):
-    """The place of a matrix [out, in]: a module of the block, all of its weight or some rows of it, maybe transposed.
-
-    Attributes:
-        module: name within the block.
-        part, parts: a fused weight is cut along its outputs into parts by these sizes' names; None: all of it is one.
-        transposed: the module keeps [in, out], as transformers' Conv1D does.
-    """
-
-    module: str
-    part: int = 0
-    parts: tuple[str, ...] | None = None
-    transposed: bool = False
-
-
 @dataclass(frozen=True)
 class Family:
     """One architecture. Names of modules are relative to the model, those of matrices and norms to a block.
 
     Attributes:
-        sizes: the prunable matrices of a block in the order in which they run, name -> names of their (out, in) sides.
+        linears: the prunable matrices of a block in the order in which they run.
         attention: those of the attention; the others are the MLP's.
-        projections: where a matrix lies, if it isn't the weight of the module of its name.
+        norms: the other modules of a block that hold weights.
+        after: the modules between the last block and the head, in the order in which they run.
+        transposed: those of `linears` that the files keep as [in, out], as transformers' Conv1D does.
+        outputs: entries of the tuple that a block returns, its hidden states first; 0: it returns these alone.
         keys: how the config calls the sizes.
-        rotary: the module of rotary position embeddings; None: positions are learned.
-        per_layer: keys of the config that hold a list with one entry per block, where present.
-        windowed_from: key of the config that counts the leading blocks without a sliding window, where present.
     """
 
     architecture: str
-    sizes: Mapping[str, tuple[str, str]]
+    linears: tuple[str, ...]
     attention: tuple[str, ...]
-    projections: Mapping[str, Projection] = field(default_factory=dict)
-    keys: Keys = Keys()
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
-    final_norm: str = "model.norm"
-    rotary: str | None = "model.rotary_emb"
-    per_layer: tuple[str, ...] = ("layer_types", "mlp_layer_types")
-    windowed_from: str = "max_window_layers"
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """The prunable matrices of a block in the order in which they run."""
-        return tuple(self.sizes)
+    after: tuple[str, ...] = ("model.norm",)
+    transposed: tuple[str, ...] = ()
+    outputs: int = 0
+    keys: Keys = Keys()
 
     def chosen(self, targets: str) -> tuple[str, ...]:
         """Choose the matrices that params.yaml calls "all-linear", "attention" or "mlp", in running order.
@@ -92,35 +71,33 @@ class Family:
         inside["mlp"] = tuple(name for name in self.linears if name not in self.attention)
         return inside[targets]
 
-    def projection(self, name: str) -> Projection:
-        """Return the place of the matrix of this name."""
-        return self.projections.get(name, Projection(name))
 
-
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _LLAMA = Family(
-    "LlamaForCausalLM",
-    {
-        "self_attn.q_proj": ("query", "hidden"),
-        "self_attn.k_proj": ("key_value", "hidden"),
-        "self_attn.v_proj": ("key_value", "hidden"),
-        "self_attn.o_proj": ("hidden", "query"),
-        "mlp.gate_proj": ("mlp", "hidden"),
-        "mlp.up_proj": ("mlp", "hidden"),
-        "mlp.down_proj": ("hidden", "mlp"),
-    },
-    attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    "LlamaForCausalLM", (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), attention=_ATTENTION
 )
-_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
-FAMILIES: dict[str, Family] = {
+BY_HEART: dict[str, Family] = {
     family.architecture: family
     for family in (
         _LLAMA,
         replace(_LLAMA, architecture="MistralForCausalLM"),
         replace(_LLAMA, architecture="Qwen2ForCausalLM"),
-        replace(_LLAMA, architecture="Qwen3ForCausalLM", norms=_LLAMA.norms + _HEAD_NORMS),
+        replace(_LLAMA, architecture="Qwen3ForCausalLM", norms=("self_attn.q_norm", "self_attn.k_norm", *_LLAMA.norms)),
     )
 }
+
+
+def known(config: Mapping[str, Any]) -> Family | None:
+    """Return the family that a config.json names, if it is known by heart.
+
+    Raises:
+        InputError: no architecture is named.
+    """
+    named = config.get("architectures")
+    if not named or not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+        raise InputError("the model's config.json names no architecture; expected one that transformers has")
+    return next((BY_HEART[architecture] for architecture in named if architecture in BY_HEART), None)
 
 
 def family(config: Mapping[str, Any]) -> Family:
@@ -129,12 +106,12 @@ def family(config: Mapping[str, Any]) -> Family:
     Raises:
         InputError: no architecture is named, or it isn't supported.
     """
-    named = config.get("architectures") or []
-    for architecture in named:
-        if architecture in FAMILIES:
-            return FAMILIES[architecture]
-    listed = ", ".join(map(str, named)) if named else "no architecture"
-    raise InputError(f"the model's config.json names {listed}; supported are {', '.join(sorted(FAMILIES))}")
+    found = known(config)
+    if found is None:
+        from tasks.algorithms.model import inspection  # here, as it imports torch and transformers
+
+        found = inspection.inspect(config).family
+    return found
 
 
 def of_model(model: nn.Module) -> Family:
@@ -143,7 +120,20 @@ def of_model(model: nn.Module) -> Family:
     Raises:
         InputError: its class isn't supported.
     """
-    return family({"architectures": [type(model).__name__]})
+    architecture = type(model).__name__
+    return BY_HEART.get(architecture) or family(described(model))
+
+
+def described(model: nn.Module) -> dict[str, Any]:
+    """Return what a config.json of an instantiated model would say.
+
+    Raises:
+        InputError: it is no model of transformers.
+    """
+    architecture, config = type(model).__name__, getattr(model, "config", None)
+    if not callable(getattr(config, "to_dict", None)):
+        raise InputError(f"{architecture} is no language model of transformers")
+    return {**config.to_dict(), "architectures": [architecture]}
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:

@@ -4,12 +4,13 @@ Of 4,096 tokens they are 32 MiB at a vocabulary of 2,048 and 2 GiB at 128,256, a
 the states after the final norm are computed first, then a few rows of logits at once (`rows`). Chunks move rounding
 only, if anything: a row of a matrix product has the same bits in a larger one, but for products of a few rows.
 
-No family here changes its logits after the head (a soft cap, a scale): what the head gives is what the model says.
+Some families change what the head gives, by a value of their config: a soft cap, a factor (`LOGITS`). The logits of
+this module are what the model says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,56 @@ from torch import Tensor, nn
 from tasks.algorithms.model import families, layers, streaming
 from tasks.algorithms.model.rows import chunks
 from tasks.algorithms.model.shape import shape_of_model
+
+LOGITS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "logit_scale": lambda logits, factor: logits * factor,
+    "logits_scaling": lambda logits, divisor: logits / divisor,
+    "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,
+}
+"""What is done with the head's outputs where a config has the key, and a value there."""
+
+
+class ChangedHead(nn.Module):
+    """A head whose outputs are changed as the model changes them.
+
+    Attributes:
+        linear: the head.
+        changes: key of `LOGITS` -> value.
+    """
+
+    def __init__(self, linear: nn.Module, changes: dict[str, float]) -> None:
+        super().__init__()
+        self.linear, self.changes, self.out_features = linear, changes, linear.out_features
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map [..., hidden] to logits [..., vocabulary]."""
+        logits = self.linear(hidden)
+        for key, value in self.changes.items():
+            logits = LOGITS[key](logits, value)
+        return logits
+
+
+def of(model: Any) -> nn.Module:
+    """Return what makes logits of states: the model's head, with what the model does to its outputs.
+
+    Args:
+        model: as for `states`.
+    """
+    linear, config = model.get_output_embeddings(), getattr(model, "config", None)
+    changes = {key: getattr(config, key, None) for key in LOGITS}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    return ChangedHead(linear, changes) if changes else linear
+
+
+def finished(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Return the head's inputs for the last block's outputs [..., hidden]: those after the final norm.
+
+    Raises:
+        InputError: the model's family isn't supported.
+    """
+    for name in families.of_model(model).after:
+        hidden = model.get_submodule(name)(hidden)
+    return hidden
 
 
 def states(model: Any, input_ids: Tensor) -> Tensor:
@@ -38,10 +89,9 @@ def states_of(model: Any, batches: Sequence[Tensor]) -> Iterator[Tensor]:
     if not layers.kept_elsewhere(model):
         yield from (states(model, input_ids) for input_ids in batches)
         return
-    norm = model.get_submodule(families.of_model(model).final_norm)
     for together in _together(batches, streaming.STATES // shape_of_model(model).hidden):
         for hidden in layers.carry(model, together):
-            yield norm(hidden).flatten(0, 1)
+            yield finished(model, hidden).flatten(0, 1)
 
 
 def _together(batches: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
@@ -58,7 +108,7 @@ def _together(batches: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
 
 def logits(model: Any, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, their logits [rows, vocabulary]) of the head's inputs [n, hidden], from the first to the last."""
-    head = model.get_output_embeddings()
+    head = of(model)
     for rows in chunks(len(hidden), head.out_features):
         yield rows, head(hidden[rows])
 
@@ -84,8 +134,7 @@ def nats_of(model: Any, batches: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Te
 @torch.no_grad()
 def nats_after(model: nn.Module, hidden: Tensor, following: Tensor) -> Tensor:
     """Return `nats` from the last block's outputs [batch, length, hidden], before the final norm."""
-    norm = model.get_submodule(families.of_model(model).final_norm)
-    return _nats(model, norm(hidden).flatten(0, 1), following)
+    return _nats(model, finished(model, hidden).flatten(0, 1), following)
 
 
 def _nats(model: Any, said: Tensor, following: Tensor) -> Tensor:

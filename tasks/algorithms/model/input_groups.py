@@ -53,10 +53,10 @@ class InputGroups:
         ]
 
         def saw(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0].detach()  # [batch, length, in_features]
+            x = arguments[0].detach()  # [batch, length, in_features], or its first two flattened
             for kept in keeping:
                 kept.keep(x, where, self._inputs)
-            see(x)
+            see(x.view(*self._inputs.hidden[where].shape[:2], -1))
             raise _Seen
 
         handle = first.register_forward_pre_hook(saw)
@@ -102,7 +102,7 @@ class InputGroups:
             last = x
         for child, output in returned:
             first, *others = output if isinstance(output, tuple) else (output,)
-            inside = set(child.modules())
+            inside = set(child.modules()) - {child}  # OPT's linears are the block's own
             ends = [module for module, y in given.items() if y is first and module in inside]
             if ends and not any(isinstance(other, Tensor) for other in others):
                 self._kept.append(_Kept(child, ends[0], output if isinstance(output, tuple) else None))

@@ -73,6 +73,13 @@ def opening_themselves(model: nn.Module) -> Iterator[None]:
             vars(block).pop("forward", None)
 
 
+def run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """Run a block on hidden states [batch, length, hidden]; its own, without what some families return beside them."""
+    positional, named = call
+    output = block(hidden, *positional, **named)
+    return output if isinstance(output, Tensor) else output[0]
+
+
 @dataclass
 class BlockInputs:
     """The inputs of one block, valid during the visit only: the walk overwrites `hidden` with the block's outputs.
@@ -96,9 +103,8 @@ class BlockInputs:
 
     def output(self, block: nn.Module, where: slice) -> Tensor:
         """Run the block on one batch: [batch, length, hidden]."""
-        positional, named = self.calls[where.stop - where.start]
         with torch.no_grad():
-            return block(self.hidden[where], *positional, **named)
+            return run(block, self.hidden[where], self.calls[where.stop - where.start])
 
     def outputs(self, block: nn.Module) -> Iterator[tuple[slice, Tensor]]:
         """Run the block batch by batch, and yield (windows of the batch, outputs [batch, length, hidden])."""
@@ -196,8 +202,7 @@ def carry(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     for index, block in enumerate(families.blocks(model)):
         with opened(block), torch.no_grad():
             for at, states in enumerate(hidden):
-                positional, named = calls[index][states.shape[0], states.shape[1]]
-                hidden[at] = block(states, *positional, **named)
+                hidden[at] = run(block, states, calls[index][states.shape[0], states.shape[1]])
     return hidden
 
 
@@ -247,16 +252,23 @@ def input_statistics(
 ) -> dict[str, InputStatistics]:
     """Sum the squares of each linear's inputs, from the block's own forward, in float64; `carry` as for `observe`."""
     statistics: dict[str, InputStatistics] = {}
+    last: list[Tensor] = []  # the inputs seen last [tokens, in_features], and their squares' sums [in_features]
 
     def see(name: str, x: Tensor) -> None:
-        squares = x.double().square().sum(dim=0)  # [in_features]
-        before = statistics.get(name)
+        if not (last and _same(x, last[0])):  # linears side by side get the same tensor
+            last[:] = x, x.double().square().sum(dim=0)
+        squares, before = last[1], statistics.get(name)
         if before:
-            squares += before.sum_of_squares
+            squares = squares + before.sum_of_squares
         statistics[name] = InputStatistics(squares, len(x) + (before.tokens if before else 0))
 
     observe(matrices, block, inputs, see, carry)
     return statistics
+
+
+def _same(x: Tensor, other: Tensor) -> bool:
+    """Whether both are views of the same values; `other` is alive, so that nothing else can be in its place."""
+    return x.data_ptr() == other.data_ptr() and x.shape == other.shape and x._version == other._version
 
 
 def room(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -279,15 +291,15 @@ def _enter(
     The model's own forward runs with blocks that hand their input on and note how they were called: blocks of one model
     can get different masks (sliding windows). All tokens count, so the arguments depend on a batch's sizes only.
     """
-    blocks = families.blocks(model)
+    blocks, outputs = families.blocks(model), families.of_model(model).outputs
     calls: list[dict[tuple[int, int], Call]] = [{} for _ in blocks]
 
-    def stand_in(index: int) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
+    def stand_in(index: int) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Any:
             calls[index].setdefault((hidden_states.shape[0], hidden_states.shape[1]), (positional, named))
             if index == 0:
                 enter(hidden_states)
-            return hidden_states
+            return (hidden_states, *(None,) * (outputs - 1)) if outputs else hidden_states
 
         return forward
 

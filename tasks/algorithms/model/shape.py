@@ -37,8 +37,9 @@ class ModelShape:
         tied: whether the head is the embedding.
         stored: bytes per weight in the checkpoint, by the config's dtype.
         family: where the matrices are.
-        sides: what the family's names of a matrix's sides ("hidden", "mlp", "query", "key_value") stand for.
         linears: the matrices of one block in running order, name within the block -> (out, in).
+        mixed: some blocks' attention has a window, others' has none.
+        elsewhere: weights of matrices that are neither in blocks nor embedding or head: learned positions.
     """
 
     layers: int
@@ -53,8 +54,9 @@ class ModelShape:
     tied: bool
     stored: int
     family: families.Family
-    sides: Mapping[str, int]
     linears: Mapping[str, tuple[int, int]]
+    mixed: bool = False
+    elsewhere: int = 0
 
     @cached_property
     def in_blocks(self) -> int:
@@ -68,8 +70,8 @@ class ModelShape:
 
     @cached_property
     def outside(self) -> int:
-        """The number of weights of embedding and head, each [vocabulary, hidden]; a tied head is the embedding."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+        """The number of weights of the matrices outside of blocks: embedding, an untied head, learned positions."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.elsewhere
 
     @property
     def widest(self) -> int:
@@ -83,7 +85,12 @@ def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
     Raises:
         InputError: the architecture isn't supported, or a size is missing or no whole number above 0.
     """
-    family = families.family(config)
+    family = families.known(config)
+    if family is None:
+        from tasks.algorithms.model import inspection  # here, as it imports torch and transformers
+
+        found = inspection.inspect(config)
+        return ModelShape(family=found.family, stored=_stored(config), linears=found.linears, **found.sizes)
     keys = family.keys
     layers, hidden, mlp, heads, vocabulary = (
         _size(config, key) for key in (keys.layers, keys.hidden, keys.mlp, keys.heads, keys.vocabulary)
@@ -91,7 +98,8 @@ def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
     # without the key every query head has its own keys and values; fewer is grouped-query attention
     kv_heads = _size(config, keys.kv_heads, optional=True) or heads
     head_dim = _size(config, keys.head_dim, optional=True) or hidden // heads
-    sides = {"hidden": hidden, "mlp": mlp, "query": heads * head_dim, "key_value": kv_heads * head_dim}
+    query, key_value = heads * head_dim, kv_heads * head_dim
+    sides = ((query, hidden), *((key_value, hidden),) * 2, (hidden, query), *((mlp, hidden),) * 2, (hidden, mlp))
     return ModelShape(
         layers=layers,
         hidden=hidden,
@@ -103,10 +111,9 @@ def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
         context=_size(config, keys.context, optional=True),
         window=_size(config, keys.window, optional=True) if config.get(keys.windowed, True) else None,
         tied=bool(config.get(keys.tied)),
-        stored=2 if "16" in str(config.get("dtype") or config.get("torch_dtype") or "float32") else 4,
+        stored=_stored(config),
         family=family,
-        sides=sides,
-        linears={name: (sides[out], sides[inputs]) for name, (out, inputs) in family.sizes.items()},
+        linears=dict(zip(family.linears, sides, strict=True)),
     )
 
 
@@ -116,7 +123,11 @@ def shape_of_model(model: nn.Module) -> ModelShape:
     Raises:
         InputError: its class isn't supported, or a size is missing.
     """
-    return shape_of_config({**model.config.to_dict(), "architectures": [type(model).__name__]})
+    return shape_of_config(families.described(model))
+
+
+def _stored(config: Mapping[str, Any]) -> int:
+    return 2 if "16" in str(config.get("dtype") or config.get("torch_dtype") or "float32") else 4
 
 
 def _size(config: Mapping[str, Any], key: str, optional: bool = False) -> int | None:

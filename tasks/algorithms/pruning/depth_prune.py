@@ -18,6 +18,12 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 
 Model = TypeVar("Model", bound=nn.Module)
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
+"""Keys of configs that hold a list with one entry per block, where present."""
+RUNS = {"attention_types": "attention_layers"}
+"""Keys that hold such a list once more, as runs: [[entries], how often]."""
+COUNTED = ("max_window_layers",)
+"""Keys that count leading blocks, where present: those without a sliding window."""
 
 
 def without(model: Model, removed: Collection[int]) -> Model:
@@ -42,12 +48,16 @@ def without(model: Model, removed: Collection[int]) -> Model:
                 module.layer_idx = position
     config = smaller.config
     config.num_hidden_layers = len(kept)
-    for key in family.per_layer:
+    for key in PER_LAYER:
         if getattr(config, key, None):
             setattr(config, key, [getattr(config, key)[index] for index in kept])
+    for key, per_layer in RUNS.items():
+        if getattr(config, key, None):
+            setattr(config, key, [[list(getattr(config, per_layer)), 1]])
     # The first block with a sliding window, counted among the blocks that stay.
-    if getattr(config, family.windowed_from, None) is not None:
-        setattr(config, family.windowed_from, sum(index < getattr(config, family.windowed_from) for index in kept))
+    for key in COUNTED:
+        if getattr(config, key, None) is not None:
+            setattr(config, key, sum(index < getattr(config, key) for index in kept))
     return smaller
 
 

@@ -68,13 +68,12 @@ def taylor(
         return summed / predictions
 
     def visit(index: int, _: nn.Module, back: backward.Back) -> None:
-        modules = list(dict.fromkeys(matrix.module for matrix in inside[index].values()))
-        gradients = dict(zip(modules, back([module.weight for module in modules]), strict=True))
+        gradients = back([matrix.module.weight for matrix in inside[index].values()])
         # |L(W = 0) - L(W)| to first order, weight by weight: |dL/dW * W|.
         scores.append(
             sum(
-                float((matrix.seen(gradients[matrix.module]) * matrix.weight).double().abs().sum())
-                for matrix in inside[index].values()
+                float((gradient * matrix.weight).double().abs().sum())
+                for gradient, matrix in zip(gradients, inside[index].values(), strict=True)
             )
         )
 

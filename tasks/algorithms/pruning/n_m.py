@@ -7,6 +7,9 @@ from torch import Tensor
 
 from tasks.algorithms.model.masks import groups
 
+PIECE = 2**18
+"""Values whose order is found at once: sorting takes four times their memory."""
+
 
 def largest(values: Tensor, keep: int, of: int) -> Tensor:
     """Keep the `keep` largest of every `of` consecutive inputs; of equal ones the lower index stays.
@@ -21,5 +24,8 @@ def largest(values: Tensor, keep: int, of: int) -> Tensor:
         InputError: cols isn't divisible by `of`.
     """
     grouped = groups(values, of)  # [rows, cols / of, of]
-    best = grouped.argsort(dim=-1, descending=True, stable=True)[..., :keep]
-    return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, best, True).reshape(values.shape)
+    kept = torch.zeros(grouped.shape, dtype=torch.bool, device=values.device)
+    rows = max(1, PIECE // values.shape[1])
+    for part, stays in zip(grouped.split(rows), kept.split(rows), strict=True):
+        stays.scatter_(-1, part.argsort(dim=-1, descending=True, stable=True)[..., :keep], True)
+    return kept.view(values.shape)

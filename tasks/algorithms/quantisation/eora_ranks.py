@@ -75,18 +75,16 @@ def _own_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
 def _watching_gradients(inside: Mapping[str, matrices.Matrix], squares: dict[str, float]) -> Iterator[None]:
     """Within this context a backward pass adds to `squares` each linear's squared gradients, averaged over outputs."""
 
-    def watch(name: str, rows: slice) -> Callable[..., None]:
-        def add(gradient: Tensor) -> None:  # [1, length, the module's outputs]
-            squares[name] += float(gradient[..., rows].double().square().mean(dim=-1).sum())
+    def watch(name: str) -> Callable[..., None]:
+        def add(gradient: Tensor) -> None:  # [1, length, out_features]
+            squares[name] += float(gradient.double().square().mean(dim=-1).sum())
 
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
             output.register_hook(add)
 
         return hook
 
-    handles = [
-        matrix.module.register_forward_hook(watch(name, matrix.rows or slice(None))) for name, matrix in inside.items()
-    ]
+    handles = [matrix.module.register_forward_hook(watch(name)) for name, matrix in inside.items()]
     try:
         yield
     finally:

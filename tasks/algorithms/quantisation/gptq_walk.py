@@ -21,6 +21,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints, layers, matrices
 from tasks.algorithms.model.input_groups import InputGroups
 from tasks.algorithms.model.matrices import Matrix
+from tasks.algorithms.model.shape import shape_of_model
 from tasks.algorithms.quantisation import masked_gptq, packed_linear
 from tasks.algorithms.quantisation.masked_gptq import PLAIN, Settings
 
@@ -78,8 +79,8 @@ def quantise(
     """
     if settings.joint and (config.desc_act or config.act_group_aware):
         raise InputError("gptq.joint counts consecutive inputs, in their own order: set gptq.act_order to none")
-    length, limit = input_ids.shape[1], model.config.max_position_embeddings
-    if length > limit:
+    length, limit = input_ids.shape[1], shape_of_model(model).context
+    if limit is not None and length > limit:
         raise InputError(f"calibrate.length = {length}, but the model has {limit} positions: choose at most {limit}")
     by_block = matrices.by_block(model)
     unknown = sorted(set(keep) - {name for block in by_block for name in block})

@@ -58,7 +58,7 @@ class Targets:
         blocks: Sequence[nn.Module] = (),
     ) -> None:
         self.teacher, self.windows, self.steps, self.shared, self.turn = teacher, windows, steps, shared, turn
-        self.blocks, self.head = blocks, teacher.get_output_embeddings()
+        self.blocks, self.head = blocks, head.of(teacher)
         self.made: dict[int, Target] = {}
         size = 4 * windows(1).numel() * teacher.config.hidden_size * (1 + len(blocks))
         self.ahead = min(AHEAD, HELD // size)

@@ -198,7 +198,7 @@ def _losses(
     """Return the losses of a batch, ids int64 [batch, length]: all together, causal LM, distillation, hidden."""
     blocks = families.blocks(model.model) if recipe.hidden else []
     with distillation.outputs_of(blocks) as outputs:
-        said = distillation.Said(head.states(model.model, ids), model.model.get_output_embeddings())
+        said = distillation.Said(head.states(model.model, ids), head.of(model.model))
     taught = target.said if target is not None and recipe.distillation else None
     loss, causal, distilled = distillation.token_losses(said, ids, taught, recipe.distillation, recipe.temperature)
     hidden = torch.tensor(math.nan)

@@ -10,7 +10,7 @@ import torch
 from tasks.algorithms.model import backward, families, rows
 from tasks.models import dense_folder, streamed_folder
 
-NAMES = families.FAMILIES["LlamaForCausalLM"].linears
+NAMES = families.BY_HEART["LlamaForCausalLM"].linears
 
 
 def loss(_: Any, __: Any, logits: Any) -> Any:
@@ -29,7 +29,7 @@ def gone_through(model: Any, ids: Any, **options: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("architecture", sorted(families.FAMILIES))
+@pytest.mark.parametrize("architecture", sorted(families.BY_HEART))
 @pytest.mark.parametrize("batch", [1, 2])
 def test_gradients_are_those_of_the_whole_loss(
     architecture: str, batch: int, make_model: Any, make_windows: Any

@@ -9,7 +9,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families
 from tasks.algorithms.model.shape import ModelShape, shape_of_config, shape_of_model
 
-ARCHITECTURES = sorted(families.FAMILIES)
+ARCHITECTURES = sorted(families.BY_HEART)
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "num_hidden_layers": 2,
@@ -45,8 +45,7 @@ def test_every_size_by_hand() -> None:
         window=None,
         tied=False,
         stored=4,
-        family=families.FAMILIES["LlamaForCausalLM"],
-        sides={"hidden": 8, "mlp": 12, "query": 8, "key_value": 4},
+        family=families.BY_HEART["LlamaForCausalLM"],
         linears=linears,
     )
     assert list(found.linears) == list(linears)  # in running order
@@ -94,10 +93,10 @@ def test_bytes_as_stored(dtype):
 
 
 def test_every_chosen_matrix_is_attention_s_or_the_mlp_s():
-    for family in families.FAMILIES.values():
+    for family in families.BY_HEART.values():
         attention, mlp = family.chosen("attention"), family.chosen("mlp")
         assert attention and mlp and not set(attention) & set(mlp)
-        assert set(attention) | set(mlp) == set(family.chosen("all-linear")) == set(family.sizes)
+        assert set(attention) | set(mlp) == set(family.chosen("all-linear")) == set(family.linears)
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"])

@@ -7,7 +7,7 @@ from tasks.algorithms.model import families, layers, matrices
 from tasks.algorithms.quantisation import output_error
 
 
-@pytest.mark.parametrize("architecture", sorted(families.FAMILIES))
+@pytest.mark.parametrize("architecture", sorted(families.BY_HEART))
 def test_moments_are_those_of_each_matrix_s_own_inputs(architecture, make_model, make_windows):
     model, ids = make_model(architecture), make_windows(5, 9)
     by_block, found, naive = matrices.by_block(model), {}, {}
