@@ -3,7 +3,7 @@
     python -m tests.benchmarks.packed_loading                       data/eora/model, and it packed
     python -m tests.benchmarks.packed_loading UNPACKED PACKED       two folders
     python -m tests.benchmarks.packed_loading --random              a random Llama of 150 million parameters
-    python -m tests.benchmarks.packed_loading --codings             data/package/model in both codings, and its bytes
+    python -m tests.benchmarks.packed_loading --codings [PACKED]    data/package/model in both codings, and its bytes
 
 Each load is a process of its own, one kind after the other in turn, because the first in a process pays for imports and
 the peak of memory never falls. Seconds are those of the loading itself, once with the imports and once without; the
@@ -191,7 +191,8 @@ def main() -> None:
         unpacked = write_random(Path(scratch) / "unpacked") if given.random else given.unpacked
         parts = PARTS if unpacked == DEFAULT else ()
         if given.codings:
-            packed = pack(unpacked, Path(scratch) / "packed") if given.random else given.packed or PACKAGE
+            given_packed = PACKAGE if unpacked == DEFAULT else unpacked
+            packed = pack(unpacked, Path(scratch) / "packed") if given.random else given_packed
             folders = codings(packed, Path(scratch))
             show_bytes(folders)
         else:
