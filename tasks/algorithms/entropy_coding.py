@@ -19,10 +19,10 @@ import numpy as np
 
 from tasks.algorithms.errors import InputError
 
-_FIRST, _SHARE, _LARGEST = 16, 8, 2**20
-"""Digits of the first chunks; a chunk has a share of those before it; of the largest ones."""
+_FIRST, _SHARE, _LARGEST = 16, 4, 2**20
+"""Digits of the first chunks; a chunk has a share of those before it; of the largest ones. These are the format."""
 _STEPS = (0, 2, 16, 128)
-"""What a digit's weight grows by when it occurs."""
+"""What a digit's weight grows by when it occurs. The format, too."""
 _WORD = np.dtype("<u4")
 _Model = constriction.stream.model.Categorical
 

@@ -1,5 +1,6 @@
 """Entropy coding against entropies that scipy computes, and on thousands of damaged codes."""
 
+import hashlib
 import random
 
 import numpy as np
@@ -56,6 +57,15 @@ def test_the_information_of_wide_digits_is_that_of_their_bytes():
 def test_many_digits_need_no_memory_of_their_own_for_models():
     digits = np.random.default_rng(0).integers(0, 16, 3 * 2**20 + 5, dtype=np.uint8) // 2
     assert np.array_equal(entropy_coding.decode(entropy_coding.encode(digits, 16), digits.size, 16), digits)
+
+
+def test_the_code_stays_what_files_have():
+    squares = np.arange(5000, dtype=np.uint64) ** 2
+    for base, digits, expected in (
+        (16, (squares % 97 % 16).astype(np.uint8), "7f761e91acca72bad13bd896a4a0ee839e20023875f0ac8bc6c3bc14797dadfb"),
+        (9973, (squares % 9973).astype(np.uint16), "a10b0f10dafeb18bbc5864f7671eae9ac546eee7502a95a3b29b6cab85f2e731"),
+    ):
+        assert hashlib.sha256(entropy_coding.encode(digits, base)).hexdigest() == expected
 
 
 def test_digits_that_are_none_are_refused():
