@@ -1,4 +1,4 @@
-"""Bodies that two stages share: training a recovery, and quantising blocks.
+"""Bodies that two stages share: training a recovery, or codes, and quantising blocks.
 
 A stage alone keeps its own body; the mathematics is in `tasks.algorithms`.
 """
