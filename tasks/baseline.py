@@ -6,8 +6,9 @@ being larger than the package's. Embedding, scales and file format are treated a
 package that scores worse than this model is not worth its pruning, and the report says so.
 
 Sizes are planned and then measured. The plan counts the scales that rounding to the nearest has, and is right to a few
-bytes; where the file came out larger than the limit all the same, or much smaller, the budget is moved by the
-difference and the model quantised again. Where even the narrowest widths are larger than the package, they are taken,
+bytes; where the package is entropy coded, so is this model, and the plan counts the coded bytes of such codes. Where
+the file came out larger than the limit all the same, or much smaller, the budget is moved by the difference and the
+model quantised again. Where even the narrowest widths are larger than the package, they are taken,
 and the report names both sizes.
 """
 
@@ -23,13 +24,13 @@ from safetensors.torch import load_file
 
 from tasks.algorithms.model import checkpoints
 from tasks.algorithms.model.shape import shape_of_config
-from tasks.compression import block_quantisation, linear_quantisation
-from tasks.models import dense_folder, model_files, streamed_folder
+from tasks.compression import block_quantisation, coded_sizes, linear_quantisation
+from tasks.models import dense_folder, model_files, streamed_folder, tokenizer_archive
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed import source_folder, writer
 from tasks.packed.description import DESCRIPTION, FILE
 from tasks.packed.packed_folder import is_packed
-from tasks.packed.plan import Plan, planned_bytes
+from tasks.packed.plan import Plan, planned, planned_bytes
 from tasks.runtime import files
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
 
 COLUMNS = ["linear", "weights", "bits", "bytes", "sensitivity"]
-"""bytes: of the packed linear; sensitivity: divergence of the model's predictions in nats per token with this linear
-alone rounded to the nearest."""
+"""bytes: of the packed linear, entropy coded those of rounding to the nearest; sensitivity: divergence of the model's
+predictions in nats per token with this linear alone rounded to the nearest."""
 PLANS = 4
 """How often widths are planned before the model is quantised."""
 SPARE = 2
@@ -67,10 +68,16 @@ def run(stage: Stage) -> None:
     block_quantisation.place(start, coded)
     harm = block_quantisation.read_harm(stage.input("sensitivity/sensitivity.csv"))
     choices = block_quantisation.choices(harm, block_quantisation.shapes(start), {}, "dense", chosen)
-    widths = plan(stage, choices, start, coded, limit)
+    if stage.params.package.coding == "entropy":
+        choices = choices._replace(sizes=coded_sizes.of_linears(start, chosen, stage.params.device))
+        widths = plan_coded(stage, choices, coded, limit)
+    else:
+        widths = plan(stage, choices, start, coded, limit)
     del start
     widths = fit(stage, choices, coded, limit, widths)
     copy_tokenizer(dense, target)
+    if stage.params.package.coding == "entropy":
+        tokenizer_archive.pack(target)
     files.write_csv(stage.output("bits.csv"), table(dense_folder.config(dense), choices, widths), "%.9g")
     found = shipped_bytes(target)
     mean = sum(widths.values()) / len(widths)
@@ -116,6 +123,20 @@ def plan(
             distinct, around = None if counted is None else counted + SPARE, 0
         # model.json is longer where widths differ: the longest so far is planned for
         around = max(around, planned_around(stage, choices, widths, distinct))
+    return widths
+
+
+def plan_coded(
+    stage: Stage, choices: block_quantisation.Choices, coded: Mapping[str, rounding.Coded], limit: int
+) -> dict[str, int]:
+    """The same where the file is entropy coded, and `choices` counts such bytes."""
+    around, tables = 0, sum(coded_sizes.of_table(each, stage.params.gptq) for each in coded.values())
+    least = _narrowest(choices)
+    widths = least
+    for _ in range(PLANS):
+        sizes = planned(dense_folder.config(stage.input("baseline_lora/model")), _stored(stage, widths, None)).sizes
+        around = max(around, sizes["metadata"] + sizes["norms"] + (tables if coded else sizes["embedding"]))
+        widths = choices.within(max(_total(choices, least), limit - around))
     return widths
 
 
@@ -173,8 +194,13 @@ def planned_around(
     Args:
         distinct: how many scales differ; None where all are stored as they are.
     """
+    stored = _stored(stage, widths, distinct)
+    return planned_bytes(dense_folder.config(stage.input("baseline_lora/model")), stored) - _total(choices, widths)
+
+
+def _stored(stage: Stage, widths: Mapping[str, int], distinct: int | None) -> Plan:
     chosen = stage.params.gptq
-    stored = Plan(
+    return Plan(
         bits=widths,
         group_size=chosen.group_size,
         embedding_bits=chosen.embedding.bits,
@@ -183,7 +209,6 @@ def planned_around(
         order=chosen.act_order == "descending",
         distinct_scales=distinct if chosen.scale_steps else None,
     )
-    return planned_bytes(dense_folder.config(stage.input("baseline_lora/model")), stored) - _total(choices, widths)
 
 
 def quantise(
@@ -202,7 +227,7 @@ def quantise(
         linear_quantisation.quantise_linears(stage, model, windows, {}, widths, folder, saved)
         del model
         block_quantisation.save_embedding(codes, coded, stage.params.gptq)
-        writer.save(source_folder.read(folder, embedding=codes), target)
+        writer.save(source_folder.read(folder, embedding=codes), target, stage.params.package.coding)
     return shipped_bytes(target)
 
 

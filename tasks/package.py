@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.model.shape import shape_of_config
-from tasks.models import dense_folder, mask_files, sparsity_ledger
+from tasks.models import dense_folder, mask_files, sparsity_ledger, tokenizer_archive
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed import reader, sizes, source_folder, writer
 from tasks.parameters import rules
@@ -50,8 +50,11 @@ def run(stage: Stage) -> None:
         _ledger(source_folder.read(source).blocks, keep, pattern), "package", stage.params.wanda.enforce
     )
     model = source_folder.read(source, stage.input("masks.safetensors") if holds else None, *codes)
-    writer.save(model, folder)
+    coding = stage.params.package.coding
+    writer.save(model, folder, coding)
     copy_tokenizer(source, folder)
+    if coding == "entropy":
+        tokenizer_archive.pack(folder)
     check_lossless(folder, model.blocks)
     shipped = (linears for _, linears in reader.stream(folder))
     table = _ledger(shipped, keep, pattern)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import constriction
@@ -80,9 +81,9 @@ def pack_digits(digits: np.ndarray, base: int) -> np.ndarray:
     if base == 1:
         return np.zeros(0, np.uint8)
     per, size = word(base)
-    if (per, size) == (1, 1):
-        return digits.astype(np.uint8)
     kind = _unsigned(size)
+    if (per, size) == (1, kind(0).itemsize):
+        return _bytes(digits.astype(kind, copy=False), size)
     whole = digits.size // per * per
     rest = np.zeros((1, per), digits.dtype)  # the last word's digits, its highest ones 0
     rest[0, : digits.size - whole] = digits[whole:]
@@ -115,7 +116,7 @@ def unpack_digits(data: np.ndarray, count: int, base: int) -> np.ndarray:
     last = base ** (count - (len(words) - 1) * per)
     if (base**per < 256**size and int(words.max()) >= base**per) or int(words[-1]) >= last:
         raise InputError(f"a packed word holds no digits of base {base}: the file is damaged")
-    return words if per == words.itemsize == 1 else _split(words, per, base, kind)[:count]
+    return words.astype(kind, copy=False) if per == 1 else _split(words, per, base, kind)[:count]
 
 
 def cases(keep: int, of: int) -> int:
@@ -175,8 +176,14 @@ def positions_bytes(count: int, keep: int, of: int) -> int:
     return digits_bytes(count // of, cases(keep, of))
 
 
-def pack_positions(mask: np.ndarray, keep: int, of: int) -> np.ndarray:
-    """Pack bool [rows, cols] with exactly `keep` of every `of` consecutive inputs to uint8 [positions_bytes].
+Pack = Callable[[np.ndarray, int], np.ndarray]
+"""As `pack_digits`."""
+Unpack = Callable[[np.ndarray, int, int], np.ndarray]
+"""As `unpack_digits`."""
+
+
+def pack_positions(mask: np.ndarray, keep: int, of: int, pack: Pack = pack_digits) -> np.ndarray:
+    """Pack bool [rows, cols] with exactly `keep` of every `of` consecutive inputs to uint8.
 
     Raises:
         InputError: the mask isn't of that pattern, or cols isn't divisible by `of`.
@@ -184,10 +191,12 @@ def pack_positions(mask: np.ndarray, keep: int, of: int) -> np.ndarray:
     base = cases(keep, of)
     if mask.shape[1] % of:
         raise InputError(f"{mask.shape[1]} inputs are not divisible by of = {of}: run stage wanda with another pattern")
-    return pack_digits(rank(mask.reshape(-1, of), keep), base)
+    return pack(rank(mask.reshape(-1, of), keep), base)
 
 
-def unpack_positions(data: np.ndarray, rows: int, cols: int, keep: int, of: int) -> np.ndarray:
+def unpack_positions(
+    data: np.ndarray, rows: int, cols: int, keep: int, of: int, unpack: Unpack = unpack_digits
+) -> np.ndarray:
     """Unpack bool [rows, cols] of `pack_positions`.
 
     Raises:
@@ -195,7 +204,7 @@ def unpack_positions(data: np.ndarray, rows: int, cols: int, keep: int, of: int)
     """
     if cols % of:
         raise InputError(f"{cols} inputs are not divisible by of = {of}: the file is damaged")
-    ranks = unpack_digits(data, rows * cols // of, cases(keep, of))
+    ranks = unpack(data, rows * cols // of, cases(keep, of))
     return unrank(ranks, keep, of).reshape(rows, cols)
 
 

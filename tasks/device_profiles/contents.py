@@ -18,7 +18,7 @@ from tasks.algorithms.device_fit.footprint import Matrix, Model, Part
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import families, masks
 from tasks.algorithms.model.shape import shape_of_config
-from tasks.models import model_files, tensor_headers
+from tasks.models import model_files, tensor_headers, tokenizer_archive
 from tasks.models.tensor_headers import Entry
 from tasks.packed.description import SIZES, read_bytes
 from tasks.packed.layout import Layout, Spec, divisor
@@ -47,7 +47,8 @@ def read(folder: Path) -> Model:
         parts, components = _tensor_parts(folder, config), tensor_headers.component_bytes(folder)
     stored = model_files.stored_bytes(folder)
     weights = sum(path.stat().st_size for path in model_files.tensors(folder))
-    return Model(shape_of_config(config), parts, stored - weights, stored, components)
+    beside = stored - weights + tokenizer_archive.added_bytes(folder)  # as a device has them in its memory
+    return Model(shape_of_config(config), parts, beside, stored, components)
 
 
 def layout_parts(layout: Layout) -> tuple[Part, ...]:

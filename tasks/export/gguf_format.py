@@ -32,6 +32,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from tasks.algorithms.errors import InputError
 from tasks.export import source_model
 from tasks.export.source_model import Change, Source
+from tasks.models import tokenizer_archive
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed.stored_model import Linear
 from tasks.runners.engines import GGUF, LORA
@@ -179,8 +180,9 @@ def _describe(writer: GGUFWriter, source: Source) -> None:
 
 def _vocabulary(writer: GGUFWriter, source: Source) -> dict[str, Change]:
     """Tokens and merges of a byte-level BPE; what could not be expressed."""
-    path = source.folder / "tokenizer.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"model": {}}
+    with tokenizer_archive.unpacked(source.folder) as folder:
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"model": {}}
     pre = _PRE.get(_pre_steps(content))
     end = source.config.get("eos_token_id")
     if end is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.algorithms.model import families
 from tasks.algorithms.model.shape import shape_of_model
-from tasks.models import generations, model_files
+from tasks.models import generations, model_files, tokenizer_archive
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +32,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder.
 
     Raises:
-        InputError: one of its files is larger than any tokenizer's.
+        InputError: one of its files is larger than any tokenizer's, or damaged where it is compressed.
     """
     from transformers import AutoTokenizer  # here: a switched-off stage only asks for the config
 
     model_files.check_sizes(folder)
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with tokenizer_archive.unpacked(folder) as path:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
 
 
 def load_dense(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:

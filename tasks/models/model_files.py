@@ -32,7 +32,9 @@ SMALL = tuple(sorted((CONFIG, GENERATION, *TOKENIZER)))
 """What a dense model has beside its weights."""
 QUANTISED = ("quantize_config.json", "quant_config.json")
 """Files beside the weights of a quantised checkpoint; the first is gptqmodel's."""
-PACKED = ("manifest.json", "model.json")
+ARCHIVE = "tokenizer.bz2"
+"""In the place of `TOKENIZER` in an entropy coded model (`tasks.models.tokenizer_archive`)."""
+PACKED = ("manifest.json", "model.json", ARCHIVE)
 """Files beside the weights of a packed model."""
 ADAPTER = "eora"
 """Folder of the low-rank adapter inside a quantised model's folder."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from tasks.models import generations, model_files
+from tasks.models import generations, model_files, tokenizer_archive
 
 
 def copy_tokenizer(source: Path, folder: Path) -> list[str]:
@@ -19,7 +19,15 @@ def copy_tokenizer(source: Path, folder: Path) -> list[str]:
 
     Returns:
         The names of the files.
+
+    Raises:
+        InputError: the tokenizer is compressed, and damaged.
     """
+    with tokenizer_archive.unpacked(source) as path:
+        return _copy(path, folder)
+
+
+def _copy(source: Path, folder: Path) -> list[str]:
     names = []
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(source / name for name in (*model_files.TOKENIZER, model_files.GENERATION)):

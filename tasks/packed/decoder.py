@@ -13,6 +13,8 @@ from torch import Tensor
 from tasks.algorithms import packing
 from tasks.algorithms.model import masks
 from tasks.algorithms.quantisation import rounding
+from tasks.packed.description import SIZES
+from tasks.packed.digits import CODERS
 from tasks.packed.layout import COUNTS, Spec, divisor
 from tasks.packed.packed_folder import PackedFolder
 from tasks.packed.stored_model import DTYPES, Linear, zero_codes
@@ -29,6 +31,7 @@ class Decoder(Sequence[Mapping[str, Linear]]):
 
     def __init__(self, package: PackedFolder) -> None:
         self.package, self.description, self.layout = package, package.description, package.layout
+        self._unpack = CODERS[package.description.coding].unpack
 
     def __len__(self) -> int:
         return len(self.layout.specs)
@@ -44,9 +47,9 @@ class Decoder(Sequence[Mapping[str, Linear]]):
         parts, (rows, cols) = self.package.parts(name), self.layout.table_shape
         coding = getattr(self.description, name)
         if coding is None:
-            return _tensor(parts["", "codes"], self.layout.dtype(name), (rows, cols))
+            return self._tensor(parts["", "codes"], self.layout.dtype(name), (rows, cols))
         size = divisor(cols, coding.group_size)
-        codes = packing.unpack_digits(parts["", "codes"], rows * cols, 2**coding.bits).reshape(rows, cols)
+        codes = self._unpack(parts["", "codes"], rows * cols, 2**coding.bits).reshape(rows, cols)
         scales = self._scales(parts["", "scales"], (rows, cols // size), "embedding")
         return rounding.Coded(_signed(codes, coding.bits), scales, coding.bits, size)
 
@@ -54,52 +57,70 @@ class Decoder(Sequence[Mapping[str, Linear]]):
         """Full parameter name -> tensor, of the norms."""
         parts = self.package.parts("rest")
         return {
-            name: _tensor(parts["", name], self.layout.dtype(name), shape) for name, shape in self.layout.rest.items()
+            name: self._tensor(parts["", name], self.layout.dtype(name), shape)
+            for name, shape in self.layout.rest.items()
         }
 
     @functools.cached_property
     def table(self) -> Tensor:
         """float16 [distinct scales]."""
-        return _tensor(self.package.blob("scales"), "F16", (self.description.scales.values,))
+        data = self.package.parts("scales")["", "scales"]
+        return self._tensor(data, "F16", (self.description.scales.values,))
+
+    def _tensor(self, data: np.ndarray, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        """Values that aren't quantised."""
+        values = self._unpack(data, math.prod(shape), 2 ** (8 * SIZES[dtype]))
+        return torch.from_numpy(values.view(np.uint8)).view(DTYPES[dtype]).reshape(shape)
 
     def _scales(self, data: np.ndarray, shape: tuple[int, int], kind: str) -> Tensor:
         table = self.description.scales
         if not (table and kind in table.kinds):
-            return _tensor(data, "F16", shape)
-        index = packing.unpack_digits(data, math.prod(shape), table.values)
+            return self._tensor(data, "F16", shape)
+        index = self._unpack(data, math.prod(shape), table.values)
         return self.table[torch.from_numpy(index.astype(np.int32)).reshape(shape)]
 
     def _linear(self, spec: Spec, parts: Parts) -> Linear:
         name, shape = spec.name, (spec.rows, spec.cols)
-        keep = _unpack_keep(spec, parts.get((name, "positions")))
+        keep = self._keep(spec, parts.get((name, "positions")))
+        kept = spec.rows * spec.cols if keep is None else int(keep.sum())
         linear = Linear(bits=spec.bits, pattern=spec.pattern)
         linear.keep = None if keep is None else torch.from_numpy(keep)
         if spec.bits:
-            self._quantised(spec, parts, keep, linear)
+            self._quantised(spec, parts, keep, kept, linear)
         else:
             dtype = self.layout.dtype(f"{name}.weight")
-            values = _tensor(parts[name, "values"], dtype, (-1,))
+            values = self._tensor(parts[name, "values"], dtype, (kept,))
             linear.weight = values.reshape(shape) if keep is None else torch.zeros(shape, dtype=values.dtype)
             if keep is not None:
                 linear.weight[linear.keep] = values
         if spec.bias:
-            linear.bias = _tensor(parts[name, "bias"], self.layout.dtype(f"{name}.bias"), (spec.rows,))
+            linear.bias = self._tensor(parts[name, "bias"], self.layout.dtype(f"{name}.bias"), (spec.rows,))
         if spec.rank:
             linear.adapter = tuple(self._factor(spec, part, parts) for part in "ab")
         return linear
 
-    def _quantised(self, spec: Spec, parts: Parts, keep: np.ndarray | None, linear: Linear) -> None:
+    def _keep(self, spec: Spec, data: np.ndarray | None) -> np.ndarray | None:
+        """bool [out, in], or None where nothing is pruned."""
+        if data is None:
+            return None
+        pattern = masks.parse(spec.pattern)
+        if pattern:
+            return packing.unpack_positions(data, spec.rows, spec.cols, *pattern, self._unpack)
+        kept, _ = COUNTS.unpack(data[: COUNTS.size].tobytes())
+        mask = packing.decode_mask(data[COUNTS.size :], spec.rows * spec.cols, kept)
+        return mask.reshape(spec.rows, spec.cols)
+
+    def _quantised(self, spec: Spec, parts: Parts, keep: np.ndarray | None, kept: int, linear: Linear) -> None:
         grid, base, name = (spec.rows, spec.groups), 2**spec.bits, spec.name
         linear.group_size = spec.group_size
         linear.scales = self._scales(parts[name, "scales"], grid, "linears")
         if spec.zeros:
-            zeros = packing.unpack_digits(parts[name, "zeros"], math.prod(grid), base)
+            zeros = self._unpack(parts[name, "zeros"], math.prod(grid), base)
             linear.zeros = torch.from_numpy(zeros).reshape(grid)
         if spec.order:
-            order = packing.unpack_digits(parts[name, "order"], spec.cols, spec.groups)
+            order = self._unpack(parts[name, "order"], spec.cols, spec.groups)
             linear.group_index = torch.from_numpy(order.astype(np.int32))
-        kept = spec.rows * spec.cols if keep is None else int(keep.sum())
-        values = packing.unpack_digits(parts[name, "values"], kept, base)
+        values = self._unpack(parts[name, "values"], kept, base)
         codes = values if keep is None else zero_codes(linear, spec.rows, spec.cols)
         if keep is not None:
             codes[keep] = values
@@ -109,28 +130,12 @@ class Decoder(Sequence[Mapping[str, Linear]]):
         length, name = (spec.cols if part == "a" else spec.rows), spec.name
         if not self.description.adapter:
             shape = (spec.rank, length) if part == "a" else (length, spec.rank)
-            return _tensor(parts[name, part], self.layout.dtype(f"{name}.{part}"), shape)
+            return self._tensor(parts[name, part], self.layout.dtype(f"{name}.{part}"), shape)
         coding = self.description.adapter["ab".index(part)]
         size = divisor(length, coding.group_size)
-        codes = packing.unpack_digits(parts[name, part], spec.rank * length, 2**coding.bits).reshape(spec.rank, length)
+        codes = self._unpack(parts[name, part], spec.rank * length, 2**coding.bits).reshape(spec.rank, length)
         scales = self._scales(parts[name, f"{part}.scales"], (spec.rank, length // size), "adapter")
         return rounding.Coded(_signed(codes, coding.bits), scales, coding.bits, size)
-
-
-def _unpack_keep(spec: Spec, data: np.ndarray | None) -> np.ndarray | None:
-    """bool [out, in], or None where nothing is pruned."""
-    if data is None:
-        return None
-    pattern = masks.parse(spec.pattern)
-    if pattern:
-        return packing.unpack_positions(data, spec.rows, spec.cols, *pattern)
-    kept, _ = COUNTS.unpack(data[: COUNTS.size].tobytes())
-    mask = packing.decode_mask(data[COUNTS.size :], spec.rows * spec.cols, kept)
-    return mask.reshape(spec.rows, spec.cols)
-
-
-def _tensor(data: np.ndarray, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(data.copy()).view(DTYPES[dtype]).reshape(shape)
 
 
 def _signed(codes: np.ndarray, bits: int) -> Tensor:

@@ -37,6 +37,8 @@ _Size = Annotated[int, Field(ge=1, lt=2**31)]
 Dtype = Literal["F16", "BF16", "F32"]
 Pattern = Annotated[str, Field(pattern="^(dense|unstructured|[0-9]{1,2}:[0-9]{1,2})$")]
 Kind = Literal["linears", "embedding", "adapter"]
+Coded = Literal["fixed", "entropy"]
+"""How integers are coded: in words that waste little, at places that follow from shapes; or to their entropy."""
 
 
 class Coding(_Strict):
@@ -58,6 +60,7 @@ class Description(_Strict):
 
     format: Literal["edgepress-packed"]
     version: Literal[1]
+    coding: Coded = "fixed"
     config: dict[str, JsonValue]
     tied: bool
     dtype: Dtype

@@ -10,9 +10,11 @@ import functools
 import itertools
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from tasks.algorithms import packing
 from tasks.algorithms.errors import InputError
@@ -24,6 +26,8 @@ COMPONENTS = ("positions", "values", "scales", "zeros", "embedding", "norms", "a
 """What bytes are for. `scales` includes the table and the group of each input (act order); `norms` biases."""
 COUNTS = struct.Struct("<II")
 """Before entropy coded positions: kept weights, bytes of code."""
+INDEX = np.dtype("<u4")
+"""An entropy coded blob begins with the size of each of its sections."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,22 @@ class Spec:
 
 
 class Section(NamedTuple):
-    """A run of bytes in a blob. `bits`: the information in it, at least."""
+    """A run of bytes in a blob: `count` digits below `base`, or the entropy coded positions of an unstructured mask.
+
+    Attributes:
+        size: bytes; those of coding `fixed` where an entropy code's aren't known.
+        bits: the information in it, at most.
+        count: digits; values that aren't quantised are the digits of their bytes.
+        base: 0 of unstructured positions.
+    """
 
     linear: str
     part: str
     component: str
     size: int
     bits: float
+    count: int = 0
+    base: int = 0
 
 
 Peek = Callable[[Spec, int], tuple[int, int]]
@@ -79,26 +92,39 @@ class Layout:
     def dtype(self, name: str) -> str:
         return self.description.dtypes.get(name, self.description.dtype)
 
-    def sections(self, blob: str, peek: Peek) -> Iterator[Section]:
-        """The sections of a blob in their order."""
+    def sections(self, blob: str, peek: Peek, index: Sequence[int] = ()) -> Iterator[Section]:
+        """The sections of a blob in their order; index: their sizes, where they are entropy coded."""
+        offset = index_bytes(len(index))
+        sizes = iter(index)
+
+        def counts(spec: Spec) -> tuple[int, int]:  # asked for when the linear's sections begin, which is here then
+            return peek(spec, offset)
+
+        for section in self._sections(blob, counts):
+            found = section._replace(size=next(sizes)) if index else section
+            if not found.base and found.size != section.size:
+                raise InputError(f"the positions of {found.linear} don't fit their blob: the file is damaged")
+            offset += found.size
+            yield found
+
+    def number(self, blob: str) -> int:
+        """How many sections a blob has."""
+        return sum(1 for _ in self._sections(blob, lambda _: (0, 0)))
+
+    def _sections(self, blob: str, peek: Callable[[Spec], tuple[int, int]]) -> Iterator[Section]:
         if blob.startswith("layers."):
             yield from self._block(self.specs[int(blob[7:])], peek)
         elif blob in ("embedding", "head"):
             yield from self._matrix(blob)
         elif blob == "scales":
-            size = 2 * self.description.scales.values
-            yield Section("", "scales", "scales", size, 8 * size)
+            yield _raw("", "scales", "scales", self.description.scales.values, "F16")
         else:
             for name, shape in self.rest.items():
-                size = math.prod(shape) * SIZES[self.dtype(name)]
-                yield Section("", name, "norms", size, 8 * size)
+                yield _raw("", name, "norms", math.prod(shape), self.dtype(name))
 
-    def _block(self, specs: Iterable[Spec], peek: Peek) -> Iterator[Section]:
-        offset = 0
+    def _block(self, specs: Iterable[Spec], peek: Callable[[Spec], tuple[int, int]]) -> Iterator[Section]:
         for spec in specs:
-            for section in self._body(spec, offset, peek):
-                offset += section.size
-                yield section
+            yield from self._body(spec, peek)
         for spec in specs:
             if spec.bits:
                 yield self._scales(spec.name, "scales", "scales", spec.rows * spec.groups, "linears")
@@ -107,30 +133,27 @@ class Layout:
                     count = spec.rank * (length // divisor(length, coding.group_size))
                     yield self._scales(spec.name, f"{part}.scales", "adapter", count, "adapter")
 
-    def _body(self, spec: Spec, offset: int, peek: Peek) -> Iterator[Section]:
+    def _body(self, spec: Spec, peek: Callable[[Spec], tuple[int, int]]) -> Iterator[Section]:
         count, name = spec.rows * spec.cols, spec.name
         kept, pattern = count, masks.parse(spec.pattern)
         if pattern:
             keep, of = pattern
             kept = count // of * keep
-            size, bits = packing.positions_bytes(count, keep, of), count // of * math.log2(packing.cases(keep, of))
-            yield Section(name, "positions", "positions", size, bits)
+            yield _digits(name, "positions", "positions", count // of, packing.cases(keep, of))
         elif spec.pattern == "unstructured":
-            kept, size = peek(spec, offset)
+            kept, size = peek(spec)
             bits = packing.log2_combinations(count, kept)
             yield Section(name, "positions", "positions", COUNTS.size + size, bits)
         if spec.bits:
             yield _digits(name, "values", "values", kept, 2**spec.bits)
         else:
-            size = kept * SIZES[self.dtype(f"{name}.weight")]
-            yield Section(name, "values", "values", size, 8 * size)
+            yield _raw(name, "values", "values", kept, self.dtype(f"{name}.weight"))
         if spec.zeros:
             yield _digits(name, "zeros", "zeros", spec.rows * spec.groups, 2**spec.bits)
         if spec.order:
             yield _digits(name, "order", "scales", spec.cols, spec.groups)
         if spec.bias:
-            size = spec.rows * SIZES[self.dtype(f"{name}.bias")]
-            yield Section(name, "bias", "norms", size, 8 * size)
+            yield _raw(name, "bias", "norms", spec.rows, self.dtype(f"{name}.bias"))
         if spec.rank:
             yield from self._factors(spec)
 
@@ -140,8 +163,7 @@ class Layout:
             if coding:
                 yield _digits(spec.name, part, "adapter", spec.rank * length, 2**coding.bits)
             else:
-                size = spec.rank * length * SIZES[self.dtype(f"{spec.name}.{part}")]
-                yield Section(spec.name, part, "adapter", size, 8 * size)
+                yield _raw(spec.name, part, "adapter", spec.rank * length, self.dtype(f"{spec.name}.{part}"))
 
     def _matrix(self, blob: str) -> Iterator[Section]:
         rows, cols = self.table_shape
@@ -151,14 +173,13 @@ class Layout:
             count = rows * (cols // divisor(cols, coding.group_size))
             yield self._scales("", "scales", "embedding", count, "embedding")
         else:
-            size = rows * cols * SIZES[self.dtype(blob)]
-            yield Section("", "codes", "embedding", size, 8 * size)
+            yield _raw("", "codes", "embedding", rows * cols, self.dtype(blob))
 
     def _scales(self, name: str, part: str, component: str, count: int, kind: str) -> Section:
         table = self.description.scales
         if table and kind in table.kinds:
             return _digits(name, part, component, count, table.values)
-        return Section(name, part, component, 2 * count, 16 * count)
+        return _raw(name, part, component, count, "F16")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -221,7 +242,16 @@ def _spread(name: str, value: Any, count: int) -> list[Any]:
 
 
 def _digits(name: str, part: str, component: str, count: int, base: int) -> Section:
-    return Section(name, part, component, packing.digits_bytes(count, base), count * math.log2(base))
+    return Section(name, part, component, packing.digits_bytes(count, base), count * math.log2(base), count, base)
+
+
+def _raw(name: str, part: str, component: str, count: int, dtype: str) -> Section:
+    return _digits(name, part, component, count, 2 ** (8 * SIZES[dtype]))
+
+
+def index_bytes(number: int) -> int:
+    """Bytes of the sizes that an entropy coded blob of so many sections begins with."""
+    return number * INDEX.itemsize
 
 
 def bytes_by_component(sections: Iterable[Section], total: int) -> dict[str, int]:

@@ -7,7 +7,8 @@ that was changed is refused. What the bytes mean is `tasks.packed.decoder`'s.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model.shape import shape_of_config
 from tasks.packed.blob_header import checked_sizes
 from tasks.packed.description import DESCRIPTION, FILE, read_description
-from tasks.packed.layout import COUNTS, Peek, Section, Spec, lay_out
+from tasks.packed.layout import COUNTS, INDEX, Peek, Section, Spec, index_bytes, lay_out
 
 _MOST = 2**10
 """Weights per byte of a linear, at most: entropy coded positions of an empty matrix take next to nothing."""
@@ -62,26 +63,52 @@ class PackedFolder:
         self.layout = lay_out(self.description)
         if list(self.sizes) != self.layout.names or set(self.description.sha256) != set(self.sizes):
             raise InputError(f"{self.path} holds other blobs than {DESCRIPTION} describes: the folder is damaged")
+        ends = itertools.accumulate(self.sizes.values(), initial=self.path.stat().st_size - sum(self.sizes.values()))
+        self._starts = dict(zip(self.sizes, ends, strict=False))
+        self._entropy = self.description.coding == "entropy"
         for blob, size in self.sizes.items():
             self._check_size(blob, size)
 
     def _check_size(self, blob: str, size: int) -> None:
-        """Before anything is allocated: blobs without entropy code have exactly the sizes that the shapes give."""
-        coded = False
+        """Before anything is allocated: a blob has exactly the size that its shapes give, or the sum of its sections.
+
+        Of what is entropy coded, positions and others, a byte can hold many weights, but not any number.
+        """
+        coded = self._entropy
 
         def peek(spec: Spec, offset: int) -> tuple[int, int]:
             nonlocal coded
             coded = True
             return 0, 0
 
-        expected = sum(section.size for section in self.layout.sections(blob, peek))
-        if size < expected or (size > expected and not coded):
+        sections = list(self.layout.sections(blob, peek))
+        expected = sum(self.index(blob), index_bytes(len(sections))) if self._entropy else sum(s.size for s in sections)
+        if size < expected or (size > expected and (self._entropy or not coded)):
             raise InputError(
-                f"{blob} in {self.path} has {size} bytes where its shapes give {expected}: the folder is damaged"
+                f"{blob} in {self.path} has {size} bytes where its sections have {expected}: the folder is damaged"
             )
         weights = sum(spec.rows * spec.cols for spec in self._specs(blob))
-        if weights > _MOST * size:
+        weights = max(weights, sum(section.count for section in sections))
+        if coded and weights > _MOST * size:
             raise InputError(f"{blob} in {self.path} has {size} bytes for {weights} weights: the folder is damaged")
+
+    def index(self, blob: str) -> list[int]:
+        """The sizes of an entropy coded blob's sections; empty where all follow from shapes."""
+        if not self._entropy:
+            return []
+        return self._index(blob, self._read(blob, 0, index_bytes(self.layout.number(blob))))
+
+    def _index(self, blob: str, data: bytes) -> list[int]:
+        number = self.layout.number(blob)
+        if len(data) < index_bytes(number):
+            raise InputError(f"{blob} in {self.path} is too short for its {number} sections: the folder is damaged")
+        return np.frombuffer(data, INDEX, number).tolist()
+
+    def _read(self, blob: str, offset: int, size: int) -> bytes:
+        """Bytes of a blob, its checksum not checked."""
+        with self.path.open("rb") as file:
+            file.seek(self._starts[blob] + offset)
+            return file.read(max(0, min(size, self.sizes[blob] - offset)))
 
     def blob(self, name: str) -> np.ndarray:
         """uint8, its checksum checked."""
@@ -94,33 +121,54 @@ class PackedFolder:
             raise InputError(f"the checksum of {name} in {self.path} is wrong: the file is damaged, fetch it again")
         return data
 
-    def sections(self) -> Iterator[Section]:
-        """All sections of the file."""
-        for name in self.layout.names:
-            coded = any(spec.pattern == "unstructured" for spec in self._specs(name))
-            yield from self.layout.sections(name, _peeking(self.blob(name) if coded else None))
+    def sections(self, blob: str) -> Iterator[Section]:
+        """The sections of a blob, which may begin with an index; no checksum is checked.
+
+        Raises:
+            InputError: they don't fill it.
+        """
+        index = self.index(blob)
+        offset = index_bytes(len(index))
+        peek = _peeking(self.sizes[blob], lambda *place: self._read(blob, *place))
+        for section in self.layout.sections(blob, peek, index):
+            offset += section.size
+            yield section
+        self._check_end(blob, offset)
 
     def parts(self, name: str) -> dict[tuple[str, str], np.ndarray]:
         """(linear, part) -> its bytes, of a blob."""
-        data, parts, offset = self.blob(name), {}, 0
-        for section in self.layout.sections(name, _peeking(data)):
-            parts[section.linear, section.part] = data[offset : offset + section.size]
+        return {(section.linear, section.part): data for section, data in self.contents(name)}
+
+    def contents(self, name: str) -> Iterator[tuple[Section, np.ndarray]]:
+        """The sections of a blob and their bytes."""
+        data = self.blob(name)
+        index = self._index(name, data.tobytes()) if self._entropy else []
+        offset = index_bytes(len(index))
+        peek = _peeking(data.size, lambda start, size: data[start : start + size].tobytes())
+        for section in self.layout.sections(name, peek, index):
+            yield section, data[offset : offset + section.size]
             offset += section.size
-        if offset != data.size:
-            raise InputError(f"{name} in {self.path} has {data.size} bytes, not {offset}: the folder is damaged")
-        return parts
+        self._check_end(name, offset)
+
+    def _check_end(self, blob: str, end: int) -> None:
+        if end != self.sizes[blob]:
+            raise InputError(f"{blob} in {self.path} has {self.sizes[blob]} bytes, not {end}: the folder is damaged")
 
     def _specs(self, blob: str) -> tuple[Spec, ...]:
         return self.layout.specs[int(blob[7:])] if blob.startswith("layers.") else ()
 
 
-def _peeking(data: np.ndarray | None) -> Peek:
-    """Reads the counts before entropy coded positions, checked against the blob's and the matrix's size."""
+def _peeking(blob_size: int, read: Callable[[int, int], bytes]) -> Peek:
+    """Reads the counts before entropy coded positions, checked against the blob's and the matrix's size.
+
+    Args:
+        read: (offset, size) -> bytes of the blob, fewer at its end.
+    """
 
     def peek(spec: Spec, offset: int) -> tuple[int, int]:
-        head = data[offset : offset + COUNTS.size].tobytes()
-        kept, size = COUNTS.unpack(head) if len(head) == COUNTS.size else (0, data.size)
-        if kept > spec.rows * spec.cols or size > data.size - offset - COUNTS.size:
+        head = read(offset, COUNTS.size)
+        kept, size = COUNTS.unpack(head) if len(head) == COUNTS.size else (0, blob_size)
+        if kept > spec.rows * spec.cols or size > blob_size - offset - COUNTS.size:
             raise InputError(f"the positions of {spec.name} don't fit their blob: the file is damaged")
         return kept, size
 

@@ -24,6 +24,7 @@ from tasks.algorithms.model import masks
 from tasks.algorithms.quantisation import rounding
 from tasks.packed.blob_header import header_bytes
 from tasks.packed.description import DESCRIPTION, FILE, HEAD, Coding, Description, uniform
+from tasks.packed.digits import CODERS
 from tasks.packed.layout import COUNTS, Spec, divisor
 from tasks.packed.model_config import clean
 from tasks.packed.packed_folder import PackedFolder
@@ -32,12 +33,17 @@ from tasks.packed.spool import Spool
 from tasks.packed.stored_model import DTYPES, Linear, Model, zero_codes
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DIGITS = {2: np.uint16, 4: np.uint32}
+"""Values that aren't quantised as digits, by their bytes."""
 
 
-def save(model: Model, folder: Path) -> None:
+def save(model: Model, folder: Path, coding: str = "fixed") -> None:
     """Write model.safetensors and model.json, one block at a time; both take their names when they are complete.
 
     Same content, same bytes. Memory: a block, the embedding, and all scales.
+
+    Args:
+        coding: "fixed" or "entropy".
 
     Raises:
         InputError: tensors that don't fit the config or each other; pruned weights that are not zero; a mask that isn't
@@ -47,8 +53,8 @@ def save(model: Model, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".packing") as path:
         scratch = Path(path)
         with (scratch / "bodies").open("w+b") as bodies, (scratch / FILE).open("wb") as file:
-            spool = Spool(bodies)
-            text = _write(_spool_blobs(model, spool), spool, file)
+            spool = Spool(bodies, coding)
+            text = _write(_spool_blobs(model, spool, _Facts(CODERS[coding].pack, coding)), spool, file)
         (scratch / DESCRIPTION).write_bytes(text)
         PackedFolder(scratch)  # refuses what could not be read back
         for name in (FILE, DESCRIPTION):
@@ -57,24 +63,31 @@ def save(model: Model, folder: Path) -> None:
 
 @dataclass
 class _Facts:
-    """What is found out about a model while its blobs are spooled, for its description."""
+    """What is found out about a model while its blobs are spooled, for its description.
 
+    Attributes:
+        pack: codes digits.
+    """
+
+    pack: packing.Pack
+    coding: str
     specs: list[Spec] = field(default_factory=list)
     dtypes: dict[str, str] = field(default_factory=dict)
     factors: list[tuple[rounding.Coded, rounding.Coded] | None] = field(default_factory=list)
 
     def raw(self, name: str, tensor: Tensor) -> np.ndarray:
-        """A tensor's bytes; its type is noted."""
+        """A tensor's bytes, coded; its type is noted."""
         if tensor.dtype not in _NAMES:
             raise InputError(f"{name} is {tensor.dtype}; float16, bfloat16 and float32 can be stored")
         self.dtypes[name] = _NAMES[tensor.dtype]
-        return _raw(tensor)
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return self.pack(flat.view(_DIGITS[tensor.dtype.itemsize]), 2 ** (8 * tensor.dtype.itemsize))
 
 
-def _spool_blobs(model: Model, spool: Spool) -> Description:
+def _spool_blobs(model: Model, spool: Spool, facts: _Facts) -> Description:
     """Write all bodies; the description, but for scales and checksums."""
     config = clean(model.config)
-    shapes, facts = shapes_of(config), _Facts()
+    shapes = shapes_of(config)
     count = 0
     for block, expected in zip(model.blocks, shapes.linears, strict=False):
         if {name: linear.shape for name, linear in block.items()} != expected:
@@ -107,6 +120,7 @@ def _describe(
     adapter = tuple(_common_coding([pair[side] for pair in factors]) for side in (0, 1)) if factors else None
     return Description(
         **HEAD,
+        coding=facts.coding,
         config=config,
         tied=shapes.tied,
         dtype=dtype,
@@ -150,7 +164,7 @@ def _pack_matrix(
     if found != shape:
         raise InputError(f"the {name} is {found}, the config says {shape}: run the stages again")
     if isinstance(matrix, rounding.Coded):
-        codes = packing.pack_digits(_unsigned(matrix), 2**matrix.bits)
+        codes = facts.pack(_unsigned(matrix), 2**matrix.bits)
         spool.add(name, [codes], [("embedding", matrix.scales)])
         return Coding(bits=matrix.bits, group_size=matrix.group_size)
     spool.add(name, [facts.raw(name, matrix)], [])
@@ -165,18 +179,18 @@ def _pack_linear(
     (rows, cols), body = linear.shape, []
     keep = None if linear.keep is None else linear.keep.numpy()
     if keep is not None:
-        body += _pack_keep(keep, linear.pattern)
+        body.append(_pack_keep(keep, linear.pattern, facts.pack))
     if linear.codes is None:
         values = linear.weight if keep is None else linear.weight[linear.keep]
         body.append(facts.raw(f"{name}.weight", values))
     else:
         codes = linear.codes.numpy()
-        body.append(packing.pack_digits(codes if keep is None else codes[keep], 2**linear.bits))
+        body.append(facts.pack(codes if keep is None else codes[keep], 2**linear.bits))
         scales.append(("linears", linear.scales))
     if linear.zeros is not None:
-        body.append(packing.pack_digits(linear.zeros.numpy(), 2**linear.bits))
+        body.append(facts.pack(linear.zeros.numpy(), 2**linear.bits))
     if linear.group_index is not None:
-        body.append(packing.pack_digits(linear.group_index.numpy(), cols // linear.group_size))
+        body.append(facts.pack(linear.group_index.numpy(), cols // linear.group_size))
     if linear.bias is not None:
         body.append(facts.raw(f"{name}.bias", linear.bias))
     if linear.adapter is not None:
@@ -187,12 +201,12 @@ def _pack_linear(
     return body
 
 
-def _pack_keep(keep: np.ndarray, pattern: str) -> list[np.ndarray]:
+def _pack_keep(keep: np.ndarray, pattern: str, pack: packing.Pack) -> np.ndarray:
     parsed = masks.parse(pattern)
     if parsed:
-        return [packing.pack_positions(keep, *parsed)]
+        return packing.pack_positions(keep, *parsed, pack)
     code = packing.encode_mask(keep)
-    return [np.frombuffer(COUNTS.pack(int(keep.sum()), code.size), np.uint8), code]
+    return np.concatenate([np.frombuffer(COUNTS.pack(int(keep.sum()), code.size), np.uint8), code])
 
 
 def _pack_adapter(name: str, linear: Linear, facts: _Facts, scales: list[tuple[str, Tensor]]) -> list[np.ndarray]:
@@ -204,7 +218,7 @@ def _pack_adapter(name: str, linear: Linear, facts: _Facts, scales: list[tuple[s
     if not all(coded):
         return [facts.raw(f"{name}.{side}", factor) for side, factor in zip("ab", pair, strict=True)]
     scales += [("adapter", factor.scales) for factor in pair]
-    return [packing.pack_digits(_unsigned(factor), 2**factor.bits) for factor in pair]
+    return [facts.pack(_unsigned(factor), 2**factor.bits) for factor in pair]
 
 
 def _check_linear(name: str, linear: Linear, biased: bool) -> None:
@@ -258,17 +272,18 @@ def _write(description: Description, spool: Spool, file: BinaryIO) -> bytes:
     """Write the safetensors file; the bytes of model.json."""
     table, used = spool.best_table()
     description.scales = table
-    index = np.zeros(2**16, np.uint16)
-    index[used] = np.arange(len(used), dtype=np.uint16)
-    sizes = {name: body + spool.tail_bytes(name, table) for name, body in spool.bodies.items()}
-    sizes |= {"scales": 2 * len(used)} if table else {}
+    tails = spool.tails(table, used)
+    tails |= {"scales": [spool.pack(used, 2**16)]} if table else {}
+    sizes = {
+        name: sum((*spool.bodies.get(name, ()), *(part.size for part in tail)), spool.index(name, tail).size)
+        for name, tail in tails.items()
+    }
     file.write(header_bytes(sizes, "0" * 64))
     spool.file.seek(0)
     for name, size in sizes.items():
         digest = hashlib.sha256()
-        parts = [used.astype("<u2").view(np.uint8)] if name == "scales" else spool.content(name, table, index)
         written = 0
-        for part in parts:
+        for part in spool.content(name, tails[name]):
             digest.update(part)
             written += file.write(part)
         if written != size:
@@ -278,11 +293,6 @@ def _write(description: Description, spool: Spool, file: BinaryIO) -> bytes:
     file.seek(0)
     file.write(header_bytes(sizes, hashlib.sha256(text).hexdigest()))
     return text
-
-
-def _raw(tensor: Tensor) -> np.ndarray:
-    """uint8: the tensor's bytes."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _unsigned(coded: rounding.Coded) -> np.ndarray:

@@ -181,6 +181,7 @@ class Eora(Section):
 
 class Package(Section):
     enabled: bool
+    coding: Literal["fixed", "entropy"]
 
 
 class BaselineLora(Section):

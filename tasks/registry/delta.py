@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from tasks.algorithms.errors import InputError
 from tasks.models import tensor_headers
 from tasks.packed.description import FILE
-from tasks.packed.layout import COUNTS, Layout, Spec
+from tasks.packed.layout import index_bytes
 from tasks.packed.packed_folder import PackedFolder, is_packed
 
 CHUNK = 2**20
@@ -66,10 +65,10 @@ def segments(path: Path) -> Iterator[Segment]:
     tensors = {name: entry["data_offsets"] for name, entry in tensor_headers.header(path)[1].items()}
     first = path.stat().st_size - sum(stop - start for start, stop in tensors.values())  # they fill the file
     yield Segment(("header",), "metadata", 0, first)
-    layout = PackedFolder(path.parent).layout if path.name == FILE and is_packed(path.parent) else None
+    package = PackedFolder(path.parent) if path.name == FILE and is_packed(path.parent) else None
     for name, (start, stop) in sorted(tensors.items(), key=lambda item: item[1]):
-        if layout:
-            yield from _sections(path, layout, name, first + start, stop - start)
+        if package:
+            yield from _sections(package, name, first + start)
         else:
             yield Segment((name,), "tensors", first + start, stop - start)
 
@@ -90,20 +89,14 @@ def adapter_parameters(folder: Path) -> tuple[int, int]:
     return sum(spec.rank * (spec.rows + spec.cols) for spec in specs), own
 
 
-def _sections(path: Path, layout: Layout, blob: str, start: int, size: int) -> Iterator[Segment]:
-    """The sections of a packed blob that begins at `start`."""
-
-    def peek(spec: Spec, offset: int) -> tuple[int, int]:
-        with path.open("rb") as file:
-            file.seek(start + offset)
-            return COUNTS.unpack(file.read(COUNTS.size))
-
-    offset = 0
-    for section in layout.sections(blob, peek):
-        yield Segment((blob, section.linear, section.part), section.component, start + offset, section.size)
+def _sections(package: PackedFolder, blob: str, start: int) -> Iterator[Segment]:
+    """The sections of a packed blob that begins at `start`, and before them their sizes, where it has those."""
+    head = index_bytes(len(package.index(blob)))
+    yield Segment((blob, "", "index"), "metadata", start, head)
+    offset = start + head
+    for section in package.sections(blob):
+        yield Segment((blob, section.linear, section.part), section.component, offset, section.size)
         offset += section.size
-    if offset != size:
-        raise InputError(f"{blob} in {path} has {size} bytes, not {offset}: the folder is damaged")
 
 
 def _equal(before: BinaryIO, one: Segment, after: BinaryIO, other: Segment) -> bool:

@@ -3,6 +3,7 @@
     python -m tests.benchmarks.packed_loading                       data/eora/model, and it packed
     python -m tests.benchmarks.packed_loading UNPACKED PACKED       two folders
     python -m tests.benchmarks.packed_loading --random              a random Llama of 150 million parameters
+    python -m tests.benchmarks.packed_loading --codings [PACKED]    data/package/model in both codings, and its bytes
 
 Each load is a process of its own, one kind after the other in turn, because the first in a process pays for imports and
 the peak of memory never falls. Seconds are those of the loading itself, once with the imports and once without; the
@@ -34,13 +35,14 @@ MIB = 2**20
 DEFAULT = ROOT / "data/eora/model"
 PARTS = tuple(ROOT / f"data/{name}.safetensors" for name in ("gptq/masks", "gptq/embedding", "eora/adapter"))
 """What belongs to it."""
+PACKAGE = ROOT / "data/package/model"
 SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10, "vocab_size": 24576}
 """About 150 million parameters, with 16 heads of which 4 have keys and values of their own."""
 FIGURES = {"load": "load, s", "all": "load with imports, s", "peak": "peak, MiB", "above": "peak above imports, MiB"}
 
 
 def load(kind: str, folder: Path) -> dict[str, float]:
-    """Load a folder in this process, as "unpacked" or "packed"; what it took, by the keys of `FIGURES`."""
+    """Load a folder in this process, "unpacked" or packed in some way; what it took, by the keys of `FIGURES`."""
     for path in sorted(folder.rglob("*.safetensors")):
         with path.open("rb") as file:
             hashlib.file_digest(file, "sha256")
@@ -55,7 +57,7 @@ def load(kind: str, folder: Path) -> dict[str, float]:
 
 
 def _loader(kind: str) -> Callable[[Path], Any]:
-    if kind == "packed":
+    if kind != "unpacked":
         from tasks.packed import reader
 
         return reader.load_model
@@ -79,14 +81,15 @@ def measure(folders: Mapping[str, Path], repetitions: int) -> dict[str, list[dic
 
 
 def show(found: Mapping[str, list[dict[str, float]]], folders: Mapping[str, Path]) -> None:
-    """A row per figure: medians, their ratio, and the ratios of the repetitions that ran side by side."""
+    """A row per figure of two kinds: medians, their ratio, and the ratios of the repetitions that ran side by side."""
     size = {kind: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for kind, folder in folders.items()}
-    print(f"| {len(found['packed'])} repetitions | unpacked | packed | packed / unpacked |")
+    before, after = folders
+    print(f"| {len(found[after])} repetitions | {before} | {after} | {after} / {before} |")
     print("|---|---|---|---|")
-    print(f"| bytes | {size['unpacked']:,} | {size['packed']:,} | {size['packed'] / size['unpacked']:.3f} |")
+    print(f"| bytes | {size[before]:,} | {size[after]:,} | {size[after] / size[before]:.3f} |")
     for key, name in FIGURES.items():
-        values = {kind: [one[key] for one in found[kind]] for kind in ("unpacked", "packed")}
-        ratios = [b / a for a, b in zip(values["unpacked"], values["packed"], strict=True)]
+        values = {kind: [one[key] for one in found[kind]] for kind in folders}
+        ratios = [b / a for a, b in zip(values[before], values[after], strict=True)]
         cells = [f"{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})" for v in [*values.values(), ratios]]
         print(f"| {name} | {' | '.join(cells)} |")
 
@@ -99,6 +102,40 @@ def pack(unpacked: Path, folder: Path, *parts: Path) -> Path:
     writer.save(source_folder.read(unpacked, *parts), folder)
     copy_tokenizer(unpacked, folder)
     return folder
+
+
+def codings(packed: Path, scratch: Path) -> dict[str, Path]:
+    """A packed folder in both codings, its tokenizer, too."""
+    from tasks.models import tokenizer_archive
+    from tasks.models.tokenizer_files import copy_tokenizer
+    from tasks.packed import reader, writer
+
+    folders = {coding: scratch / coding for coding in ("fixed", "entropy")}
+    for coding, folder in folders.items():
+        writer.save(reader.load(packed), folder, coding)
+        copy_tokenizer(packed, folder)
+    tokenizer_archive.pack(folders["entropy"])
+    return folders
+
+
+def show_bytes(folders: Mapping[str, Path]) -> None:
+    """A row per component: its bytes in each folder, the bound of the last, and how far that is above it."""
+    from tasks.packed import sizes
+
+    found = {kind: sizes.component_bytes(folder) for kind, folder in folders.items()}
+    least = {name: bits / 8 for name, bits in sizes.bound(folders["entropy"]).items()}
+    rows = {name: ([found[kind][name] for kind in folders], least[name]) for name in least}
+    content = [name for name in rows if name != "metadata"]
+    rows["content"] = [sum(found[kind][name] for name in content) for kind in folders], sum(least.values())
+    rows["all"] = [sum(found[kind].values()) for kind in folders], 0
+    print(f"| bytes | {' | '.join(folders)} | entropy / fixed | order-0 bound | entropy / bound |")
+    print("|---|---|---|---|---|---|")
+    for name, (values, bound) in rows.items():
+        if any(values):
+            ratio = f"{values[-1] / values[0]:.4f}"
+            cells = [f"{bound:,.1f}", f"{values[-1] / bound:.4f}"] if bound else ["", ""]
+            print(f"| {name} | {' | '.join(f'{value:,}' for value in values)} | {ratio} | {' | '.join(cells)} |")
+    print()
 
 
 def write_random(folder: Path, bits: int = 4, group: int = 128) -> Path:
@@ -143,6 +180,7 @@ def main() -> None:
     parser.add_argument("unpacked", type=Path, nargs="?", default=DEFAULT)
     parser.add_argument("packed", type=Path, nargs="?", help="packed here if not given")
     parser.add_argument("--random", action="store_true", help="a random model instead of folders")
+    parser.add_argument("--codings", action="store_true", help="the packed folder in both codings")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--load", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -152,7 +190,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         unpacked = write_random(Path(scratch) / "unpacked") if given.random else given.unpacked
         parts = PARTS if unpacked == DEFAULT else ()
-        folders = {"unpacked": unpacked, "packed": given.packed or pack(unpacked, Path(scratch) / "packed", *parts)}
+        if given.codings:
+            given_packed = PACKAGE if unpacked == DEFAULT else unpacked
+            packed = pack(unpacked, Path(scratch) / "packed") if given.random else given_packed
+            folders = codings(packed, Path(scratch))
+            show_bytes(folders)
+        else:
+            folders = {"unpacked": unpacked, "packed": given.packed or pack(unpacked, Path(scratch) / "packed", *parts)}
         show(measure(folders, given.repetitions), folders)
 
 

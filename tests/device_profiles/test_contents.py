@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.quantisation import rounding
 from tasks.device_profiles import contents
 from tasks.device_profiles.planned_contents import planned
-from tasks.packed import packed_folder
+from tasks.models import tokenizer_archive
+from tasks.packed import packed_folder, reader
 from tasks.packed.plan import Plan, planned_bytes
 from tasks.packed.sizes import component_bytes
 from tasks.packed.stored_model import Linear
@@ -147,6 +149,17 @@ def test_a_packed_folder_is_counted_by_its_description(pack, tied: bool) -> None
     assert found["embedding"] == 96 * 32 + 96 * 2 + (0 if tied else 96 * 32 * 2)
     assert {m.pattern for m in model.matrices() if m.component == "values"} == {(2, 4)}
     assert any(matrix.looked_up for matrix in model.matrices()) != tied
+
+
+def test_an_entropy_coded_folder_is_the_same_to_a_device(pack, tmp_path: Path) -> None:
+    folder, coded = pack(), tmp_path / "coded"
+    save(reader.load(folder), coded, "entropy")
+    shutil.copyfile(folder / "tokenizer.json", coded / "tokenizer.json")
+    tokenizer_archive.pack(coded)
+    one, other = contents.read(folder), contents.read(coded)
+    assert one.parts == other.parts and other.stored < one.stored
+    differ = (coded / "model.json").stat().st_size - (folder / "model.json").stat().st_size
+    assert other.metadata == one.metadata + differ and abs(differ) < 100
 
 
 def test_a_packed_folder_without_a_pattern(pack) -> None:

@@ -38,7 +38,7 @@ def windows():
 
 @pytest.fixture(scope="session")
 def build(tokenizer, windows, tmp_path_factory):
-    """build(case) -> what the stages hand to the package, and it packed."""
+    """build(case) -> what the stages hand to the package, and it packed and, in coding `entropy`, coded."""
     made = {}
 
     def build(case):
@@ -55,7 +55,9 @@ def build(tokenizer, windows, tmp_path_factory):
         parts = [folder / f"{name}.safetensors" for name in ("masks", "embedding", "adapter")]
         save(source_folder.read(folder / "model", *parts), folder / "packed")
         copy_tokenizer(folder / "model", folder / "packed")
-        made[case] = SimpleNamespace(model=folder / "model", parts=parts, packed=folder / "packed", keep=keep)
+        save(source_folder.read(folder / "model", *parts), folder / "coded", "entropy")
+        folders = {"model": folder / "model", "packed": folder / "packed", "coded": folder / "coded"}
+        made[case] = SimpleNamespace(**folders, parts=parts, keep=keep)
         return made[case]
 
     return build
@@ -63,7 +65,7 @@ def build(tokenizer, windows, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(build, tmp_path_factory):
-    """Small packed folders: one with every feature, one with entropy coded positions."""
+    """Small packed folders: one with every feature, one with entropy coded positions; in each it entropy coded."""
     folders = []
     for pattern, bits in (("2:4", 4), ("unstructured", 2)):
         config = REALISTIC | {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 20}
@@ -83,6 +85,8 @@ def tiny(build, tmp_path_factory):
         norms = [f"model.layers.{layer}.{name}.weight" for layer in range(2) for name in families._LLAMA.norms]
         rest = {name: torch.ones(16, dtype=torch.float16) for name in [*norms, "model.norm.weight"]}
         folder = tmp_path_factory.mktemp("tiny")
-        save(Model(config, linears, rounding.quantise(normal(20, 16), 8, 16), None, rest), folder)
+        model = Model(config, linears, rounding.quantise(normal(20, 16), 8, 16), None, rest)
+        save(model, folder)
+        save(model, folder / "coded", "entropy")
         folders.append(folder)
     return folders

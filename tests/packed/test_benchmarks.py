@@ -1,5 +1,7 @@
 """The benchmarks of packed folders: loading beside the folder that was packed, and a large model's plans."""
 
+import pytest
+
 from tests.benchmarks import llama_bytes, packed_loading
 
 
@@ -19,6 +21,20 @@ def test_loading_is_measured_for_both_kinds_of_folder(build, capsys):
     ]
     sizes = [sum(path.stat().st_size for path in folder.rglob("*.*")) for folder in folders.values()]
     assert [int(cell.replace(",", "")) for cell in rows[2][1:3]] == sizes
+
+
+def test_the_codings_are_compared_by_component(build, tmp_path, capsys):
+    folders = packed_loading.codings(build("coded").packed, tmp_path)
+    packed_loading.show_bytes(folders)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line]
+    found = {name: cells for name, *cells in rows[2:]}
+    for place, folder in enumerate(folders.values()):
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        assert int(found["all"][place].replace(",", "")) == size
+    fixed, entropy, ratio, bound, above = (float(cell.replace(",", "")) for cell in found["values"])
+    assert bound < entropy < fixed and ratio == pytest.approx(entropy / fixed, abs=1e-4)
+    assert above == pytest.approx(entropy / bound, abs=1e-4) and above < 1.05
+    assert packed_loading.load("entropy", folders["entropy"])["load"] > 0
 
 
 def test_the_benchmark_of_a_large_model_prints_its_table(capsys):

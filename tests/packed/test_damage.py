@@ -13,6 +13,7 @@ import torch
 from tasks.algorithms.errors import InputError
 from tasks.packed import reader
 from tasks.packed.description import DESCRIPTION, FILE
+from tasks.packed.digits import CODERS
 from tests.support.packed_damage import mutate
 from tests.support.packed_models import logits
 
@@ -82,6 +83,10 @@ def fuzz(folders, scratch, count, seed):
     return found
 
 
+def coded(folders, coding):
+    return folders if coding == "fixed" else [folder / "coded" for folder in folders]
+
+
 def check_fuzz(folders, scratch, count, seed):
     found = fuzz(folders, scratch, count, seed)
     print(", ".join(f"{value} {key}" for key, value in found.items()))
@@ -90,10 +95,12 @@ def check_fuzz(folders, scratch, count, seed):
     assert found["repaired, loaded"] > 0.02 * count  # so that what is behind the checksums was reached
 
 
-def test_damaged_files_are_refused_or_load_the_same(tiny, tmp_path):
-    check_fuzz(tiny, tmp_path / "damaged", 2_000, seed=1)
+@pytest.mark.parametrize("coding", CODERS)
+def test_damaged_files_are_refused_or_load_the_same(tiny, tmp_path, coding):
+    check_fuzz(coded(tiny, coding), tmp_path / "damaged", 1_000, seed=1)
 
 
 @pytest.mark.slow
-def test_many_damaged_files_are_refused_or_load_the_same(tiny, tmp_path):
-    check_fuzz(tiny, tmp_path / "damaged", 10_000, seed=2)
+@pytest.mark.parametrize("coding", CODERS)
+def test_many_damaged_files_are_refused_or_load_the_same(tiny, tmp_path, coding):
+    check_fuzz(coded(tiny, coding), tmp_path / "damaged", 10_000, seed=2)

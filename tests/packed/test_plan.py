@@ -8,6 +8,8 @@ import torch
 from tasks.algorithms.errors import InputError
 from tasks.packed import reader
 from tasks.packed.description import DESCRIPTION
+from tasks.packed.layout import bits_by_component
+from tasks.packed.packed_folder import PackedFolder
 from tasks.packed.plan import Plan, planned, planned_bytes
 from tasks.packed.sizes import bound, component_bytes
 from tasks.packed.writer import save
@@ -32,7 +34,10 @@ def test_the_plan_is_the_size_of_the_files_to_the_byte(tmp_path, chosen):
     assert planned_bytes(model.config, Plan(**settings)) == found
     _, sizes, least = planned(model.config, Plan(**settings))
     assert sizes == component_bytes(tmp_path)
-    assert least == pytest.approx(bound(tmp_path))
+    package = PackedFolder(tmp_path)
+    content = bits_by_component(section for blob in package.sizes for section in package.sections(blob))
+    assert least == pytest.approx(content)
+    assert all(value <= least[name] + 1e-6 for name, value in bound(tmp_path).items())
 
 
 def test_few_distinct_scales_go_into_a_table_and_come_back(tmp_path):

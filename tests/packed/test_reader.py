@@ -11,6 +11,7 @@ from tasks.algorithms.model import families
 from tasks.models import dense_folder, gptq_folder, mask_files
 from tasks.packed import reader, source_folder
 from tasks.packed.description import FILE
+from tasks.packed.digits import CODERS
 from tasks.packed.packed_folder import is_packed
 from tasks.packed.sizes import component_bytes
 from tasks.packed.writer import save
@@ -30,6 +31,30 @@ def test_logits_are_those_of_gptqmodel_bit_by_bit(build, windows, case):
         model.generate(windows[:1, :5].long(), max_new_tokens=6, do_sample=False) for model in (loaded, expected)
     ]
     assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_codings_hold_the_same_bits(build, windows, case):
+    made = build(case)
+    assert (made.coded / FILE).stat().st_size < (made.packed / FILE).stat().st_size
+    fixed, coded = reader.load(made.packed), reader.load(made.coded)
+    for one, other in zip(fixed.blocks, coded.blocks, strict=True):
+        for name, linear in one.items():
+            for part, value in vars(linear).items():
+                assert same(value, getattr(other[name], part)), (name, part)
+    assert same(fixed.embedding, coded.embedding) and same(fixed.head, coded.head)
+    assert same(tuple(fixed.rest.values()), tuple(coded.rest.values())) and fixed.config == coded.config
+    models = [reader.load_model(folder) for folder in (made.packed, made.coded)]
+    assert torch.equal(*(logits(model, windows.long()) for model in models))
+
+
+def same(one, other):
+    """Whether two values are the same in type and bits."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -79,20 +104,22 @@ def test_the_tokenizer_shrinks_and_tokenises_the_same(build):
     assert first.get_vocab() == second.get_vocab() and first.decode([5, 9]) == second.decode([5, 9])
 
 
+@pytest.mark.parametrize("coding", CODERS)
 @pytest.mark.parametrize("pattern", [None, "4:8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_model_that_is_not_quantised_packs_losslessly(tokenizer, windows, tmp_path, pattern, dtype):
+def test_a_model_that_is_not_quantised_packs_losslessly(tokenizer, windows, tmp_path, pattern, dtype, coding):
     model, keep = random_dense(tmp_path / "dense", tokenizer, pattern=pattern)
     model.to(dtype).save_pretrained(tmp_path / "dense")
     mask_files.save_masks(tmp_path / "masks.safetensors", keep, pattern or "dense")
-    save(source_folder.read(tmp_path / "dense", tmp_path / "masks.safetensors"), tmp_path / "packed")
+    save(source_folder.read(tmp_path / "dense", tmp_path / "masks.safetensors"), tmp_path / "packed", coding)
     loaded, expected = reader.load_model(tmp_path / "packed"), dense_folder.load_dense(tmp_path / "dense")
     assert torch.equal(logits(loaded, windows.long()), logits(expected, windows.long()))
     for name, tensor in expected.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
     sizes = component_bytes(tmp_path / "packed")
     weights = sum(linear.weight.numel() for linear in families.block_linears(model).values())
-    assert sizes["values"] == weights // (2 if pattern else 1) * dtype.itemsize
+    raw = weights // (2 if pattern else 1) * dtype.itemsize
+    assert sizes["values"] == raw if coding == "fixed" else sizes["values"] < 0.95 * raw  # exponents are alike
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 

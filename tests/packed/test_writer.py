@@ -6,20 +6,23 @@ import torch
 from tasks.algorithms.errors import InputError
 from tasks.packed import reader, source_folder
 from tasks.packed.description import DESCRIPTION, FILE
+from tasks.packed.digits import CODERS
 from tasks.packed.stored_model import Linear
 from tasks.packed.writer import save
 from tests.support.packed_models import CASES, realistic
 
 
+@pytest.mark.parametrize("coding", CODERS)
 @pytest.mark.parametrize("case", CASES)
-def test_saving_what_was_streamed_gives_the_same_bytes(build, tmp_path, case):
+def test_saving_what_was_streamed_gives_the_same_bytes(build, tmp_path, case, coding):
     made = build(case)
-    save(source_folder.read(made.model, *made.parts), tmp_path / "again")
+    packed = made.packed if coding == "fixed" else made.coded
+    save(source_folder.read(made.model, *made.parts), tmp_path / "again", coding)
     again = source_folder.read(made.model, *made.parts)
-    again.blocks = (linears for _, linears in reader.stream(made.packed))
-    save(again, tmp_path / "streamed")
+    again.blocks = (linears for _, linears in reader.stream(packed))
+    save(again, tmp_path / "streamed", coding)
     for name in (FILE, DESCRIPTION):
-        written = (made.packed / name).read_bytes()
+        written = (packed / name).read_bytes()
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes() == written
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == [DESCRIPTION, FILE]
 

@@ -35,7 +35,9 @@ CONFIG = {
 NAMES = ("v0.0.1", "v0.0.2")
 
 
-def model(folder: Path, seed: int, adapter: int, rank: int = 1, pattern: str = "unstructured") -> Path:
+def model(
+    folder: Path, seed: int, adapter: int, rank: int = 1, pattern: str = "unstructured", coding: str = "fixed"
+) -> Path:
     """A random packed model: quantised linears with coded adapters, all of `seed` but the adapters."""
     shapes = shapes_of(clean(CONFIG))
     weights, branch = (torch.Generator().manual_seed(number) for number in (seed, adapter))
@@ -53,7 +55,7 @@ def model(folder: Path, seed: int, adapter: int, rank: int = 1, pattern: str = "
         blocks.append(linears)
     embedding = torch.randn(*shapes.table, generator=weights).half()
     rest = {name: torch.randn(*shape, generator=weights).half() for name, shape in shapes.rest.items()}
-    save(Model(CONFIG, blocks, embedding, None, rest), folder)
+    save(Model(CONFIG, blocks, embedding, None, rest), folder, coding)
     (folder / "sub").mkdir()
     (folder / "sub/tokenizer.json").write_text(json.dumps({str(i): i for i in range(500)}))
     return folder
@@ -108,9 +110,24 @@ def test_an_adapter_costs_the_adapter(folders: tuple, keys: Path, tmp_path: Path
     assert whole == sum(rows * cols for rows, cols in sizes) + 96 * 64 + 5 * 64
 
 
+def test_of_an_entropy_coded_model_an_adapter_costs_the_adapter(keys: Path, tmp_path: Path) -> None:
+    old, new = (model(tmp_path / str(adapter), 0, adapter, coding="entropy") for adapter in (1, 2))
+    summary = update.make(old, new, NAMES, keys, tmp_path / "u")
+    adapter = component_bytes(new)["adapter"]
+    assert summary.adapter_only and 0.9 * adapter < summary.components["adapter"] <= adapter
+    update.apply(tmp_path / "u", keys.with_name("key.pub"), old)
+    assert content(old) == content(new)
+
+
 @pytest.mark.parametrize(
     ("changed", "component"),
-    [({"rank": 2}, "adapter"), ({"rank": 0}, None), ({"seed": 5}, "values"), ({"pattern": "dense"}, "values")],
+    [
+        ({"rank": 2}, "adapter"),
+        ({"rank": 0}, None),
+        ({"seed": 5}, "values"),
+        ({"pattern": "dense"}, "values"),
+        ({"coding": "entropy"}, "values"),
+    ],
 )
 def test_any_change_comes_out_bit_by_bit(
     folders: tuple, keys: Path, device: Path, tmp_path: Path, changed: dict, component: str | None

@@ -54,13 +54,14 @@ def run(make_stage, given, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # gptqmodel writes logs to the working folder
 
-    def run(limit, out="out", **changed):
+    def run(limit, out="out", coding="fixed", **changed):
         package = tmp_path / f"package-{limit}"
         package.mkdir(exist_ok=True)
         (package / "model.safetensors").write_bytes(b"\0" * (limit - 2))
         (package / "model.json").write_bytes(b"{}")
         (package / "manifest.json").write_bytes(b"\0" * 5000)  # is no part of what the model takes
         params = {"gptq": schema.Gptq(**GPTQ | changed), "baseline": schema.Baseline(enabled=True)}
+        params["package"] = schema.Package(enabled=True, coding=coding)
         files = {"baseline_lora/model": given.dense, "windows.safetensors": given.windows}
         sensitivity.run(make_stage(params, files, out=f"sensitivity-{out}"))
         measured = {f"sensitivity/{name}": tmp_path / f"sensitivity-{out}" / name for name in MEASURED}
@@ -145,6 +146,28 @@ def test_a_package_smaller_than_any_plain_model_is_met_by_the_narrowest(run):
     folder = run(20_000)
     assert size(folder) > 20_000
     assert set(stored_bits(folder).values()) == {2}
+
+
+@pytest.mark.parametrize("changed", [{}, {"scale_steps": 4}, {"symmetric": False, "scale_steps": 8}], ids=str)
+def test_an_entropy_coded_one_fills_them_by_its_coded_bytes(run, monkeypatch, changed):
+    sizes, quantise, limit = [], baseline.quantise, 60_000
+
+    def counted(*given):
+        sizes.append(quantise(*given))
+        return sizes[-1]
+
+    monkeypatch.setattr(baseline, "quantise", counted)
+    fixed, folder = run(limit, "fixed", **changed), run(limit, coding="entropy", **changed)
+    assert 0.98 * limit < size(folder) <= limit
+    bits = [pd.read_csv(each / "bits.csv").set_index("linear") for each in (fixed, folder)]
+    weighted = [(table["bits"] * table["weights"]).sum() for table in bits]
+    assert weighted[1] > 1.02 * weighted[0]  # what coding saves is spent
+    assert bits[1]["sensitivity"].sum() < bits[0]["sensitivity"].sum()
+    assert bits[1]["bits"].to_dict() == stored_bits(folder)
+    found = component_bytes(folder / "model")
+    content = found["values"] + found["scales"] + found["zeros"]
+    assert bits[1]["bytes"].sum() == pytest.approx(content, rel=0.03)  # GPTQ's codes have nearly the same entropy
+    assert (folder / "model/tokenizer.bz2").exists() and not (folder / "model/tokenizer.json").exists()
 
 
 @pytest.mark.parametrize("limit", [48_000, 75_000])

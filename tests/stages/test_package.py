@@ -6,8 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -55,7 +57,8 @@ def make_package(tmp_path: Path, make_stage, pruned_folder: Path):
         tensor_files.save_tensors(inputs[name], {}, {"bits": "16", "group_size": "-1"})
     chosen = {name: getattr(sections, name) for name in ("package", "depth_prune", "wanda", "lora", "gptq", "eora")}
 
-    def make(out="out", enforce=True):
+    def make(out="out", enforce=True, coding="fixed"):
+        chosen["package"] = sections.package.model_copy(update={"coding": coding})
         chosen["wanda"] = sections.wanda.model_copy(update={"keep": 1, "of": 2, "enforce": enforce})
         return make_stage(chosen, inputs, out=out)
 
@@ -70,13 +73,20 @@ def manifest(stage) -> dict:
     return json.loads((stage.output("package/model") / "manifest.json").read_text())
 
 
-def test_what_went_in_comes_out_and_the_manifest_describes_every_file(make_package, pruned_folder: Path) -> None:
-    stage = make_package()
+TEXTS = {"fixed": {"tokenizer.json", "tokenizer_config.json"}, "entropy": {"tokenizer.bz2"}}
+
+
+@pytest.mark.parametrize("coding", TEXTS)
+def test_what_went_in_comes_out_and_the_manifest_describes_every_file(make_package, pruned_folder, coding) -> None:
+    stage = make_package(coding=coding)
     package.run(stage)
     folder, found = stage.output("package/model"), manifest(stage)
     on_disk = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
     assert sorted(found["files"]) == on_disk
-    assert {"model.safetensors", "model.json", "tokenizer.json", "tokenizer_config.json"} <= set(on_disk)
+    assert {"model.safetensors", "model.json", *TEXTS[coding]} <= set(on_disk)
+    assert not set(on_disk) & {name for other, names in TEXTS.items() if other != coding for name in names}
+    first, second = (dense_folder.load_tokenizer(path) for path in (folder, pruned_folder))
+    assert first("The pump shall.").input_ids == second("The pump shall.").input_ids
     for name, entry in found["files"].items():
         content = (folder / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -92,16 +102,24 @@ def test_what_went_in_comes_out_and_the_manifest_describes_every_file(make_packa
     assert lineage["inputs"]["removed.json"] == hashlib.sha256(b'{"removed": [3]}').hexdigest()
 
 
-def test_the_bound_is_the_information_of_what_is_stored(make_package, pruned_folder: Path) -> None:
+def entropy(values: torch.Tensor) -> float:
+    """Bytes of the order-0 entropy of float32 values, place by place of their bytes."""
+    places = values.contiguous().numpy().reshape(-1).view(np.uint8).reshape(-1, 4).T
+    counts = [np.unique(place, return_counts=True)[1] for place in places]
+    return sum(count.sum() * scipy.stats.entropy(count, base=2) for count in counts) / 8
+
+
+def test_the_bound_is_the_entropy_of_what_is_stored(make_package, pruned_folder: Path) -> None:
     stage = make_package()
     package.run(stage)
     tensors = load_file(pruned_folder / "model.safetensors")
-    pruned = sum(tensors[f"{name}.weight"].numel() for name in PRUNED)
-    linears = sum(tensor.numel() for name, tensor in tensors.items() if "proj" in name)
+    kept = {f"{name}.weight": mask for name, mask in masks(pruned_folder).items()}
+    linears = {name: tensor for name, tensor in tensors.items() if "proj" in name}
     bound = manifest(stage)["bound"]
-    assert bound["positions"] == pytest.approx(pruned / 2 / 8)  # a group of two keeps the one or the other: 1 bit
-    assert bound["values"] == 4 * (linears - pruned / 2)
-    assert bound["embedding"] == 4 * tensors["model.embed_tokens.weight"].numel()
+    assert bound["positions"] == 0  # every group of two keeps its first
+    values = (entropy(tensor[kept[name]] if name in kept else tensor) for name, tensor in linears.items())
+    assert bound["values"] == pytest.approx(sum(values))
+    assert bound["embedding"] == pytest.approx(entropy(tensors["model.embed_tokens.weight"]))
 
 
 def test_the_ledger_is_that_of_the_shipped_file(make_package) -> None:
@@ -115,13 +133,14 @@ def test_the_ledger_is_that_of_the_shipped_file(make_package) -> None:
         assert (row["zeros"] >= row["weights"] // 2) == (name in PRUNED)
 
 
-def test_the_same_inputs_give_the_same_bytes(make_package) -> None:
+@pytest.mark.parametrize("coding", TEXTS)
+def test_the_same_inputs_give_the_same_bytes(make_package, coding: str) -> None:
     folders = []
     for out in ("one", "other"):
-        stage = make_package(out)
+        stage = make_package(out, coding=coding)
         package.run(stage)
         folders.append(stage.output("package/model"))
-    assert contents(folders[0]) == contents(folders[1]) and len(contents(folders[0])) > 4
+    assert contents(folders[0]) == contents(folders[1]) and len(contents(folders[0])) >= 4
 
 
 def test_a_weight_that_came_back_stops_the_package(make_package, pruned_folder: Path) -> None:
@@ -144,7 +163,8 @@ def test_a_broken_pattern_that_is_allowed_is_packed_as_dense(make_package, prune
     found = manifest(stage)
     assert (found["pattern"], found["asked"], found["pruned_matrices"]) == ("dense", "1:2", 0)
     assert found["bound"]["positions"] == 0
-    assert found["bound"]["values"] == 4 * sum(tensor.numel() for name, tensor in tensors.items() if "proj" in name)
+    values = sum(entropy(tensor) for name, tensor in tensors.items() if "proj" in name)
+    assert found["bound"]["values"] == pytest.approx(values)
     ledger = pd.read_csv(stage.output("sparsity.csv")).set_index("linear")
     assert ledger.loc[PRUNED[1], "revived"] == 1
 

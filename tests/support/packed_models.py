@@ -238,6 +238,19 @@ def realistic(**settings):
     return Model(config, blocks, embedding, None if recipe.tied else embedding, rest)
 
 
+def skewed(**settings):
+    """The same with codes as a quantiser of normal weights gives them, not uniform ones."""
+    model = realistic(**settings)
+    for place, block in enumerate(model.blocks):
+        for name, linear in block.items():
+            middle = 2 ** (linear.bits - 1)
+            codes = middle + normal(*linear.shape, seed=1000 * place + len(name)) * middle / 2.6
+            codes = codes.round().clamp(0, 2**linear.bits - 1).to(torch.uint8)
+            zero = torch.from_numpy(zero_codes(linear, *linear.shape))
+            linear.codes = codes if linear.keep is None else torch.where(linear.keep, codes, zero)
+    return model
+
+
 SHAPES = [
     {},
     {"bits": 3},

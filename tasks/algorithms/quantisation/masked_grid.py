@@ -121,19 +121,35 @@ def nearest(
         float32 [out_features, in_features].
     """
     rounded = _by_group(weight, keep, quantisation, bits, scale_steps)
-    return torch.cat([values for _, values in rounded], dim=1)
+    return torch.cat([values for _, _, values in rounded], dim=1)
 
 
 def scales(weight: Tensor, keep: Tensor | None, quantisation: Any, bits: int, scale_steps: int | None = None) -> Tensor:
     """Return the scales that `nearest` rounds by, float32 [out_features, groups]; arguments as there."""
     rounded = _by_group(weight, keep, quantisation, bits, scale_steps)
-    return torch.cat([scale for scale, _ in rounded], dim=1)
+    return torch.cat([scale for scale, _, _ in rounded], dim=1)
+
+
+def codes(
+    weight: Tensor, quantisation: Any, bits: int, scale_steps: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a file of `nearest` holds, nothing pruned; arguments as there.
+
+    Returns:
+        Codes uint8 [out_features, in_features], scales float16 and zero points uint8 [out_features, groups].
+    """
+    found = [
+        ((values / scale).round() + zero, scale, zero)
+        for scale, zero, values in _by_group(weight, None, quantisation, bits, scale_steps)
+    ]
+    unpacked = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return tuple(part.to(kind) for part, kind in zip(unpacked, (torch.uint8, torch.float16, torch.uint8), strict=True))
 
 
 def _by_group(
     weight: Tensor, keep: Tensor | None, quantisation: Any, bits: int, scale_steps: int | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield scale [out_features, 1] and rounded values [out_features, group] of each group of columns."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield scale, zero point [out_features, 1] and rounded values [out_features, group] of each group of columns."""
     weight = weight.detach().float()
     size = weight.shape[1] if quantisation.group_size == -1 else quantisation.group_size
     settings = copy.copy(quantisation)
@@ -143,4 +159,4 @@ def _by_group(
     quantiser.configure(perchannel=True)
     for group in weight.split(size, dim=1):  # [out_features, size]
         quantiser.find_params(group, weight=True)
-        yield quantiser.scale, quantiser.quantize(group)
+        yield quantiser.scale, quantiser.zero, quantiser.quantize(group)
