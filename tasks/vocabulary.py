@@ -190,9 +190,9 @@ def _write_configs(described: dict[str, dict[str, Any]], target: Path, keep: Ten
 
 
 def _write_weights(stage: Stage, source: Path, target: Path, keep: Tensor) -> None:
-    """Embedding and head with the kept rows; a shard with neither is passed on."""
+    """Embedding and head, its bias too, with the kept rows; a shard with neither is passed on."""
     described = families.family(dense_folder.config(source))
-    names = {f"{described.embedding}.weight", f"{described.head}.weight"}
+    names = {f"{described.embedding}.weight", f"{described.head}.weight", f"{described.head}.bias"}
     tensors = stored_tensors.StoredTensors(source)
     for path in model_files.tensors(source):
         metadata, entries = tensor_headers.header(path)

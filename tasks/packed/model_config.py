@@ -21,7 +21,7 @@ UNUSED = ("num_labels", "id2label", "label2id")
 
 def clean(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json without the entries that `skeleton` refuses, and without second spellings."""
-    dropped = UNSAFE + UNUSED + (generations.ROTARY if "rope_parameters" in config else ())
+    dropped = UNSAFE + UNUSED + generations.repeated(config)
     return {key: value for key, value in config.items() if key not in dropped and not key.startswith("_")}
 
 

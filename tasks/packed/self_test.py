@@ -44,18 +44,16 @@ def check(config: Mapping[str, Any]) -> None:
     if families.known(config) is not None:
         return
     name = inspection.inspect(config).family.architecture
-    step = "make a small model"
-    try:
-        with tempfile.TemporaryDirectory() as scratch, device.seeded(0):
-            small = _small(config)
-            for step, tried in STEPS.items():
-                if problem := tried(copy.deepcopy(small), Path(scratch)):
-                    raise InputError(f"{name} is not supported: the check `{step}` fails ({problem})")
-    except InputError:
-        raise
-    except Exception as error:  # any family can break any step in its own way
-        line = " ".join(str(error).split())[:200]
-        raise InputError(f"{name} is not supported: the check `{step}` fails ({line})") from error
+    with tempfile.TemporaryDirectory() as scratch, device.seeded(0):
+        small = None
+        for step, tried in STEPS.items():
+            try:
+                small = small or _small(config)
+                problem = tried(copy.deepcopy(small), Path(scratch))
+            except Exception as error:  # any family can break any step in its own way
+                problem = " ".join(str(error).split())[:200]
+            if problem:
+                raise InputError(f"{name} is not supported: the check `{step}` fails ({problem})")
 
 
 def _small(config: Mapping[str, Any]) -> PreTrainedModel:

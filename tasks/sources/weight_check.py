@@ -6,6 +6,7 @@ be finite. No code of the model is run, and nothing is loaded as a model.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import families
 from tasks.models import model_files, skeleton, stored_tensors
 from tasks.models.stored_tensors import some
 from tasks.sources import hub
@@ -40,14 +42,16 @@ def check_weights(folder: Path, stage: Stage) -> int:
         InputError: a tensor is missing, unexpected, of another shape or type, or holds NaN or infinity; a head that
             the config ties differs from the embedding.
     """
-    expected, tied = _expected(folder)
-    broken: list[str] = []
+    expected, tied, family = _expected(folder)
+    broken, digests = [], {}
     shapes: dict[str, tuple[int, ...]] = {}
     tables: list[torch.Tensor] = []
     with stage.progress("weights", len(expected) - len(tied) // 2) as progress:
         for name, tensor in _tensors(folder):
             shapes[name] = tuple(tensor.shape)
             tables += [tensor] if name in tied else []
+            if not tied and name.rpartition(".")[0] in (family.embedding, family.head):
+                digests[name] = _digest(tensor)
             bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(PART))
             if bad:
                 broken.append(f"{name} ({bad} of {tensor.numel()} values)")
@@ -60,17 +64,26 @@ def check_weights(folder: Path, stage: Stage) -> int:
             f"the weights hold {tied[0]} and another {tied[1]}, which config.json ties to it (tie_word_embeddings); set"
             f" that to false, or leave {tied[1]} out"
         )
+    if len(digests) > len(set(digests.values())):
+        print(f"{' and '.join(digests)} are equal: with tie_word_embeddings true in config.json one of them is stored")
     return len(shapes)
 
 
-def _expected(folder: Path) -> tuple[stored_tensors.Shapes, tuple[str, ...]]:
+def _digest(tensor: torch.Tensor) -> str:
+    found = hashlib.sha256(str(tensor.dtype).encode())
+    for part in tensor.flatten().split(PART):
+        found.update(part.view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _expected(folder: Path) -> tuple[stored_tensors.Shapes, tuple[str, ...], families.Family]:
     """Names and shapes that the config calls for; embedding and head where they are one matrix, else nothing."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = skeleton.build(config)
     except Exception as error:  # any entry of an untrusted config can be wrong in its own way
         raise InputError(f"transformers can't build the model of config.json: {hub.line(error)}") from error
-    return skeleton.stored_shapes(model), skeleton.tied(model)
+    return skeleton.stored_shapes(model), skeleton.tied(model), families.of_model(model)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

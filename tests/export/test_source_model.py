@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from tasks.algorithms.errors import InputError
 from tasks.export import source_model
 from tasks.packed.stored_model import Linear
+from tests.support.family_list import FAMILIES
+
+
+def test_a_family_that_no_format_is_written_for_is_refused(tmp_path):
+    folder = FAMILIES["OPT"].save(tmp_path / "model")
+    with pytest.raises(
+        InputError, match="OPTForCausalLM can't be exported: the formats are written for LlamaForCausalLM"
+    ):
+        source_model.read(folder)
 
 
 def test_blocks_are_the_largest_power_of_two_that_divides_a_group():

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import transformers
 from tasks.models import dense_folder, generations, model_files
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed.model_config import clean
+from tests.support.family_list import FAMILIES
 from tests.support.project import tiny_llama
 
 LLAMA3 = {
@@ -41,6 +43,27 @@ def saved(request, tmp_path: Path) -> tuple[Path, Path]:
     tokenizer.save_pretrained(plain)
     dense_folder.save_dense(dense_folder.load_dense(plain), tokenizer, ours)
     return plain, ours
+
+
+LATER = {
+    "Gemma 3": {"rope_theta": 1000000.0, "rope_scaling": None, "rope_local_base_freq": 10000.0},
+    "OLMo 3": {"rope_theta": 500000.0, "rope_scaling": None},
+    "GPT-NeoX, Pythia": {"rotary_emb_base": 10000.0, "rotary_pct": 0.25},
+    "Phi": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "StableLM": {"rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+}
+"""By what transformers 4.57 calls them in its configs of these families."""
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_families_with_rotary_embeddings_of_their_own_are_spelled_for_4(name: str) -> None:
+    config = FAMILIES[name].make().config
+    written = generations.config(config.to_dict())
+    assert LATER[name].items() <= written.items()
+    for seen in (written, {key: value for key, value in written.items() if key not in ONLY_5}):
+        assert type(config).from_dict(copy.deepcopy(seen)).rope_parameters == config.rope_parameters
+    again = clean(written)
+    assert not set(LATER[name]) & set(again) and again["rope_parameters"] == config.rope_parameters
 
 
 def logits(folder: Path) -> torch.Tensor:

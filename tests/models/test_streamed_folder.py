@@ -11,8 +11,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families, layers, matrices
+from tasks.algorithms.model import families, head, layers, matrices
 from tasks.models import dense_folder, model_files, skeleton, streamed_folder
+from tests.support.family_list import FAMILIES
 
 UP = "model.layers.2.mlp.up_proj.weight"
 KINDS = {
@@ -190,3 +191,21 @@ def test_settings_of_generation_may_be_in_the_config(model_folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 5, "bos_token_id": 3}))
     found = streamed_folder.open_dense(model_folder).generation_config
     assert found == dense_folder.load_dense(model_folder).generation_config and found.eos_token_id == 5
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "GPT-J", "Gemma 3"])
+def test_other_families_stay_on_disk_and_come_back_as_they_are(name, tmp_path):
+    folder = FAMILIES[name].save(tmp_path / "model")
+    streamed, whole = streamed_folder.open_dense(folder), dense_folder.load_dense(folder)
+    ids = torch.randint(257, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = whole(input_ids=ids).logits
+        found = head.of(streamed)(next(head.states_of(streamed, [ids])))
+    torch.testing.assert_close(found.view_as(expected), expected, rtol=1e-5, atol=1e-5)
+    with streamed_folder.writing(streamed, dense_folder.load_tokenizer(folder), tmp_path / "copy") as writer:
+        writer.copy()
+    before, after = (load_file(each / "model.safetensors") for each in (folder, tmp_path / "copy"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(stock(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)

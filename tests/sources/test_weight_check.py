@@ -94,6 +94,17 @@ def test_a_tied_matrix_may_be_stored_under_the_heads_name(make_fetch, model_fold
     assert refusal(make_fetch()).startswith("the weights lack model.embed_tokens.weight, lm_head.weight")
 
 
+def test_an_untied_head_that_is_the_embedding_is_told(make_fetch, model_folder: Path, capsys) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    rewrite(model_folder, add)
+    edit(model_folder / "config.json", tie_word_embeddings=False)
+    fetch.run(make_fetch())
+    said = "lm_head.weight and model.embed_tokens.weight are equal: with tie_word_embeddings true in config.json one of"
+    assert said in capsys.readouterr().out
+
+
 def test_an_untied_head_must_be_there(make_fetch, model_folder: Path) -> None:
     edit(model_folder / "config.json", tie_word_embeddings=False)
     assert refusal(make_fetch()).startswith("the weights lack lm_head.weight")

@@ -1,8 +1,7 @@
 """The whole DAG on a small random model in this process: the stages' own functions, with dvc.yaml's inputs and outputs.
 
 What DVC does (hashes, cache, records) and what costs seconds of every stage (a process, libraries) is left out, so that
-many models can go through all stages in one test session. As a command it prints the matrix of families and stages:
-`python -m tests.support.family_matrix [FAMILY ...]`.
+many models can go through all stages in one test session. `tests.benchmarks.families` prints the matrix.
 """
 
 from __future__ import annotations
@@ -10,20 +9,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import io
 import json
 import os
 import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import torch
-import transformers
 import vl_convert
 import yaml
 from dvc.repo import Repo
@@ -33,7 +27,7 @@ from tasks.algorithms.model import checkpoints
 from tasks.parameters import preflight, schema
 from tasks.runtime.stage import Inputs
 from tests.support import project
-from tests.support.family_list import FAMILIES, REFUSED
+from tests.support.family_list import FAMILIES
 from tests.support.paths import ROOT
 
 QUICKER = {"gptq.mse": 0.0, "gptq.descent_cycles": 1, "evaluate.new_tokens": 2}
@@ -168,28 +162,3 @@ def run(root: Path, name: str) -> Iterator[str]:
                 stack.enter_context(mock.patch.object(*target))
             (module.run if enabled else module.skip)(stage)
         yield found.address
-
-
-def main(names: list[str]) -> int:
-    """Print a line per family: the stages that it went through, or the sentence with which it is refused."""
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    failed = 0
-    for name in names or FAMILIES:
-        done: list[str] = []
-        with tempfile.TemporaryDirectory() as root:
-            try:
-                with contextlib.redirect_stdout(io.StringIO()):
-                    done.extend(run(Path(root), name))
-                said = "all stages"
-            except Exception as error:  # the matrix goes on with the next one
-                failed, said = failed + 1, f"{type(error).__name__} after {done[-1:]}: {error}"
-        print(f"| {name} | {FAMILIES[name].architecture} | {len(done)} | {said} |", flush=True)
-    for name, (architecture, sentence) in ({} if names else REFUSED).items():
-        print(f"| {name} | {architecture} | 0 | refused: {sentence} |")
-    return failed
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -8,8 +8,7 @@ model does is `self_test`'s question.
 
 from __future__ import annotations
 
-import functools
-import json
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,12 +57,18 @@ def inspect(config: Mapping[str, Any]) -> Found:
     Raises:
         InputError: transformers has no such language model, or it is built in a way that isn't known here.
     """
-    return _inspect(json.dumps({key: config[key] for key in sorted(config)}, default=str))
+    key = repr(sorted(config.items(), key=lambda item: str(item[0])))
+    if key not in _REMEMBERED:
+        _REMEMBERED[key] = _inspect(config)
+    return _REMEMBERED[key]
 
 
-@functools.lru_cache(maxsize=64)
-def _inspect(text: str) -> Found:
-    kind, own = read(json.loads(text))
+_REMEMBERED: dict[str, Found] = {}
+"""What was found, by the config."""
+
+
+def _inspect(config: Mapping[str, Any]) -> Found:
+    kind, own = read(config)
     name = kind.__name__
     model = _built(kind, own)
     path, blocks = _blocks(model, own.num_hidden_layers, name)
@@ -122,7 +127,8 @@ def read(config: Mapping[str, Any]) -> tuple[type[PreTrainedModel], Any]:
     kind = _kind(config)
     name = kind.__name__
     try:
-        own = kind.config_class.from_dict({key: value for key, value in config.items() if key != "quantization_config"})
+        entries = {key: value for key, value in config.items() if key != "quantization_config"}
+        own = kind.config_class.from_dict(copy.deepcopy(entries))  # a config may change what it is given
         for key in EXPERTS:
             if getattr(own, key, None):
                 raise InputError(f"{name} is a mixture of experts ({key} in its config), which isn't supported")

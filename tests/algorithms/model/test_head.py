@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.algorithms.model import head, rows
+from tasks.algorithms.model import head, layers, rows
 from tasks.algorithms.pruning import importance
 from tasks.algorithms.quantisation import eora_ranks
 from tasks.algorithms.recovery import training
+from tests.support.family_list import FAMILIES
 from tests.support.pruned_llama import RECIPE, attach, prune
 
 SIZES = (1, 7 * 96, 2**24)
@@ -46,6 +47,27 @@ def test_nats_are_those_of_the_model_s_own_logits(largest: int, make_model: Any,
     found = head.nats(model, ids, following)
     assert found.shape == (3, 9) and found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected.squeeze(-1), rtol=1e-5, atol=1e-5)
+
+
+CHANGED = {
+    "Gemma 3": {"final_logit_softcapping": 5.0},
+    "Cohere": {"logit_scale": 0.25},
+    "Granite": {"logits_scaling": 4.0},
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_logits_that_a_family_caps_or_scales_are_the_model_s(name: str) -> None:
+    model = FAMILIES[name].make(**CHANGED[name])
+    ids = torch.randint(257, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, states = model(input_ids=ids).logits, head.states(model, ids)
+        found = torch.cat([each for _, each in head.logits(model, states)]).view_as(expected)
+        last = layers.walk(model, ids, lambda *_: None)
+        plain = model.get_output_embeddings()(states).view_as(expected)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head.of(model)(head.finished(model, last)), expected, rtol=1e-4, atol=1e-4)
+    assert (plain - expected).abs().max() > 0.1
 
 
 def test_a_training_in_chunks_takes_the_same_steps(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
