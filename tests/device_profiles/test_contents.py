@@ -191,7 +191,7 @@ def test_plans_that_can_not_be() -> None:
         with pytest.raises(InputError, match=said):
             planned(config, plan)
     with pytest.raises(InputError, match="supported are"):
-        planned(config | {"architectures": ["GPT2LMHeadModel"]}, Plan(bits=4))
+        planned(config | {"architectures": ["LlamaWithoutEnd"]}, Plan(bits=4))
 
 
 def test_llama_in_bf16_has_its_published_size() -> None:
