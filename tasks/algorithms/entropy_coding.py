@@ -24,7 +24,7 @@ _FIRST, _SHARE, _LARGEST = 16, 4, 2**20
 _STEPS = (0, 2, 16, 128)
 """What a digit's weight grows by when it occurs. The format, too."""
 _WORD = np.dtype("<u4")
-_Model = constriction.stream.model.Categorical
+_Model = constriction.stream.model.Model
 
 
 def encode(digits: np.ndarray, base: int) -> np.ndarray:
@@ -51,10 +51,10 @@ def encode(digits: np.ndarray, base: int) -> np.ndarray:
         chunks = list(_chunks(plane.size))
         counts = np.array([np.bincount(plane[chunk], minlength=bases[place]) for chunk in chunks])
         before = np.cumsum(counts, axis=0) - counts  # [chunks, base]
-        step = min(range(len(_STEPS)), key=lambda step: _bits(counts, 1.0 + _STEPS[step] * before))
+        step = _best_step(counts, before)
         chosen |= step << 2 * place
         for chunk, seen in zip(reversed(chunks), reversed(before), strict=True):
-            coder.encode_reverse(plane[chunk].astype(np.int32), _Model(1.0 + _STEPS[step] * seen, perfect=False))
+            coder.encode_reverse(plane[chunk].astype(np.int32), _model(1.0 + _STEPS[step] * seen, _STEPS[step]))
     code = np.trim_zeros(coder.get_compressed().astype(_WORD).view(np.uint8), "b")
     return np.concatenate([np.array([chosen], np.uint8), code])
 
@@ -83,9 +83,13 @@ def decode(data: np.ndarray, count: int, base: int) -> np.ndarray:
     for place, own in enumerate(bases):
         weights, step = np.ones(own), _STEPS[data[0] >> 2 * place & 3]
         for chunk in _chunks(count):
-            found = coder.decode(_Model(weights, perfect=False), chunk.stop - chunk.start)
-            digits[chunk] |= found.astype(kind) << kind(8 * place)
-            weights += step * np.bincount(found, minlength=own)
+            found = coder.decode(_model(weights, step), chunk.stop - chunk.start)
+            if place:
+                digits[chunk] |= found.astype(kind) << kind(8 * place)
+            else:
+                digits[chunk] = found
+            if step:
+                weights += step * np.bincount(found, minlength=own)
     if not coder.is_empty() or (len(bases) > 1 and int(digits.max()) >= base):
         raise damaged
     return digits
@@ -110,6 +114,13 @@ def _bases(base: int) -> list[int]:
     return found
 
 
+def _model(weights: np.ndarray, step: int) -> _Model:
+    """The distribution of a chunk."""
+    if not step:
+        return constriction.stream.model.Uniform(weights.size)
+    return constriction.stream.model.Categorical(weights, perfect=False)
+
+
 def _plane(digits: np.ndarray, place: int) -> np.ndarray:
     """Byte `place` of each digit."""
     return digits if digits.itemsize == 1 else (digits >> digits.dtype.type(8 * place)).astype(np.uint8)
@@ -126,3 +137,9 @@ def _chunks(count: int) -> Iterator[slice]:
 def _bits(counts: np.ndarray, weights: np.ndarray) -> float:
     """What the code takes of chunks with these counts, coded by these weights: [chunks, base] both."""
     return -float((counts * np.log2(weights / weights.sum(axis=1, keepdims=True))).sum())
+
+
+def _best_step(counts: np.ndarray, before: np.ndarray) -> int:
+    """The place in `_STEPS` of what takes least; uniform, which is decoded in half of the time, for 0.1 % more."""
+    bits = [_bits(counts, 1.0 + step * before) for step in _STEPS]
+    return int(np.argmin([0.999 * bits[0], *bits[1:]]))
