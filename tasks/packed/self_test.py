@@ -29,6 +29,8 @@ from tasks.packed import reader, source_folder, writer
 
 VOCABULARY, WIDE, HEAD, KEPT = 64, 256, 32, 2
 """Of the small model: tokens; values of the hidden states up to which they aren't cut; values of a head; blocks."""
+LARGEST = 2**28
+"""Weights of what is tried: the config is untrusted."""
 TOLERANCE = 1e-4
 """Of the largest logit: other orders of sums."""
 INNER = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
@@ -68,14 +70,17 @@ def _small(config: Mapping[str, Any]) -> PreTrainedModel:
         with torch.device("meta"):
             whole = kind._from_config(copy.deepcopy(own))
         own = depth_prune.without(whole, range(1, shape.layers - 1)).config
+    sides = shape.linears.values()
     for each in (_narrow(own, shape, HEAD), _narrow(own, shape, None), own):
         try:
             found = inspection.inspect({**each.to_dict(), "architectures": [kind.__name__]})
         except InputError:
             continue
         if found.family.linears == shape.family.linears:
-            own = each
+            own, sides = each, found.linears.values()
             break
+    if KEPT * sum(rows * columns for rows, columns in sides) > LARGEST:
+        raise InputError(f"two blocks have more than {LARGEST} weights, and can't be cut down")
     model = kind._from_config(own, dtype=torch.float32)
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn_like(weight) if weight.ndim == 1 else 0.02 * torch.randn_like(weight)

@@ -1,8 +1,8 @@
 """What can be known before any weight is read: does every enabled stage work with this model, on this machine?
 
 From params.yaml and the model's config.json alone, in a fraction of a second, so that a value that would break the
-last stage stops the first one. All problems are reported at once. It reads no weights, downloads nothing and imports no
-torch.
+last stage stops the first one. All problems are reported at once. It reads no weights, downloads nothing and, for the
+families that are known by heart, imports no torch.
 What memory and disk the stages need is estimated by `needs`.
 """
 

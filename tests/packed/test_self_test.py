@@ -33,6 +33,12 @@ def test_a_large_model_is_cut_down():
     assert sum(weight.numel() for weight in small.parameters()) < 2**20
 
 
+def test_a_model_that_stays_too_large_is_refused(monkeypatch):
+    monkeypatch.setattr(self_test, "LARGEST", 1000)
+    with pytest.raises(InputError, match="two blocks have more than 1000 weights, and can't be cut down"):
+        self_test.check(config("GPT-2"))
+
+
 def test_an_attention_that_depends_on_its_place_is_refused():
     with pytest.raises(InputError, match="without a block it says what it says where that does nothing"):
         self_test.check(config("GPT-2", scale_attn_by_inverse_layer_idx=True))
