@@ -83,7 +83,7 @@ def test_a_family_goes_through_the_whole_dag(name, tmp_path):
     tied = original.get_input_embeddings().weight is original.get_output_embeddings().weight
     shipped = reader.load_model(data / "package/model")
     assert (shipped.get_input_embeddings().weight is shipped.get_output_embeddings().weight) == tied
-    scores = [json.loads((data / f"evaluate/{each}/metrics.json").read_text()) for each in ("eora", "package")]
+    scores = [json.loads((data / f"evaluate/{each}/metrics.json").read_text()) for each in ("qad", "package")]
     assert scores[0]["perplexity"] == scores[1]["perplexity"]
 
 

@@ -56,6 +56,7 @@ def tiny_model(tmp_path_factory, tiny_llama):
 def project(tmp_path_factory, tiny_model):
     """The project after one `dvc repro`."""
     made = Project(tmp_path_factory.mktemp("project"), tiny_model)
+    made.change({"qad.enabled": True, "qad.steps": 2, "qad.batch": 2, "qad.length": 64})
     assert ran(made.repro().stdout) == STAGES
     return made
 
@@ -106,18 +107,18 @@ def test_a_clone_without_a_cache_gives_the_same_bytes_and_stays_clean(project, t
 
 
 def test_stages_that_are_off_pass_the_same_files_on_without_taking_space(project) -> None:
-    off = ("depth_prune", "wanda", "lora", "gptq", "eora", "package", "hardware_fit")  # vocabulary already is
+    off = ("depth_prune", "wanda", "lora", "gptq", "eora", "qad", "package", "hardware_fit")  # vocabulary already is
     before = project.lock()
     project.change({f"{name}.enabled": False for name in off})
     try:
         project.repro()
-        paths = [project.path / f"data/{name}/model/model.safetensors" for name in off[:6]]
+        paths = [project.path / f"data/{name}/model/model.safetensors" for name in off[:7]]
         assert len({path.stat().st_ino for path in paths}) == 1  # one file, whatever the number of stages
-        folders = [project.path / f"data/{name}/model" for name in ("fetch", "vocabulary", *off[:5], "baseline_lora")]
+        folders = [project.path / f"data/{name}/model" for name in ("fetch", "vocabulary", *off[:6], "baseline_lora")]
         contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
         assert all(content == contents[0] for content in contents)
         fetched, last = (
-            json.loads((project.path / f"data/evaluate/{name}/metrics.json").read_text()) for name in ("fetch", "eora")
+            json.loads((project.path / f"data/evaluate/{name}/metrics.json").read_text()) for name in ("fetch", "qad")
         )
         assert fetched["perplexity"] == last["perplexity"]
     finally:
@@ -271,12 +272,12 @@ for name in ("fetch", "depth_prune", "wanda", "lora"):
 import os
 os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
 from gptqmodel import GPTQModel, BACKEND
-for name in ("gptq", "eora"):
+for name in ("gptq", "eora", "qad"):
     model = GPTQModel.load(f"data/{name}/model", backend=BACKEND.GPTQ_TORCH, device="cpu")
     print(name, model.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=3, pad_token_id=0).shape)
 """
     output = project(sys.executable, "-c", code).stdout
-    assert output.count("torch.Size([1, 6])") == 6
+    assert output.count("torch.Size([1, 6])") == 7
 
 
 def test_the_package_computes_what_the_model_that_went_in_computes(project) -> None:
@@ -284,7 +285,7 @@ def test_the_package_computes_what_the_model_that_went_in_computes(project) -> N
 from pathlib import Path
 import torch
 from tasks.runners import any_folder
-packed, unpacked = (any_folder.load_model(Path(f"data/{name}/model")) for name in ("package", "eora"))
+packed, unpacked = (any_folder.load_model(Path(f"data/{name}/model")) for name in ("package", "qad"))
 ids = torch.arange(60).reshape(2, 30)
 with torch.no_grad():
     print("equal", torch.equal(packed(ids).logits, unpacked(ids).logits))

@@ -30,7 +30,15 @@ from tests.support import project
 from tests.support.family_list import FAMILIES
 from tests.support.paths import ROOT
 
-QUICKER = {"gptq.mse": 0.0, "gptq.descent_cycles": 1, "evaluate.new_tokens": 2}
+QUICKER = {
+    "gptq.mse": 0.0,
+    "gptq.descent_cycles": 1,
+    "qad.enabled": True,
+    "qad.steps": 2,
+    "qad.batch": 2,
+    "qad.length": 32,
+    "evaluate.new_tokens": 2,
+}
 """Of the parameters what takes most of the time of a tiny model: the search of scales."""
 LEFT_OUT = ("code", "corpus", "base_model")
 """Stages that know no model."""

@@ -113,6 +113,7 @@ SMALL = {
     "gptq.group_size": 32,
     "eora.rank": 4,
     "eora.budget_bytes": None,
+    "qad.enabled": False,  # on in tests/pipeline
     "evaluate.length": 64,
     "evaluate.stride": 64,
     "evaluate.max_windows": 4,
