@@ -51,6 +51,9 @@ ROUNDS = 6
 """How often the model is quantised, at most, until its size is near the limit."""
 NEAR = 0.005
 """Share of the limit that may stay unused."""
+SPREAD = 0.003
+"""Share of the limit by which training its codes makes an entropy-coded file longer, a little more than the built-in's
+0.0021: training is what takes long, and a file that comes out a little too long is trained again."""
 
 
 def run(stage: Stage) -> None:
@@ -71,7 +74,7 @@ def run(stage: Stage) -> None:
     choices = block_quantisation.choices(harm, block_quantisation.shapes(start), {}, "dense", chosen)
     if stage.params.package.coding == "entropy":
         choices = choices._replace(sizes=coded_sizes.of_linears(start, chosen, stage.params.device))
-        widths = plan_coded(stage, choices, coded, limit)
+        widths = plan_coded(stage, choices, coded, limit - expected_growth(stage, limit))
     else:
         widths = plan(stage, choices, start, coded, limit)
     del start
@@ -150,12 +153,20 @@ class _Aim:
         trained: widths of the models whose codes were trained.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.growth = limit, 0
+    def __init__(self, limit: int, growth: int) -> None:
+        self.limit, self.growth = limit, growth
         self.trained: list[Mapping[str, int]] = []
 
-    def near(self, size: int) -> bool:
-        return 0 <= self.limit - size <= NEAR * self.limit
+    def near(self, size: int, widths: Mapping[str, int]) -> bool:
+        """Whether a model of these widths may stay as it is."""
+        unused = NEAR + (SPREAD if widths in self.trained else 0.0)
+        return 0 <= self.limit - size <= unused * self.limit
+
+
+def expected_growth(stage: Stage, limit: int) -> int:
+    """Bytes by which training its codes will make the file longer, about."""
+    coded = stage.params.qad.enabled and stage.params.package.coding == "entropy"
+    return round(SPREAD * limit) if coded else 0
 
 
 def fit(
@@ -172,13 +183,13 @@ def fit(
         limit: bytes of model.safetensors and model.json.
         widths: the bits to begin with.
     """
-    aim, least = _Aim(limit), _total(choices, _narrowest(choices))
+    aim, least = _Aim(limit, expected_growth(stage, limit)), _total(choices, _narrowest(choices))
     found: dict[int, dict[str, int]] = {}  # bytes -> widths
     written = None
     while len(found) < ROUNDS:
         size, anew = _round(stage, len(found), widths, coded, aim)
         found[size], written = widths, widths if anew else None
-        if aim.near(size):
+        if aim.near(size, widths):
             break
         widths = choices.within(max(least, _total(choices, widths) + limit - size))
         if widths in found.values():
@@ -257,7 +268,7 @@ def quantise(
         size = shipped_bytes(target)
         if not stage.params.qad.enabled:
             return size
-        if aim and not aim.near(size + aim.growth):
+        if aim and not aim.near(size + aim.growth, widths):
             return size + aim.growth
         from tasks.compression import qad_training  # here, as it imports PEFT
 

@@ -34,7 +34,7 @@ def test_the_project_s_own_values_for_the_built_in_model() -> None:
     """Those that were chosen on it, in the days when params.yaml named them."""
     params = settled(BUILT_IN)
     assert (params.wanda.keep, params.evaluate.max_windows) == (2, 60)
-    assert (params.depth_prune.remove, params.lora.steps, params.lora.learning_rate) == (2, 100, 0.01)
+    assert (params.depth_prune.remove, params.lora.steps, params.lora.learning_rate) == (2, 90, 0.01)
     assert rules.settle(schema.parse(RAW, "params.yaml").eora, shape(BUILT_IN | {"num_hidden_layers": 10}), "cpu") == (
         schema.parse(RAW, "").eora.model_copy(update={"budget_bytes": 8000})
     )
@@ -64,7 +64,7 @@ def test_larger_models_get_smaller_rates_and_no_more_steps() -> None:
     found = [settled(config).lora for config in (BUILT_IN, SMOLLM2_135M, LLAMA_1B, LLAMA_8B)]
     rates, steps = [own.learning_rate for own in found], [own.steps for own in found]
     assert rates == sorted(set(rates), reverse=True) and steps == sorted(set(steps), reverse=True)
-    assert {settled(config, device="cuda").lora.steps for config in (BUILT_IN, LLAMA_8B)} == {100}
+    assert {settled(config, device="cuda").lora.steps for config in (BUILT_IN, LLAMA_8B)} == {90}
 
 
 def test_a_text_that_is_neither() -> None:
