@@ -176,6 +176,10 @@ BAD = [
     ({"importance.enabled": False}, "params.yaml: importance is switched off, but depth_prune needs its scores"),
     ({"gptq.enabled": False}, "params.yaml: gptq is switched off, but eora compensates its error: switch eora off too"),
     (
+        {"gptq.enabled": False, "eora.enabled": False},
+        "params.yaml: gptq is switched off, but qad trains its codes: switch qad off too",
+    ),
+    (
         {"importance.windows": 11, "calibrate.windows": 10},
         "params.yaml: importance.windows = 11 is above calibrate.windows = 10",
     ),

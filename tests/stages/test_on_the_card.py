@@ -19,6 +19,7 @@ from tests.support import fake_card, project
 from tests.support.paths import ROOT
 
 LORA = {"lora.steps": 2}
+QAD = {"qad.enabled": True, "qad.steps": 2, "qad.batch": 2, "qad.length": 32}
 CASES = {
     "calibrate": ("calibrate", {}),
     "importance": ("importance", {}),
@@ -38,8 +39,10 @@ CASES = {
     "gptq, budget": ("gptq", {"gptq.budget_bytes": 60000}),
     "eora": ("eora", {}),
     "eora, budget": ("eora", {"eora.rank": None, "eora.budget_bytes": 4000, "eora.teacher": "fetch"}),
+    "qad": ("qad", QAD),
     "sensitivity": ("sensitivity", {}),
     "baseline": ("baseline", {}),
+    "baseline, trained codes": ("baseline", QAD),
     "evaluate, dense": ("evaluate@wanda", {}),
     "evaluate, quantised": ("evaluate@eora", {}),
     "evaluate, packed": ("evaluate@package", {}),
