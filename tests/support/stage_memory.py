@@ -85,9 +85,9 @@ VALUES = {
     "eora.rank": 8,
     "eora.budget_bytes": None,
     "qad.enabled": True,
-    "qad.steps": 1,
-    "qad.batch": 4,
-    "qad.length": 256,
+    "qad.steps": 2,  # AdamW has its moments from the second on
+    "qad.batch": 1,
+    "qad.length": 128,
     "evaluate.length": 256,
     "evaluate.stride": 256,
     "evaluate.max_windows": 4,
