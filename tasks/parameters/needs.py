@@ -35,6 +35,8 @@ AHEAD, TARGETS = 32, 2**28
 """Steps whose targets wait in memory for a training (`tasks.algorithms.recovery.targets`), and their bytes, at most."""
 WIDENED = 1.5
 """What a head of a shorter type takes while it is in fp32, and multiplied with (1.6 GiB for 1.0 at 128,256 x 2,048)."""
+COPIED = 2.5
+"""Tables in fp32 that quantising the embedding takes beside it (2.2 to 3.2 were measured at 32,768 x 256)."""
 GAPS = 0.2
 """Of a block's bytes in fp32: what glibc's heap keeps per block that is computed anew (41 MiB of 232)."""
 BATCH = 4
@@ -224,7 +226,7 @@ def _embedding_memory(params: Params, model: ModelShape) -> int:
     """Bytes beside the model while its embedding is quantised: hidden states of the calibration, then its copies."""
     if params.gptq.embedding.bits == 16:
         return 0
-    return max(_walk(params, model), 2 * _table(model))
+    return max(_walk(params, model), int(COPIED * _table(model)))
 
 
 def _sensitivity_memory(params: Params, model: ModelShape) -> int:
