@@ -58,7 +58,9 @@ LIGHT = (
 def skip(name: str, folder: Path) -> list[str]:
     model = folder / "wanda/model"
     model.mkdir(parents=True)
-    (model / "config.json").write_text(json.dumps({"num_hidden_layers": 4, "vocab_size": 2}), encoding="utf-8")
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 4, "vocab_size": 2}
+    config |= {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (model / "tokenizer.json").write_text("{}", encoding="utf-8")
     header = json.dumps(
         {"model.embed_tokens.weight": {"dtype": "U8", "shape": [2, 1], "data_offsets": [0, 2]}}

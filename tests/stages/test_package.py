@@ -55,7 +55,9 @@ def make_package(tmp_path: Path, make_stage, pruned_folder: Path):
     for name in ("embedding.safetensors", "adapter.safetensors"):
         inputs[name] = tmp_path / name
         tensor_files.save_tensors(inputs[name], {}, {"bits": "16", "group_size": "-1"})
-    chosen = {name: getattr(sections, name) for name in ("package", "depth_prune", "wanda", "lora", "gptq", "eora")}
+    chosen = {
+        name: getattr(sections, name) for name in ("package", "depth_prune", "wanda", "lora", "gptq", "eora", "qad")
+    }
 
     def make(out="out", enforce=True, coding="fixed"):
         chosen["package"] = sections.package.model_copy(update={"coding": coding})
@@ -98,7 +100,7 @@ def test_what_went_in_comes_out_and_the_manifest_describes_every_file(make_packa
     assert lineage["source"] == {"model": "here"}
     assert lineage["parameters"]["wanda"] == stage.params.wanda.model_dump()
     assert lineage["parameters"]["depth_prune"]["remove"] == 1  # as it was, though params.yaml says auto
-    assert "auto" not in json.dumps(lineage) and lineage["parameters"]["lora"]["steps"] == 200
+    assert "auto" not in json.dumps(lineage) and lineage["parameters"]["lora"]["steps"] == 90
     assert lineage["inputs"]["removed.json"] == hashlib.sha256(b'{"removed": [3]}').hexdigest()
 
 

@@ -63,7 +63,7 @@ SLOW = {"measure": (), "sensitivity": ("layers",), "baseline": ("layers",)}
 SHAPES: dict[str, dict[str, int]] = {
     "layers": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "vocab_size": 1024},
     "width": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 1024},
-    "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 32768},
+    "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 16384},
 }
 """Sizes of the random models: many layers, wide ones, a large vocabulary."""
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 512}
@@ -88,6 +88,7 @@ VALUES = {
     "qad.steps": 2,  # AdamW has its moments from the second on
     "qad.batch": 1,
     "qad.length": 128,
+    "package.coding": "fixed",
     "evaluate.length": 256,
     "evaluate.stride": 256,
     "evaluate.max_windows": 4,
