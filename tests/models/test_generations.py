@@ -16,17 +16,9 @@ import transformers
 from tasks.models import dense_folder, generations, model_files
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed.model_config import clean
-from tests.support.family_list import FAMILIES
+from tests.support.family_list import FAMILIES, LLAMA3
 from tests.support.project import tiny_llama
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 ONLY_5 = ("rope_parameters", "dtype")
 IDS = torch.arange(120).unsqueeze(0)
 

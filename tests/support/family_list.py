@@ -62,6 +62,14 @@ class Listed:
         return folder
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 _GATED = {"intermediate_size": 96, "num_key_value_heads": 2, "tie_word_embeddings": True}
 _PLAIN = {"intermediate_size": 128, "tie_word_embeddings": False}
 _HEADS = {"head_dim": 32}
@@ -93,14 +101,7 @@ FAMILIES: dict[str, Listed] = {
         "LlamaForCausalLM",
         {
             **_GATED,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
+            "rope_parameters": LLAMA3,
         },
     ),
     "Mistral": Listed("MistralForCausalLM", {**_GATED, "sliding_window": 16}),

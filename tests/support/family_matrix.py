@@ -26,6 +26,7 @@ from tasks.algorithms.errors import InputError
 from tasks.algorithms.model import checkpoints
 from tasks.parameters import preflight, schema
 from tasks.runtime.stage import Inputs
+from tests.benchmarks import chain
 from tests.support import project
 from tests.support.family_list import FAMILIES
 from tests.support.paths import ROOT
@@ -131,13 +132,7 @@ def parameters(model: Path, corpora: dict[str, Path], **changes: Any) -> schema.
         **{f"fetch.corpora.{name}.path": str(path) for name, path in corpora.items()},
         **changes,
     }
-    for key, value in values.items():
-        *parents, last = key.split(".")
-        section = raw
-        for parent in parents:
-            section = section[parent]
-        section[last] = value
-    return schema.parse(raw, "params.yaml")
+    return schema.parse(chain.changed(raw, values), "params.yaml")
 
 
 def run(root: Path, name: str) -> Iterator[str]:

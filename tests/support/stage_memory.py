@@ -32,6 +32,7 @@ from tasks.algorithms.model import checkpoints
 from tasks.parameters import needs, preflight, rules, schema
 from tasks.runtime import processes
 from tasks.runtime.stage import Inputs
+from tests.benchmarks import chain as chains
 from tests.support import project
 from tests.support.paths import ROOT
 
@@ -106,13 +107,7 @@ VALUES = {
 def parameters(changed: dict[str, Any] | None = None) -> schema.Params:
     """Those of params.yaml with `VALUES`, and others."""
     raw = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    for key, value in (VALUES | (changed or {})).items():
-        *sections, last = key.split(".")
-        place = raw
-        for section in sections:
-            place = place[section]
-        place[last] = value
-    return schema.parse(raw, "params.yaml")
+    return schema.parse(chains.changed(raw, VALUES | (changed or {})), "params.yaml")
 
 
 class MeasuredStage(Inputs):
