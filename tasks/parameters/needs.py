@@ -29,7 +29,7 @@ ACTIVATIONS = (9, 4)
 """Values kept for a backward pass per token and layer, in units of the hidden and of the MLP size."""
 KEPT = {True: 1.05, False: 1.3}
 """What they take of memory, by whether the adapters are masked: plain ones make more that is dropped."""
-SCATTERED, GIVEN_BACK = 0.7, 2**28
+SCATTERED, GIVEN_BACK = 0.7, 5 * 2**25
 """Gaps in glibc's heap among what is kept for a backward pass, in units of it, and in bytes at most: of a large heap
 what is free is given back after each step (`tasks.algorithms.model.heap`)."""
 KEEPING = 0.4
@@ -206,7 +206,7 @@ def _kv_cache_memory(params: Params, model: ModelShape) -> int:
 
 def _harness_memory(params: Params, model: ModelShape) -> int:
     tokens = batches.most_tokens(min(longest_document(params), model.context or UNLIMITED), params.harness.batch)
-    return _asked(model, _logits(model, tokens) + _forward(model, tokens))
+    return _asked(model, _logits(model, tokens, 4) + _forward(model, tokens))
 
 
 def longest_document(params: Params) -> int:
