@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     from tasks.runtime.stage import Stage
 
 
+class Distilled(NamedTuple):
+    """The training's history, and the share of the codes that are others now."""
+
+    history: list[dict[str, float]]
+    moved: float
+
+
 def distil(
     stage: Stage,
     source: Path,
@@ -38,8 +45,8 @@ def distil(
     kept: Sequence[int],
     masks: Path | None = None,
     saved: checkpoints.Saved = checkpoints.NOTHING,
-) -> list[dict[str, float]]:
-    """Train the codes of `source` by the parameters of `qad`, write them to `folder`; returns the training's history.
+) -> Distilled:
+    """Train the codes of `source` by the parameters of `qad`, and write them to `folder`.
 
     Args:
         stage: with params.qad, and as inputs vocabulary/model (the teacher) and fetch/corpora.
@@ -61,9 +68,7 @@ def distil(
     model, teacher = _opened(source, masks, dense, stage.params.device), None
     if params.distillation.weight > 0 or params.distillation.hidden > 0:
         teacher = training_inputs.teacher(stage.input("vocabulary/model"), model, kept)
-    free = needs.available_memory()
-    if model.device.type == "cuda" and torch.cuda.is_available():
-        free = torch.cuda.mem_get_info(model.device)[0]
+    free = training_inputs.free_memory(model.device)
     with stage.progress("qad", params.steps) as bar:
         history = training.train(
             qad.trainable(model),
@@ -75,21 +80,14 @@ def distil(
             saved=saved,
             checkpointing=needs.qad(params, shape_of_model(model), free).checkpointing,
         )
+    total, moved = 0, 0
     with gptq_tensors.recoding(source, folder) as write:
         for name, grid in qad.grids(model).items():
-            write(name, grid.codes())
-    return history
-
-
-def moved(before: Path, after: Path) -> float:
-    """The share of two folders' codes that differ."""
-    ours, others = source_folder.read(before).blocks, source_folder.read(after).blocks
-    total, different = 0, 0
-    for block, other in zip(ours, others, strict=True):
-        for name, linear in block.items():
-            total += linear.codes.numel()
-            different += int((linear.codes != other[name].codes).sum())
-    return different / total
+            codes = grid.codes()
+            write(name, codes)
+            total += codes.numel()
+            moved += int((codes != grid.start.codes.to(codes.device)).sum())
+    return Distilled(history, moved / total)
 
 
 def _opened(source: Path, masks: Path | None, dense: Path, device: str) -> PreTrainedModel:
