@@ -256,19 +256,20 @@ def _refuse(what: str, why: str) -> None:
 
 
 def _period(own: Any, row: Row, shape: ModelShape) -> int:
-    """Every how many blocks attention has no window; 0 where none has one.
+    """Every how many blocks attention has no window; 0 of a family in which the engine has none.
+
+    Whether a window is shorter than the context doesn't count: a block that has one can have another rotary embedding.
 
     Raises:
         InputError: the engine has no window for the family, or not in these blocks.
     """
-    windows = source_model.windows(own)
-    if not any(windows):
-        return 0
     if not row.windows:
-        _refuse(f"a sliding window of {own.sliding_window} tokens", f"llama.cpp's {row.name} has none")
-    whole = [index for index, windowed in enumerate(windows) if not windowed]
+        if any(source_model.windows(own)):
+            _refuse(f"a sliding window of {own.sliding_window} tokens", f"llama.cpp's {row.name} has none")
+        return 0
+    whole = [index for index, kind in enumerate(own.layer_types) if kind != inspection.SLIDING]
     period = whole[0] + 1 if whole else shape.layers + 1
-    if whole != list(range(period - 1, shape.layers, period)) or row.windows not in (1, period):
+    if whole != list(range(period - 1, shape.layers, period)) or row.windows not in (1, period) or period == 1:
         _refuse(f"attention without a window in the blocks {whole}", f"llama.cpp's {row.name} wants a fixed distance")
     return period
 

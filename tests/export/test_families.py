@@ -16,7 +16,7 @@ from tasks.runners import engines
 from tests.support import random_package
 from tests.support.command import edgepress
 from tests.support.exports import needs_engine, needs_writer
-from tests.support.family_list import FAMILIES, LLAMA3
+from tests.support.family_list import CONTEXT, FAMILIES, LLAMA3
 
 gguf_families = pytest.importorskip("tasks.export.gguf_families")
 onnx_families = pytest.importorskip("tasks.export.onnx_families")
@@ -41,6 +41,9 @@ LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 STRETCHED = [
     ("gguf-f32", "Qwen 3", {"rope_parameters": LINEAR}),
     ("gguf-f32", "Gemma 3", {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": _PLAIN}}),
+    ("gguf-f32", "Gemma 3", {"sliding_window": CONTEXT}),
+    ("gguf-f32", "Gemma 2", {"sliding_window": CONTEXT}),
+    ("onnx-int4", "Gemma 3", {"sliding_window": CONTEXT}),
     ("gguf-f32", "GPT-NeoX, Pythia", {"use_parallel_residual": False}),
 ]
 """Other configs of a family, which the engine computes, too."""
@@ -134,6 +137,7 @@ NOT_IN_GGUF = [
     ("Gemma 3", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar = 16 of Gemma3ForCausalLM"),
     ("Gemma 3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 of Gemma3ForCausalLM"),
     ("Gemma 3", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}, r"in the blocks \[0\]"),
+    ("Gemma 3", {"layer_types": ["full_attention"] * 3}, r"in the blocks \[0, 1, 2\]"),
     ("Phi-3", {"sliding_window": 16}, "a sliding window of 16 tokens"),
     ("Falcon, new decoder", {}, "new_decoder_architecture = True of FalconForCausalLM"),
     ("Mistral", {"sliding_window": 16}, "a sliding window of 16 tokens"),
