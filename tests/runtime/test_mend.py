@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dvc.repo import Repo
 
 from tasks.algorithms.errors import InputError
 from tasks.runtime import locks, mend
@@ -59,7 +60,8 @@ def made(made_once, tmp_path, monkeypatch):
     """The working folder: two stages that have run."""
     path = shutil.copytree(made_once, tmp_path / "project")
     monkeypatch.chdir(path)
-    dvc("checkout", "--relink", "-q")
+    with Repo() as repo:
+        repo.checkout(relink=True)
     return path
 
 

@@ -10,6 +10,14 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
+START = f"""
+import sys
+sys.path.append({str(ROOT)!r})
+from tasks.runtime import warm
+if (code := warm.run("make")) is not None:
+    sys.exit(code)
+"""
+"""Of make.py: with the test session's warm process, which has DVC in memory, the rest runs in that one's child."""
 MAKE = '''
 """make.py NAME OUT TEXT: writes OUT, then the stage's record as tasks.runtime.execution does; says so in ran.txt."""
 import json, sys, time
@@ -84,7 +92,7 @@ stages:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1", "GIT_CONFIG_GLOBAL": os.devnull}
+    return os.environ | {"DVC_NO_ANALYTICS": "1", "GIT_CONFIG_GLOBAL": os.devnull}
 
 
 def call(*arguments: str, cwd: Path) -> None:
@@ -98,7 +106,7 @@ def create(root: Path) -> None:
     Stage `speed` notes a time in its record, which `report` writes down: as `measure` and `report` of the project.
     """
     (root / ".gitignore").write_text("/data/*\n!/data/lineage/\n/data/lineage/here\n/ran.txt\n__pycache__\n")
-    (root / "make.py").write_text(MAKE)
+    (root / "make.py").write_text(START + MAKE)
     (root / "tasks/parts").mkdir(parents=True)
     (root / "tasks/corpus.py").write_text("from tasks.parts import answer\n")
     (root / "tasks/train.py").write_text("answer = 43\n")
