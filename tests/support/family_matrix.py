@@ -145,7 +145,7 @@ def run(root: Path, name: str, **changes: Any) -> Iterator[str]:
     Args:
         changes: dotted names of parameters, and their values.
     """
-    model, corpora = FAMILIES[name].save(root / "source/model"), project.short_corpora(root / "source")
+    model, corpora = FAMILIES[name].save(root / "source/model"), project.short_corpora(root / "source", documents=16)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     params = parameters(model, corpora, **changes)
     try:
