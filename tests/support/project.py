@@ -132,11 +132,11 @@ QUICK = {key: value for key, value in SMALL.items() if not key.startswith("fetch
 """Of SMALL what is no path."""
 
 
-def short_corpora(folder: Path) -> dict[str, Path]:
-    """Write four short texts that don't overlap; returns split -> .jsonl file."""
+def short_corpora(folder: Path, documents: int = 60) -> dict[str, Path]:
+    """Write four short texts that don't overlap, at most 190 documents each; returns split -> .jsonl file."""
     paths = {}
     for name, first in (("train", 0), ("calibration", 500), ("test", 700), ("test_ood", 900)):
-        rows = [{"text": "".join(DOCUMENT.format(n=first + row + i) for i in range(8))} for row in range(60)]
+        rows = [{"text": "".join(DOCUMENT.format(n=first + row + i) for i in range(8))} for row in range(documents)]
         paths[name] = folder / f"{name}.jsonl"
         paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return paths
