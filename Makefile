@@ -26,7 +26,11 @@ install-dev: .venv/installed-dev
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-test: install-dev lint
+.venv/transformers4: tests/support/transformers4.txt .venv/installed-dev
+	.venv/bin/python -m pip install --quiet --upgrade --no-deps --target $@ --requirement $<
+	touch $@
+
+test: install-dev .venv/transformers4 lint
 	$(PYTEST)
 
 test-fast: install-dev

@@ -12,7 +12,7 @@ bytes: source, parameters of every stage, hashes. When, where and by which packa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +55,7 @@ def run(stage: Stage) -> None:
     copy_tokenizer(source, folder)
     if coding == "entropy":
         tokenizer_archive.pack(folder)
-    check_lossless(folder, model.blocks)
-    shipped = (linears for _, linears in reader.stream(folder))
-    table = _ledger(shipped, keep, pattern)
+    table = _ledger(lossless(folder, model.blocks), keep, pattern)
     sparsity_ledger.write(table, stage.output("sparsity.csv"))
     manifest = _manifest(stage, folder, pattern if holds else "dense", len(keep) if holds else 0)
     write_manifest(folder, manifest)
@@ -76,8 +74,8 @@ def skip(stage: Stage) -> None:
     sparsity_ledger.write_empty(stage.output("sparsity.csv"))
 
 
-def check_lossless(folder: Path, blocks: Iterable[Mapping[str, Linear]]) -> None:
-    """Compare a packed folder's linears with what was packed, bit by bit, one block in memory.
+def lossless(folder: Path, blocks: Iterable[Mapping[str, Linear]]) -> Iterator[dict[str, Linear]]:
+    """A packed folder's blocks, one after another, each compared with what was packed, bit by bit.
 
     Raises:
         RuntimeError: they differ, which is a bug in the format.
@@ -86,6 +84,7 @@ def check_lossless(folder: Path, blocks: Iterable[Mapping[str, Linear]]) -> None
         for name, linear in given.items():
             if not shipped[name].values().equal(linear.values()) or shipped[name].rank != linear.rank:
                 raise RuntimeError(f"{name} of block {index} is not what was packed into {folder}")
+        yield shipped
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

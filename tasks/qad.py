@@ -25,14 +25,14 @@ def run(stage: Stage) -> None:
     """
     source, target, masks = stage.model_in, stage.output("qad/model"), stage.input("masks.safetensors")
     kept = json.loads(stage.input("removed.json").read_text(encoding="utf-8"))["kept"]
-    history = qad_training.distil(stage, source, target, stage.input("lora/model"), kept, masks, stage.journal)
-    training_inputs.write_history(history, stage.output("history.csv"))
+    found = qad_training.distil(stage, source, target, stage.input("lora/model"), kept, masks, stage.journal)
+    training_inputs.write_history(found.history, stage.output("history.csv"))
     keep = mask_files.StoredMasks(masks)
     weights = ({name: weight for name, (_, weight) in block.items()} for block in gptq_folder.stored_linears(target))
     table = sparsity_ledger.ledger_of_blocks(weights, keep, keep.pattern)
     sparsity_ledger.check(table, "qad", stage.params.wanda.enforce)
     sparsity_ledger.write(table, stage.output("sparsity.csv"))
-    print(f"{qad_training.moved(source, target):.2%} of the codes have moved")
+    print(f"{found.moved:.2%} of the codes have moved")
 
 
 def skip(stage: Stage) -> None:

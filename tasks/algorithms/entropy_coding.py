@@ -99,7 +99,8 @@ def information(digits: np.ndarray, base: int) -> float:
     """Return the bits of order-0 entropy of digits below `base`; above a byte the sum over their bytes."""
     digits, bits = digits.reshape(-1), 0.0
     for place, own in enumerate(_bases(base)):
-        counts = np.bincount(_plane(digits, place), minlength=own)
+        pieces = (digits[start : start + _LARGEST] for start in range(0, digits.size, _LARGEST))
+        counts = np.sum([np.bincount(_plane(piece, place), minlength=own) for piece in pieces], axis=0)
         counts = counts[counts > 0]
         bits -= float((counts * np.log2(counts / digits.size)).sum())  # n H = -sum n_i log2(n_i / n)
     return bits

@@ -1,9 +1,9 @@
-"""Train a small Llama from scratch.
+"""Train a small Llama or GPT-2 from scratch.
 
-Muon (Jordan et al. 2024, torch.optim.Muon) moves the matrices of the blocks, AdamW the embedding and the norms; the
-learning rate rises, holds and falls linearly to zero. The grammar's frames are few for a language model, so it is kept
-from learning them by heart: random tokens in the input, label smoothing, weight decay, and of the measured points the
-best on the calibration split is kept. Windows are drawn by a seeded generator.
+Muon (Jordan et al. 2024, torch.optim.Muon) moves the matrices of the blocks, AdamW the embeddings, norms and biases;
+the learning rate rises, holds and falls linearly to zero. The grammar's frames are few for a language model, so it is
+kept from learning them by heart: random tokens in the input, label smoothing, weight decay, and of the measured points
+the best on the calibration split is kept. Windows are drawn by a seeded generator.
 Not bit-reproducible across machines: bfloat16 autocast and the thread count enter the sums.
 """
 
@@ -17,40 +17,53 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tasks.algorithms.errors import InputError
+from tasks.algorithms.model import families
 from tasks.algorithms.scoring import perplexity
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
     from tasks.parameters.source_sections import BaseModelParams
     from tasks.runtime.stage import Stage
 
 CURVE_POINTS = 24
 
 
-def config(p: BaseModelParams, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The Llama configuration of the parameters."""
-    return LlamaConfig(
-        hidden_size=p.hidden,
-        intermediate_size=p.mlp,
-        num_hidden_layers=p.layers,
-        num_attention_heads=p.heads,
-        num_key_value_heads=p.kv_heads,
-        vocab_size=p.vocabulary,
-        max_position_embeddings=p.context,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+def model(p: BaseModelParams, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A model of the parameters, as transformers makes it."""
+    shared = {
+        "vocab_size": p.vocabulary,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if p.architecture == "gpt2":
+        undropped = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        sizes = {"n_embd": p.hidden, "n_inner": p.mlp, "n_layer": p.layers, "n_head": p.heads, "n_positions": p.context}
+        return GPT2LMHeadModel(GPT2Config(**shared, **sizes, **undropped))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **shared,
+            hidden_size=p.hidden,
+            intermediate_size=p.mlp,
+            num_hidden_layers=p.layers,
+            num_attention_heads=p.heads,
+            num_key_value_heads=p.kv_heads,
+            max_position_embeddings=p.context,
+        )
     )
 
 
 def train(
-    model: LlamaForCausalLM, tokens: Tensor, held_out: Mapping[str, Tensor], p: BaseModelParams, stage: Stage
+    model: PreTrainedModel, tokens: Tensor, held_out: Mapping[str, Tensor], p: BaseModelParams, stage: Stage
 ) -> pd.DataFrame:
     """Train in place and keep the weights of the curve's point with the lowest calibration perplexity.
 
     Args:
+        model: its matrices are linears, [out, in], as the optimiser asks for.
         tokens: [tokens].
         held_out: split -> [windows, context].
         stage: shows the progress.
@@ -80,7 +93,7 @@ def train(
 class _Curve:
     """Points of the training, and the weights of the best one."""
 
-    model: LlamaForCausalLM
+    model: PreTrainedModel
     held_out: Mapping[str, Tensor]
     rows: list[dict[str, float]] = field(default_factory=list)
     lowest: float = math.inf
@@ -101,16 +114,18 @@ class _Curve:
 
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
     """Normal weights of standard deviation 0.02; what writes into the residual stream starts at zero."""
+    family = families.of_model(model)
+    last = (family.attention[-1], family.chosen("mlp")[-1])
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
-            zero = name.endswith(("o_proj.weight", "down_proj.weight"))
+            zero = name.removesuffix(".weight").endswith(last)
             nn.init.zeros_(weight) if zero else nn.init.normal_(weight, std=0.02, generator=generator)
 
 
 def _optimisers(model: nn.Module, p: BaseModelParams) -> list[torch.optim.Optimizer]:
-    named = list(model.named_parameters())
-    matrices = [w for name, w in named if w.ndim == 2 and "embed" not in name]
-    rest = [w for name, w in named if w.ndim != 2 or "embed" in name]
+    matrices = [linear.weight for linear in families.block_linears(model).values()]
+    taken = {id(weight) for weight in matrices}
+    rest = [weight for weight in model.parameters() if id(weight) not in taken]
     return [
         torch.optim.Muon(matrices, lr=p.muon_learning_rate, weight_decay=p.weight_decay, adjust_lr_fn="original"),
         torch.optim.AdamW(rest, lr=p.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),

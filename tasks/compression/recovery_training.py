@@ -114,8 +114,7 @@ def write(recovered: Recovered, source: Path, model: Path, history: Path) -> Non
 
 def _checkpointing(params: Lora, model: nn.Module, masked: bool) -> bool:
     """Whether activations of all blocks are too many for the memory that is free; it changes no byte."""
-    on_card = model.device.type == "cuda" and torch.cuda.is_available()
-    free = torch.cuda.mem_get_info(model.device)[0] if on_card else needs.available_memory()
+    free = training_inputs.free_memory(model.device)
     return needs.recovery(params, shape_of_model(model), masked, free).checkpointing
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
@@ -20,6 +21,7 @@ from tasks.algorithms.model.shape import shape_of_config
 from tasks.algorithms.recovery import training
 from tasks.algorithms.scoring import perplexity
 from tasks.models import dense_folder, streamed_folder
+from tasks.parameters import needs
 from tasks.runtime import files
 from tasks.sources import json_lines
 
@@ -79,6 +81,13 @@ def recipe(params: Lora | Qad) -> training.Recipe:
         seed=params.seed,
         hidden=params.distillation.hidden,
     )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a training on the device may still get."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.mem_get_info(device)[0]
+    return needs.available_memory()
 
 
 def check_length(section: str, length: int, context: int | None) -> None:

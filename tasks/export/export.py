@@ -73,7 +73,7 @@ def export(folder: Path, kind: str, out: Path, text: Path | None = None) -> dict
     if text:
         _need(_ENGINES[module.__name__], f"checking {kind}")
     windows, prompts = _check_data(folder, text) if text else ([], [])
-    source = source_model.read(folder)
+    source = source_model.read(folder, module.check)
     with _scratch(out) as scratch:
         written = scratch / "model"
         written.mkdir()

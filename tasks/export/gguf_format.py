@@ -3,12 +3,12 @@
 These types are blocks of 32 values with a float16 scale and codes around zero, which hold symmetric codes of groups of
 a multiple of 32 exactly: the scale is repeated for each block. Codes with zero points of at most 7 bits become Q8_0,
 whose steps hold them, too. What has no such groups becomes float32: float16 weights would have the engine round the
-activations as well. An EoRA adapter
-is written as a GGUF LoRA of its own, adapter.gguf, to be loaded with the model. Pruned weights are stored as zeros.
+activations as well. An EoRA adapter is written as a GGUF LoRA of its own, adapter.gguf, to be loaded with the model.
+Pruned weights are stored as zeros.
 
-Llama's and Mistral's query and key rows are reordered, because llama.cpp rotates neighbouring pairs where transformers
-rotates halves; Qwen's are not. The engine rounds the activations that meet quantised weights to 8 bits: its logits are
-near the PyTorch model's, not equal. Tokenizers other than byte-level BPE are left out: the model then takes token ids.
+What differs between families says `gguf_families`. The engine rounds the activations that meet quantised weights to 8
+bits: its logits are near the PyTorch model's, not equal. Tokenizers other than byte-level BPE are left out: the model
+then takes token ids.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; block layouts: ggml-common.h of ggml
 """
@@ -17,38 +17,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-import torch
-import transformers
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from tasks.algorithms.errors import InputError
-from tasks.export import source_model
+from tasks.export import gguf_families, source_model
 from tasks.export.source_model import Change, Source
 from tasks.models import tokenizer_archive
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed.stored_model import Linear
 from tasks.runners.engines import GGUF, LORA
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
-    "MistralForCausalLM": gguf.MODEL_ARCH.LLAMA,
-    "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
-    "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
-}
 _BLOCK = 32
 _PRE = {
     ("ByteLevel",): "gpt-2",
     ("Digits", "ByteLevel"): "smollm",
 }
 """The steps of a tokenizer before BPE -> llama.cpp's name for them."""
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Refuse a config.json that llama.cpp would not compute as transformers does.
+
+    Raises:
+        InputError: as `gguf_families.check`.
+    """
+    gguf_families.check(config)
 
 
 def write_float32(source: Source, folder: Path) -> dict[str, Change]:
@@ -73,25 +73,25 @@ def write(source: Source, folder: Path) -> dict[str, Change]:
         What the format could not express -> what was done instead, to be said in export.json.
 
     Raises:
-        InputError: the engine has no such architecture, attention window or rotary embedding.
+        InputError: as `gguf_families.check`; the engine has no such rotary embedding, or no place for a tensor.
     """
-    architecture = _architecture(source)
-    names = gguf.get_tensor_name_map(architecture, source.config["num_hidden_layers"])
-    writer, notes = GGUFWriter(folder / GGUF, gguf.MODEL_ARCH_NAMES[architecture]), _notes(source)
-    _describe(writer, source)
+    family = gguf_families.check(source.config)
+    writer, notes = GGUFWriter(folder / GGUF, family.row.name), _notes(source, family)
+    gguf_families.describe(writer, source.config, family)
     notes |= _vocabulary(writer, source)
-    tensors = dict(source.linears) | {"model.embed_tokens": source.embedding}
-    tensors |= {} if source.head is None else {"lm_head": source.head}
+    described = family.shape.family
+    tensors = dict(source.linears) | {described.embedding: source.embedding}
+    tensors |= {} if source.head is None else {described.head: source.head}
     for name, linear in tensors.items():
-        place, order = names.get_name(name), _order(source, architecture, name)
+        place, order = family.place(name), family.order(name, linear.shape[0])
         _add(writer, f"{place}.weight", linear, order, notes)
         if linear.bias is not None:
             writer.add_tensor(f"{place}.bias", linear.bias[order].float().numpy())
     for name, values in source.rest.items():
-        place = names.get_name(name.removesuffix(".weight"))
-        writer.add_tensor(f"{place}.weight", values.float().numpy())
+        added = family.row.added if "norm" in name and name.endswith(".weight") else 0
+        writer.add_tensor(family.place(name), (values.float() + added).numpy())
     _close(writer)
-    notes |= _write_adapter(source, architecture, names, folder)
+    notes |= _write_adapter(source, family, folder)
     copy_tokenizer(source.folder, folder)
     return notes
 
@@ -118,7 +118,7 @@ def component_bytes(folder: Path) -> dict[str, int]:
         scales = 2 * int(tensor.n_elements) // block if block > 1 else 0
         if tensor.name.startswith(("token_embd", "output.")):
             found["embedding"] += int(tensor.n_bytes)
-        elif "norm" in tensor.name or tensor.name.endswith("bias"):
+        elif "norm" in tensor.name or tensor.name.endswith("bias") or tensor.name.startswith("position"):
             found["norms"] += int(tensor.n_bytes)
         elif tensor.name.startswith("rope"):
             found["rotary"] += int(tensor.n_bytes)
@@ -130,52 +130,17 @@ def component_bytes(folder: Path) -> dict[str, int]:
     return found
 
 
-def _architecture(source: Source) -> gguf.MODEL_ARCH:
-    config, named = source.config, source.config["architectures"][0]
-    if named not in ARCHITECTURES:
-        raise InputError(
-            f"{named} can't be exported to GGUF; known are {', '.join(ARCHITECTURES)}: export to onnx-int4"
-        )
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window and window < config["max_position_embeddings"]:
-        raise InputError(f"a sliding window of {window} tokens can't be exported to GGUF: export to onnx-int4")
-    return ARCHITECTURES[named]
-
-
-def _notes(source: Source) -> dict[str, Change]:
+def _notes(source: Source, family: gguf_families.Family) -> dict[str, Change]:
     notes, linears = source_model.densified(source), [*source.linears.values(), source.embedding]
     if any(_type(linear) for linear in linears):
         notes["scales"] = Change(f"float16 for each block of {_BLOCK} inputs, on no grid", "scales")
         rounded = "rounded to 8 bits by the engine where they meet quantised weights"
         notes["activations"] = Change(rounded, None, exact=False)
+    if family.row.rough:
+        notes["GELU"] = Change(
+            "looked up by the engine, in a table of float16 of its form with tanh", None, exact=False
+        )
     return notes
-
-
-def _describe(writer: GGUFWriter, source: Source) -> None:
-    """The sizes, and factors of the rotary embedding where it isn't the plain one."""
-    config = transformers.AutoConfig.for_model(**source.config)
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
-    writer.add_key_length(size)
-    writer.add_value_length(size)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(size)
-    theta = float(config.rope_parameters["rope_theta"])
-    writer.add_rope_freq_base(theta)
-    rotary = LlamaRotaryEmbedding(config)
-    plain = 1 / theta ** (torch.arange(0, size, 2) / size)
-    if rotary.attention_scaling != 1 or len(rotary.inv_freq) != len(plain):
-        kind = config.rope_parameters["rope_type"]
-        raise InputError(f"a rotary embedding of the type {kind!r} can't be exported to GGUF: export to onnx-int4")
-    if not torch.allclose(rotary.inv_freq, plain):
-        writer.add_tensor("rope_freqs.weight", (plain / rotary.inv_freq).float().numpy())
 
 
 def _vocabulary(writer: GGUFWriter, source: Source) -> dict[str, Change]:
@@ -224,15 +189,6 @@ def _adds_bos(content: dict[str, Any]) -> bool:
     return bool(single) and "SpecialToken" in single[0]
 
 
-def _order(source: Source, architecture: gguf.MODEL_ARCH, name: str) -> Tensor | slice:
-    """Of a linear's rows: query and key rows of a head as pairs (first half, second half) where llama.cpp wants it."""
-    if architecture != gguf.MODEL_ARCH.LLAMA or not name.endswith(("q_proj", "k_proj")):
-        return slice(None)
-    rows = source.linears[name].shape[0]
-    size = source.config.get("head_dim") or source.config["hidden_size"] // source.config["num_attention_heads"]
-    return torch.arange(rows).view(rows // size, 2, size // 2).transpose(1, 2).reshape(-1)
-
-
 def _add(writer: GGUFWriter, name: str, linear: Linear, order: Tensor | slice, notes: dict[str, Change]) -> None:
     kind = _type(linear)
     if kind is not None:
@@ -269,21 +225,18 @@ def _blocks(linear: Linear, kind: Type) -> np.ndarray:
     return np.concatenate(parts, axis=-1).reshape(len(codes), -1)
 
 
-def _write_adapter(
-    source: Source, architecture: gguf.MODEL_ARCH, names: gguf.TensorNameMap, folder: Path
-) -> dict[str, Change]:
+def _write_adapter(source: Source, family: gguf_families.Family, folder: Path) -> dict[str, Change]:
     branches = {name: linear for name, linear in source.linears.items() if linear.adapter is not None}
     if not branches:
         return {}
-    writer = GGUFWriter(folder / LORA, gguf.MODEL_ARCH_NAMES[architecture])
+    writer = GGUFWriter(folder / LORA, family.row.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # no scaling by the rank, which differs between linears
     for name, linear in branches.items():
         a, b = source_model.factors(linear)
-        place = names.get_name(name)
-        for part, factor in (("a", a), ("b", b[_order(source, architecture, name)])):
-            writer.add_tensor(f"{place}.weight.lora_{part}", np.ascontiguousarray(factor.numpy()))
+        for part, factor in (("a", a), ("b", b[family.order(name, len(b))])):
+            writer.add_tensor(f"{family.place(name)}.weight.lora_{part}", np.ascontiguousarray(factor.numpy()))
     _close(writer)
     done = f"a GGUF LoRA in float32 beside the model, {LORA}: the engine has to be told to load it"
     return {"adapter": Change(done, "adapter")}

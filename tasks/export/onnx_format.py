@@ -7,7 +7,7 @@ float16 are stored so, with a Cast that the engine folds when it loads. `int8` i
 dynamic quantisation of the float32 graph, adapters merged.
 
 Pruned weights are stored as the code of zero: the operators know no sparsity. The builder draws what it has kernels
-for: heads of a multiple of 16. It computes in float32, as the PyTorch model does; no GPU formats are written.
+for (`onnx_families`). It computes in float32, as the PyTorch model does; no GPU formats are written.
 
 https://onnxruntime.ai/docs/genai, and the operators' contract: docs/ContribOperators.md of ONNX Runtime
 """
@@ -31,7 +31,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from tasks.algorithms.errors import InputError
-from tasks.export import source_model
+from tasks.export import onnx_families, source_model
+from tasks.export.onnx_families import FUSED, PLACES, check  # noqa: F401  check: of every format
 from tasks.export.source_model import Change, Source
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed.stored_model import Linear
@@ -41,16 +42,11 @@ from tasks.runtime import refusals
 MODEL = "model.onnx"
 CONFIG = "genai_config.json"
 CONTRIB = "com.microsoft"
-FUSED = ("q_proj", "k_proj", "v_proj")
-"""One product of the builder's graph, where all three are stored alike."""
 _BLOCKS = 16, 256
 """Block sizes that MatMulNBits takes."""
-_HEAD = 16
-"""What the size of a head must be a multiple of: GroupQueryAttention refuses others when it runs."""
 _ONE_FILE = 2**30
 """Bytes of tensors beyond which they go into a file of their own: one of protobuf ends at 2 GiB."""
 _ROTARY = {"rotary embedding": Change("tables of its cosines and sines for the whole context", "rotary")}
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def int4(source: Source, folder: Path) -> dict[str, Change]:
@@ -62,7 +58,7 @@ def int4(source: Source, folder: Path) -> dict[str, Change]:
     Raises:
         InputError: the builder has no graph for the model.
     """
-    fused = all(_alike([block[name] for name in block if name.endswith(FUSED)]) for block in source.blocks)
+    fused = all(_alike(_beside(block)) for block in source.blocks)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         graph = _Graph(_draw(source, Path(scratch), fused, merged=False))
         for index, block in enumerate(source.blocks):
@@ -126,7 +122,7 @@ def component_bytes(folder: Path) -> dict[str, int]:
 
 def _component(name: str) -> str:
     last = name.rpartition(".")[2]
-    if name in ("cos_cache", "sin_cache"):
+    if name.startswith(("cos_cache", "sin_cache")):
         return "rotary"
     if name.startswith(("embedding", "lm_head", "model.embed_tokens")):
         return "embedding"
@@ -153,9 +149,6 @@ def _draw(source: Source, scratch: Path, fused: bool, merged: bool, shared: bool
     """
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
-    size = source.config.get("head_dim") or source.config["hidden_size"] // source.config["num_attention_heads"]
-    if size % _HEAD:
-        raise InputError(f"heads of {size} don't run in ONNX Runtime GenAI, which wants multiples of {_HEAD}: use gguf")
     dense, drawn = scratch / "dense", scratch / "drawn"
     source_model.write_dense(source, dense, merged)
     options = [f"fuse_qkv={str(fused).lower()}", "hf_token=false"]
@@ -163,7 +156,9 @@ def _draw(source: Source, scratch: Path, fused: bool, merged: bool, shared: bool
     names = ("", str(dense), str(drawn), "fp32", "cpu", str(scratch / "cache"))
     with _written_by_python(), contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         try:
-            create_model(*names, **parse_extra_options(*names, options))
+            parsed = parse_extra_options(*names, options)
+            onnx_families.as_the_builder_reads(parsed["hf_details"]["hf_config"])
+            create_model(*names, **parsed)
         except Exception as error:  # it refuses a model with whatever its parts raise
             if refusals.number(error) in refusals.DISK:
                 raise
@@ -188,18 +183,29 @@ def _written_by_python() -> Iterator[None]:
 
 def _products(index: int, block: dict[str, Linear], fused: bool) -> Iterator[tuple[str, list[Linear]]]:
     """(name of the builder's MatMul, the linears that it computes side by side)."""
-    together = [linear for name, linear in block.items() if name.endswith(FUSED)]
-    if fused:
+    together = _beside(block)
+    if fused and together:
         yield f"/model/layers.{index}/attn/qkv_proj/MatMul", together
     for name, linear in block.items():
         last = name.rpartition(".")[2]
-        if not (fused and last in FUSED):
-            yield f"/model/layers.{index}/{'attn' if last in _ATTENTION else 'mlp'}/{last}/MatMul", [linear]
+        if last in FUSED:
+            yield from () if fused else ((f"/model/layers.{index}/attn/{last}/MatMul", [linear]),)
+            continue
+        places = PLACES[last]
+        rows = linear.shape[0] // len(places)
+        for part, place in enumerate(places):
+            cut = source_model.part(linear, slice(part * rows, (part + 1) * rows))
+            yield f"/model/layers.{index}/{place}/MatMul", [cut]
+
+
+def _beside(block: dict[str, Linear]) -> list[Linear]:
+    """Query, key and value, where they are linears of their own."""
+    return [linear for name, linear in block.items() if name.rpartition(".")[2] in FUSED]
 
 
 def _alike(linears: list[Linear]) -> bool:
     """Whether the linears can be one product: the same widths and blocks, zero points and biases."""
-    return len({(x.bits, x.group_size, x.zeros is None, x.group_index is None, x.bias is None) for x in linears}) == 1
+    return len({(x.bits, x.group_size, x.zeros is None, x.group_index is None, x.bias is None) for x in linears}) <= 1
 
 
 class _Graph:

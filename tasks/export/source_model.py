@@ -8,8 +8,8 @@ It quantises nothing: a code that an engine gets has the value that the package 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families
+from tasks.algorithms.model import families, inspection
 from tasks.algorithms.quantisation import rounding
 from tasks.models import tensor_files
 from tasks.models.tokenizer_files import copy_tokenizer
@@ -36,7 +36,7 @@ class Source:
         blocks: per block, full module name -> Linear, in running order.
         embedding: [vocabulary, hidden].
         head: the same of an untied head; None where it is the embedding.
-        rest: full parameter name -> tensor: all norms.
+        rest: full parameter name -> tensor: all norms, learned positions.
     """
 
     folder: Path
@@ -67,24 +67,37 @@ class Change:
     exact: bool = True
 
 
+def windows(config: Any) -> list[bool]:
+    """Per block, whether its attention has a window shorter than the context.
+
+    Args:
+        config: of transformers.
+    """
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    shorter = bool(window) and window < config.max_position_embeddings
+    kinds = getattr(config, "layer_types", None) or [inspection.SLIDING] * config.num_hidden_layers
+    return [shorter and kind == inspection.SLIDING for kind in kinds]
+
+
 def densified(source: Source) -> dict[str, Change]:
     """That pruned weights are stored, as in every format that knows no sparsity; empty where nothing is pruned."""
     pruned = {linear.pattern for linear in source.linears.values()} - {"dense"}
     return {f"zeros at {', '.join(sorted(pruned))}": Change("stored as the code of zero", "values")} if pruned else {}
 
 
-def read(folder: Path) -> Source:
+def read(folder: Path, check: Callable[[Mapping[str, Any]], Any]) -> Source:
     """A packed folder, a gptqmodel checkpoint or a dense folder.
 
+    Args:
+        check: refuses a config that can't be exported, before blocks are read.
+
     Raises:
-        InputError: it is no model folder, a damaged one, or of a family that no format is written for.
+        InputError: it is no model folder, or a damaged one.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: name one with a packed, a quantised or a dense model")
     model = reader.load(folder) if is_packed(folder) else source_folder.read(folder)
-    if families.known(model.config) is None:
-        named, known = ", ".join(model.config["architectures"]), ", ".join(sorted(families.BY_HEART))
-        raise InputError(f"{named} can't be exported: the formats are written for {known}; ship the package instead")
+    check(model.config)
     head = None if model.head is None else _linear(model.head)
     blocks = [dict(block) for block in model.blocks]
     return Source(folder, model.config, blocks, _linear(model.embedding), head, model.rest)
@@ -127,6 +140,16 @@ def dense(linear: Linear, merged: bool = False) -> Tensor:
 def table(matrix: Linear) -> Tensor:
     """float32 [vocabulary, hidden] of embedding or head: rounded to float16 where coded, as the model computes."""
     return matrix.values().float() if matrix.codes is None else matrix.values().half().float()
+
+
+def part(linear: Linear, rows: slice) -> Linear:
+    """Some of a linear's outputs."""
+    if linear.adapter is not None:
+        a, b = factors(linear)
+        linear = replace(linear, adapter=(a, b[rows]))
+    named = ("codes", "scales", "zeros", "weight", "bias", "keep")
+    given = {name: getattr(linear, name) for name in named}
+    return replace(linear, **{name: values[rows] for name, values in given.items() if values is not None})
 
 
 def block_size(linear: Linear, least: int, most: int) -> int | None:

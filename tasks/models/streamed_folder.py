@@ -12,7 +12,6 @@ algorithms read and change weights between passes. from_pretrained's own offload
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import families, layers, matrices, stored_type
+from tasks.algorithms.model import families, heap, layers, matrices, stored_type
 from tasks.models import dense_folder, generations, model_files, skeleton, stored_tensors, tensor_files
 from tasks.models.stored_tensors import StoredTensors
 from tasks.runtime import files
@@ -54,7 +53,7 @@ class StoredBlock:
             yield
         finally:
             skeleton.empty(block)
-            return_freed()
+            heap.return_freed()
 
     def load(self, block: nn.Module, dtype: torch.dtype | None = None) -> None:
         """Give the block its weights for good, in this type; None: in those that they are stored in."""
@@ -172,7 +171,7 @@ def drop_outside(model: PreTrainedModel) -> None:
         for name, weight in module._parameters.items():
             if weight is not None and id(weight) not in inside:
                 module._parameters[name] = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
-    return_freed()
+    heap.return_freed()
 
 
 class Writer:
@@ -265,18 +264,6 @@ def _sources(model: PreTrainedModel) -> Mapping[str, tuple[StoredTensors, str]]:
             source = tied[1]
         found[name] = tensors, source
     return found
-
-
-def return_freed() -> None:
-    """Give freed memory back to the kernel.
-
-    glibc (2.36) keeps it: once a large piece has been freed, pieces up to that size come from its heap, where what a
-    block leaves is in pieces. In calibrate 16 blocks of 9 MB took 52 MB more than 4 so, and 1 MB more with this (in
-    wanda 28).
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none and keep nothing
-    if trim is not None:
-        trim(0)
 
 
 def generation(folder: Path) -> GenerationConfig:

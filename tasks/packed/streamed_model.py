@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tasks.algorithms.model import families, layers
+from tasks.algorithms.model import families, heap, layers
 from tasks.algorithms.model.shape import shape_of_model
 from tasks.algorithms.quantisation import rounding
 from tasks.models.skeleton import attach, compute_buffers, missing
-from tasks.models.streamed_folder import return_freed
 from tasks.packed import packed_linear
 from tasks.packed.model_config import skeleton
 from tasks.packed.stored_model import CHUNK, Linear, Model
@@ -95,7 +94,7 @@ class _StoredBlock:
         finally:
             for name, module in empty.items():
                 attach(block, name, module)
-            return_freed()
+            heap.return_freed()
 
     def stay(self, block: nn.Module) -> None:
         """Fill the block for good."""

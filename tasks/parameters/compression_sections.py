@@ -190,7 +190,7 @@ class Qad(Section):
     """Windows per step."""
     length: Annotated[int, Field(ge=8)]
     """Tokens per window."""
-    learning_rate: Rate
+    learning_rate: Annotated[Rate | Auto, OrAuto]
     """In steps of the grid: of one that moves always the same way, so much per step of the optimiser."""
     warmup: Fraction
     distillation: Distillation

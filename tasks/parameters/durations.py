@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tasks.algorithms.model.shape import ModelShape
 from tasks.parameters import needs, preflight, rules
-from tasks.parameters.schema import Params
+from tasks.parameters.schema import Lora, Params, Qad
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,19 @@ def _wanda(params: Params, model: ModelShape) -> Work:
     return 2 * _forward(model, tokens, length, BATCH) + choice + _read(model)
 
 
+def _teacher(own: Lora | Qad, whole: ModelShape) -> Work:
+    """What a step of a training asks of its teacher."""
+    return _forward(whole, own.batch * own.length, own.length, own.batch)
+
+
+def _losses(own: Lora | Qad, model: ModelShape, whole: ModelShape) -> Work:
+    """The teacher where one is asked, and the head with what is made of its logits, forward and backward."""
+    taught = own.distillation.weight > 0 or own.distillation.hidden > 0
+    tokens, heads = own.batch * own.length, 3 if taught else 2
+    head = Work(products=heads * _head(model, tokens).products, exps=LOSSES / 3 * heads * tokens * model.vocabulary)
+    return head + _teacher(own, whole) if taught else head
+
+
 def _recovery(params: Params, model: ModelShape, whole: ModelShape, masked: bool) -> Work:
     """Training of adapters on `model` with `whole` as the teacher; masked: every weight has a gradient."""
     own = params.lora
@@ -198,11 +211,8 @@ def _recovery(params: Params, model: ModelShape, whole: ModelShape, masked: bool
         bytes=2 * forward.bytes + (16 * 4 * model.in_blocks if masked else 6 * 4 * tokens * sides),
         calls=2 * forward.calls + 100 * model.layers * len(model.linears),
     )
-    teacher, heads = Work(), 2
-    if own.distillation.weight or own.distillation.hidden or own.method == "block_reconstruction":
-        teacher, heads = _forward(whole, tokens, own.length, own.batch), 3
-    head = Work(products=heads * _head(model, tokens).products, exps=LOSSES / 3 * heads * tokens * model.vocabulary)
-    step = forward + backward + teacher + (Work() if own.method == "block_reconstruction" else head)
+    blockwise = own.method == "block_reconstruction"
+    step = forward + backward + (_teacher(own, whole) if blockwise else _losses(own, model, whole))
     start = _eora(params, model) if own.start == "eora" else Work()
     return own.steps * step + start + _tokenised(text_bytes(params, "train")) + _read(model, 6)
 
@@ -224,11 +234,11 @@ def _qad(params: Params, model: ModelShape, whole: ModelShape) -> Work:
         bytes=2 * forward.bytes + 25 * 4 * model.in_blocks,
         calls=2 * forward.calls + 60 * model.layers * len(model.linears),
     )
-    teacher, heads = Work(), 2
-    if own.distillation.weight or own.distillation.hidden:
-        teacher, heads = _forward(whole, tokens, own.length, own.batch), 3
-    head = Work(products=heads * _head(model, tokens).products, exps=LOSSES / 3 * heads * tokens * model.vocabulary)
-    return own.steps * (forward + backward + teacher + head) + _tokenised(text_bytes(params, "train")) + _read(model, 6)
+    return (
+        own.steps * (forward + backward + _losses(own, model, whole))
+        + _tokenised(text_bytes(params, "train"))
+        + _read(model, 6)
+    )
 
 
 def _search(params: Params, weights: float) -> Work:

@@ -28,14 +28,17 @@ LIBRARIES = 700 * 2**20
 ACTIVATIONS = (9, 4)
 """Values kept for a backward pass per token and layer, in units of the hidden and of the MLP size."""
 KEPT = {True: 1.05, False: 1.3}
-"""What they take of memory, gaps included, by whether the adapters are masked: plain ones make more that is dropped."""
+"""What they take of memory, by whether the adapters are masked: plain ones make more that is dropped."""
+SCATTERED, GIVEN_BACK = 0.7, 5 * 2**25
+"""Gaps in glibc's heap among what is kept for a backward pass, in units of it, and in bytes at most: of a large heap
+what is free is given back after each step (`tasks.algorithms.model.heap`)."""
 KEEPING = 0.4
 """Of the free memory: what a recovery may take that keeps the activations of all blocks; two may run side by side."""
 AHEAD, TARGETS = 32, 2**28
 """Steps whose targets wait in memory for a training (`tasks.algorithms.recovery.targets`), and their bytes, at most."""
 WIDENED = 1.5
 """What a head of a shorter type takes while it is in fp32, and multiplied with (1.6 GiB for 1.0 at 128,256 x 2,048)."""
-COPIED = 2.5
+COPIED = 3
 """Tables in fp32 that quantising the embedding takes beside it (2.2 to 3.2 were measured at 32,768 x 256)."""
 GAPS = 0.2
 """Of a block's bytes in fp32: what glibc's heap keeps per block that is computed anew (41 MiB of 232)."""
@@ -122,6 +125,25 @@ class Recovery(NamedTuple):
     checkpointing: bool
 
 
+def _teacher(own: Lora | Qad, model: ModelShape, asked: bool = False) -> tuple[int, int]:
+    """Bytes that a training holds of its teacher and of what that said, and those while it says it, from the disk.
+
+    Args:
+        asked: whatever the losses are.
+    """
+    if not (asked or own.distillation.weight > 0 or own.distillation.hidden > 0):
+        return 0, 0
+    tokens, whole = own.batch * own.length, _dense(model) <= streaming.WHOLE
+    target = 4 * tokens * model.hidden * (1 + model.layers if own.distillation.hidden > 0 else 1)
+    held = (_dense(model) if whole else 0) + max(target, min(AHEAD * target, TARGETS))
+    return held, 0 if whole else _block(model) + _forward(model, tokens)
+
+
+def _kept(size: int, masked: bool) -> int:
+    """Bytes that is kept for a backward pass takes, gaps included."""
+    return int(KEPT[masked] * size) + min(int(SCATTERED * size), GIVEN_BACK)
+
+
 def recovery(own: Lora, model: ModelShape, masked: bool, free: int) -> Recovery:
     """What a recovery does with so much free memory: the activations of all blocks are kept where `KEEPING` is enough.
 
@@ -132,17 +154,13 @@ def recovery(own: Lora, model: ModelShape, masked: bool, free: int) -> Recovery:
     states = 4 * tokens * model.hidden
     adapters = 16 * own.rank * model.layers * sum(map(sum, model.linears.values()))  # gradient, two moments
     held = _stored(model) + adapters + (model.in_blocks // 8 if masked else 0)  # masks are bits
-    opened = 0  # a block of a teacher on the disk
-    if own.distillation.weight > 0 or own.distillation.hidden > 0 or own.method == "block_reconstruction":
-        whole = _dense(model) <= streaming.WHOLE
-        target = states * (1 + model.layers if own.distillation.hidden > 0 else 1)
-        held += (_dense(model) if whole else 0) + max(target, min(AHEAD * target, TARGETS))
-        opened = 0 if whole else 4 * block + _forward(model, tokens)
+    taught, opened = _teacher(own, model, own.method == "block_reconstruction")
+    held += taught
     if own.method == "block_reconstruction":  # the student's and the teacher's states of all windows at one depth
         held += 2 * own.steps * states
     head = _logits(model, tokens, 4) + (int(WIDENED * _table(model)) if model.stored < 4 else 0)  # while it is asked
     summed = 4 * model.in_blocks if masked or model.stored < 4 else 0  # each weight with its adapter, or in fp32
-    kept = held + max(opened, head + int(KEPT[masked] * (summed + _backward(model, tokens))))
+    kept = held + max(opened, head + _kept(summed + _backward(model, tokens), masked))
     if kept <= KEEPING * free:
         return Recovery(kept, False)
     anew = int(KEPT[masked] * (8 * block + _forward(model, tokens)))  # a block's weights, and those with adapters
@@ -159,15 +177,10 @@ def qad(own: Qad, model: ModelShape, free: int) -> Recovery:
     tokens = own.batch * own.length
     states = 4 * tokens * model.hidden
     # latent codes, gradient, two moments; codes and masks as they are; scales; what is outside in fp16
-    held = (16 + 2) * model.in_blocks + model.in_blocks // 8 + 2 * model.outside
-    opened = 0
-    if own.distillation.weight > 0 or own.distillation.hidden > 0:
-        whole = _dense(model) <= streaming.WHOLE
-        target = states * (1 + model.layers if own.distillation.hidden > 0 else 1)
-        held += (_dense(model) if whole else 0) + max(target, min(AHEAD * target, TARGETS))
-        opened = 0 if whole else _block(model) + _forward(model, tokens)
+    taught, opened = _teacher(own, model)
+    held = (16 + 2) * model.in_blocks + model.in_blocks // 8 + 2 * model.outside + taught
     head = _logits(model, tokens, 4) + int(WIDENED * _table(model))
-    kept = held + max(opened, head + int(KEPT[True] * (4 * model.in_blocks + _backward(model, tokens))))
+    kept = held + max(opened, head + _kept(4 * model.in_blocks + _backward(model, tokens), True))
     if kept <= KEEPING * free:
         return Recovery(kept, False)
     anew = int(KEPT[True] * (2 * _block(model) + _forward(model, tokens)))
@@ -193,7 +206,7 @@ def _kv_cache_memory(params: Params, model: ModelShape) -> int:
 
 def _harness_memory(params: Params, model: ModelShape) -> int:
     tokens = batches.most_tokens(min(longest_document(params), model.context or UNLIMITED), params.harness.batch)
-    return _asked(model, _logits(model, tokens) + _forward(model, tokens))
+    return _asked(model, _logits(model, tokens, 4) + _forward(model, tokens))
 
 
 def longest_document(params: Params) -> int:
@@ -252,8 +265,8 @@ def _gptq_memory(params: Params, model: ModelShape) -> int:
 
 
 def _package_memory(params: Params, model: ModelShape) -> int:
-    # the embedding, and what is coded of it at once; a block with its codes, masks and values
-    return max(4 * model.outside + 8 * min(model.outside, CODED), 16 * (model.in_blocks // model.layers))
+    # the embedding, and what is coded of it at once; a block's codes, masks and values, as given and as read back
+    return max(4 * model.outside + 12 * min(model.outside, CODED), 24 * (model.in_blocks // model.layers))
 
 
 def _eora_memory(params: Params, model: ModelShape) -> int:

@@ -50,6 +50,11 @@ def _learning_rate(model: ModelShape, device: str) -> float:
     return float(f"{0.01 * math.sqrt(min(1.0, HIDDEN / model.hidden)):.2g}")
 
 
+def _code_rate(model: ModelShape, device: str) -> float:
+    """0.03 up to the built-in's size; beyond, it falls with the hidden size to the power of 1.5."""
+    return float(f"{0.03 * min(1.0, HIDDEN / model.hidden) ** 1.5:.2g}")
+
+
 def _adapter_bytes(model: ModelShape, device: str) -> int:
     """About 1 % of the package: 8,000 for ten blocks of the built-in."""
     return max(1, round(model.in_blocks * 8000 / (10 * BLOCK)))
@@ -64,7 +69,7 @@ RULES: dict[str, dict[str, Callable[[ModelShape, str], Any]]] = {
     "DepthPrune": {"remove": _layers},
     "Wanda": {"keep": _kept},
     "Lora": {"steps": _steps, "learning_rate": _learning_rate},
-    "Qad": {"steps": _steps},
+    "Qad": {"steps": _steps, "learning_rate": _code_rate},
     "Eora": {"budget_bytes": _adapter_bytes},
     "Evaluate": {"max_windows": _windows},
 }

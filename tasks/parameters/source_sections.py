@@ -22,11 +22,13 @@ class BaseModelParams(Section):
     """The built-in model's shape and its training from scratch."""
 
     seed: Seed
+    architecture: Literal["llama", "gpt2"]
     layers: Count
     hidden: Count
     mlp: Count
     heads: Count
     kv_heads: Count
+    """GPT-2 has as many as heads."""
     vocabulary: Annotated[int, Field(ge=300)]
     context: Count
     tokens: Count
@@ -34,7 +36,7 @@ class BaseModelParams(Section):
     batch: Count
     """Windows of `context` tokens per optimiser step."""
     learning_rate: Rate
-    """Peak, AdamW: embedding and norms."""
+    """Peak, AdamW: embeddings, norms and biases."""
     muon_learning_rate: Rate
     """Peak, Muon: the matrices of the blocks."""
     weight_decay: Fraction
@@ -46,6 +48,12 @@ class BaseModelParams(Section):
     """Share of the steps with a rising learning rate."""
     decay: Fraction
     """Share of the steps, at the end, with a falling learning rate."""
+
+    @model_validator(mode="after")
+    def _heads(self) -> BaseModelParams:
+        if self.architecture == "gpt2" and self.kv_heads != self.heads:
+            raise ValueError(f"`kv_heads` = {self.kv_heads}: gpt2 has as many as `heads` ({self.heads})")
+        return self
 
 
 class ModelSource(Section):

@@ -118,6 +118,8 @@ class OnnxGenai:
         config = onnxruntime_genai.Config(str(folder))
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self.model = onnxruntime_genai.Model(config)
+        decoder = json.loads((folder / GENAI).read_text(encoding="utf-8"))["model"]["decoder"]
+        self.window = decoder.get("sliding_window", {}).get("window_size", 0)
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         generator = self._generator(1, len(ids))
@@ -136,7 +138,8 @@ class OnnxGenai:
 
     def _generator(self, batch: int, length: int) -> Any:
         parameters = self.library.GeneratorParams(self.model)
-        parameters.set_search_options(batch_size=batch, min_length=length, max_length=length, do_sample=False)
+        longest = max(length, self.window)  # of which its caches are as long at least
+        parameters.set_search_options(batch_size=batch, min_length=length, max_length=longest, do_sample=False)
         return self.library.Generator(self.model, parameters)
 
 

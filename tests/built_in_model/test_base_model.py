@@ -40,6 +40,7 @@ def test_its_weights_are_those_of_its_parameters() -> None:
     named = {"layers": "num_hidden_layers", "hidden": "hidden_size", "mlp": "intermediate_size"}
     named |= {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "vocabulary": "vocab_size"}
     assert {key: config[value] for key, value in named.items()} == {key: p[key] for key in named}
+    assert config["model_type"] == p["architecture"]
 
 
 def test_the_tokenizer_loses_nothing_of_unseen_text(tokenizer) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
+import pandas as pd
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tasks import base_model
 from tasks.algorithms.errors import InputError
 from tasks.algorithms.scoring import perplexity
 from tasks.built_in_model import tokenizer, training
+from tasks.models import skeleton
 from tasks.parameters import schema
 from tests.support.built_in_corpus import sample
 from tests.support.paths import ROOT
@@ -33,7 +38,7 @@ def train(params, bpe, make_stage):
     def trained():
         tokens = perplexity.tokenise(bpe, list(sample("train", 20))).long()
         held_out = {name: perplexity.windows(tokens, 32, 32, 8) for name in ("calibration", "test")}
-        model = LlamaForCausalLM(training.config(params, bpe))
+        model = training.model(params, bpe)
         curve = training.train(model, tokens, held_out, params, make_stage({}, {}))
         return model, curve
 
@@ -63,6 +68,39 @@ def test_the_seed_decides(train) -> None:
     second, again = train()
     assert curve.equals(again) and curve["calibration"].iloc[-1] < curve["calibration"].iloc[0]
     assert all(torch.equal(weight, second.state_dict()[name]) for name, weight in first.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [("LlamaForCausalLM", {}), ("GPT2LMHeadModel", {"architecture": "gpt2", "kv_heads": 4})],
+)
+def test_the_stage_s_folder_is_the_trained_model_for_stock_transformers(
+    params, make_stage, tmp_path, architecture, changes
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name, rows in (("train", 40), ("calibration", 12), ("test", 12)):
+        texts = [json.dumps({"text": text}) for text in sample("train", rows)]
+        (corpus / f"{name}.jsonl").write_text("\n".join(texts), encoding="utf-8")
+    base_model.run(make_stage({"base_model": params.model_copy(update=changes)}, {"corpus": corpus}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/model")
+    assert type(model).__name__ == architecture
+    tokens = perplexity.tokenise(tokenizer, list(sample("train", 12)))
+    windows = perplexity.windows(tokens, 32, 32, base_model.MEASURED)
+    best = pd.read_csv(tmp_path / "out/training.csv")["calibration"].min()
+    assert perplexity.perplexity(model.eval(), windows, batch=4) == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "last"),
+    [("llama", {"self_attn.o_proj", "mlp.down_proj"}), ("gpt2", {"attn.c_proj", "mlp.c_proj"})],
+)
+def test_what_writes_into_the_residual_stream_starts_at_zero(params, bpe, architecture, last) -> None:
+    model = skeleton.with_linears(training.model(params.model_copy(update={"architecture": architecture}), bpe))
+    training.initialise(model, torch.Generator().manual_seed(0))
+    zero = [name.split(".") for name, weight in model.named_parameters() if not weight.any()]
+    assert {".".join(parts[-3:-1]) for parts in zero if parts[-1] == "weight"} == last
 
 
 def test_too_little_text_for_a_vocabulary_is_one_sentence() -> None:

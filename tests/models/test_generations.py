@@ -1,6 +1,6 @@
 """What is written is read by transformers 4, too: its spellings are there, and 5 reads the same with and without them.
 
-4 itself can't be installed beside 5. What it sees is what is left without the words that only 5 knows.
+What 4 sees is what is left without the words that only 5 knows; test_transformers4 has 4 itself.
 """
 
 from __future__ import annotations

@@ -104,6 +104,11 @@ BAD = [
     out_of_range("corpus.seed", -1, ZERO),
     out_of_range("corpus.seed", 2**31, "input should be less than 2147483648"),
     out_of_range("base_model.vocabulary", 100, "input should be greater than or equal to 300"),
+    out_of_range("base_model.architecture", "gpt", "input should be 'llama' or 'gpt2'"),
+    (
+        {"base_model.architecture": "gpt2"},
+        "params.yaml: base_model: `kv_heads` = 2: gpt2 has as many as `heads` (4)",
+    ),
     out_of_range("base_model.warmup", 1.1, "input should be less than or equal to 1"),
     out_of_range("calibrate.windows", 0, ONE),
     out_of_range("calibrate.windows", 2.5, "input should be a valid integer"),

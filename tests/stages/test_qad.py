@@ -97,3 +97,16 @@ def test_windows_longer_than_the_context_are_refused_before_a_model_is_read(root
     long.folder = tmp_path / "long"
     with pytest.raises(InputError, match=r"qad\.length = 4096 is above the model's context of 512 tokens"):
         qad.run(long)
+
+
+def test_a_training_that_makes_it_worse_changes_no_code(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    wild = stage(root, **{"qad.learning_rate": 30.0})
+    wild.folder = tmp_path / "wild"
+    qad.run(wild)
+    assert (tmp_path / "wild/model/model.safetensors").read_bytes() == (
+        root / "data/eora/model/model.safetensors"
+    ).read_bytes()
+    said = capsys.readouterr().out
+    assert "warning: " in said and "the codes stay as they were; lower qad.learning_rate" in said
+    assert "0.00% of the codes have moved" in said

@@ -10,6 +10,7 @@ import transformers
 
 from tasks.algorithms.model import families
 from tasks.algorithms.quantisation import rounding
+from tasks.models import skeleton
 from tasks.models.tokenizer_files import copy_tokenizer
 from tasks.packed import packed_folder, writer
 from tasks.packed.model_config import clean
@@ -48,7 +49,7 @@ def windows_of(folder, count=3):
     return list(np.random.default_rng(0).integers(0, size, (count, LENGTH)))
 
 
-def write(folder, tokenizer, architecture="LlamaForCausalLM", tied=True, embedding=4, config=(), **settings):
+def write(folder, tokenizer, architecture="LlamaForCausalLM", tied=True, config=(), **settings):
     kind = getattr(transformers, architecture)
     sizes = {
         "hidden_size": 64,
@@ -69,6 +70,14 @@ def write(folder, tokenizer, architecture="LlamaForCausalLM", tied=True, embeddi
         for name, tensor in model.named_parameters():
             if name.endswith("bias") or "norm" in name:  # transformers starts them at 0 and 1
                 tensor.data += 0.1 * torch.randn_like(tensor)
+    return pack(model, folder, tokenizer, **settings)
+
+
+def pack(model, folder, tokenizer, embedding=4, **settings):
+    """The packed folder of a model, quantised by rounding."""
+    model, tied = skeleton.with_linears(model), model.config.tie_word_embeddings
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
         blocks = [
             {name: _linear(linear, **settings) for name, linear in block.items()}
             for block in families.linears_by_block(model)
@@ -76,7 +85,7 @@ def write(folder, tokenizer, architecture="LlamaForCausalLM", tied=True, embeddi
     described = families.of_model(model)
     tables = [model.get_submodule(name).weight.detach().half() for name in (described.embedding, described.head)]
     coded = [table if embedding == 16 else rounding.quantise(table, embedding, 32) for table in tables]
-    content = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [architecture]}
+    content = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [described.architecture]}
     taken = {f"{name}.{part}" for block in blocks for name in block for part in ("weight", "bias")}
     taken |= {f"{described.embedding}.weight", f"{described.head}.weight"}
     rest = {name: tensor.detach().half() for name, tensor in model.named_parameters() if name not in taken}

@@ -3,9 +3,9 @@
 It prints per stage what was measured, what `tasks.parameters.needs` says, and the ratio; OUT.json has the same.
 `--without measure` leaves out a stage that no later one of the list reads, `--shapes width` runs that shape alone.
 
-One process runs them one after another, without DVC; a small chain comes first, so that libraries are imported and
-their pages there. Before each stage free memory is given back to Linux and the mark of its peak is set anew, so what is
-measured is the peak above the memory before the stage, mapped files included.
+A process per model runs them one after another, without DVC; a small chain comes first, so that libraries are imported
+and their pages there. Before each stage free memory is given back to Linux and the mark of its peak is set anew: what
+is measured is the peak above the memory before the stage, mapped files included.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import multiprocessing
 import resource
 import shutil
 import tempfile
@@ -59,13 +60,12 @@ STAGES = (
     "harness@fetch-corpus",
     "harness@package-corpus",
 )
-SLOW = {"measure": (), "package": ("layers", "width"), "sensitivity": ("layers",), "baseline": ("layers",)}
-"""Stages that take long, or whose formula is known to be too low -> the shapes on which the test runs them; this
-command runs all on all but the warm-up."""
+SLOW = {"measure": (), "sensitivity": ("layers",), "baseline": ("layers",)}
+"""Stages that take long -> the shapes on which the test runs them; this command runs all on all but the warm-up."""
 SHAPES: dict[str, dict[str, int]] = {
     "layers": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "vocab_size": 1024},
     "width": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 1024},
-    "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 24576},
+    "vocabulary": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 32768},
 }
 """Sizes of the random models: many layers, wide ones, a large vocabulary."""
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 512}
@@ -79,7 +79,7 @@ VALUES = {
     "depth_prune.remove": 1,
     "depth_prune.protect_first": 0,
     "depth_prune.protect_last": 0,
-    "lora.steps": 1,
+    "lora.steps": 2,
     "lora.batch": 4,
     "lora.length": 256,
     "gptq.descent_cycles": 1,
@@ -88,9 +88,8 @@ VALUES = {
     "eora.budget_bytes": None,
     "qad.enabled": True,
     "qad.steps": 2,  # AdamW has its moments from the second on
-    "qad.batch": 1,
-    "qad.length": 128,
-    "package.coding": "fixed",
+    "qad.batch": 4,
+    "qad.length": 256,
     "evaluate.length": 256,
     "evaluate.stride": 256,
     "evaluate.max_windows": 4,
@@ -251,15 +250,22 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--without", nargs="+", default=[])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    given = parser.parse_args()
+    given, found = parser.parse_args(), {}
+    stages = [name for name in STAGES if name not in given.without]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # no model's gaps are the next one's
+        for name in given.shapes:
+            found[name] = pool.apply(_measured, (name, stages))
+            given.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def _measured(shape: str, stages: list[str]) -> dict[str, dict[str, float]]:
     torch.set_num_threads(1)
-    stages, found = [name for name in STAGES if name not in given.without], {}
-    for name, sizes in {"warm-up": TINY, **{name: SHAPES[name] for name in given.shapes}}.items():
+    for name, sizes in (("warm-up", TINY), (shape, SHAPES[shape])):
         print(name, sizes)
         chosen = [stage for stage in stages if name != "warm-up" or stage != "measure"]
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = chain(Path(folder).resolve(), sizes, stages=chosen)
-        given.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            found = chain(Path(folder).resolve(), sizes, stages=chosen)
+    return found
 
 
 if __name__ == "__main__":

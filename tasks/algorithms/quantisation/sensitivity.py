@@ -79,12 +79,7 @@ def measure(
         nonlocal reported
         names = list(by_block[index])
         if names[0] not in measured:  # a block's linears are all saved at once
-            # `inputs` are the unchanged model's, so that no other linear's error is in what is measured.
-            unchanged = _outputs(block, inputs)  # [windows, length, hidden], as each of the states
-            changes = [
-                _change(block, inputs, unchanged, matrix, functools.partial(quantise, name), (measured_width, *widths))
-                for name, matrix in by_block[index].items()
-            ]
+            changes = _changes(block, inputs, by_block[index], quantise, (measured_width, *widths))
             for later, call in zip(blocks[index + 1 :], calls[index + 1 :], strict=True):
                 with layers.opened(later):
                     for change in changes:
@@ -92,8 +87,6 @@ def measure(
             found = _divergences(model, last, [change.states for change in changes], inputs)
             for name, change, divergence in zip(names, changes, found, strict=True):
                 measured[name] = {bits: divergence * change.shares[bits] for bits in widths}
-            inputs.hidden.copy_(unchanged)
-            inputs.carried = True
             if saved.due():
                 saved.save("measured", {}, [(each, list(found.items())) for each, found in measured.items()])
         for _ in names if done else ():
@@ -114,6 +107,24 @@ class _Change(NamedTuple):
 
     states: Tensor
     shares: dict[int, float]
+
+
+def _changes(
+    block: nn.Module,
+    inputs: layers.BlockInputs,
+    linears: Mapping[str, Matrix],
+    quantise: Quantise,
+    widths: Sequence[int],
+) -> list[_Change]:
+    """What quantising each linear alone does; carries the inputs, which are the unchanged model's, to the outputs."""
+    unchanged = _outputs(block, inputs)  # [windows, length, hidden], as each of the states
+    found = [
+        _change(block, inputs, unchanged, matrix, functools.partial(quantise, name), widths)
+        for name, matrix in linears.items()
+    ]
+    inputs.hidden.copy_(unchanged)
+    inputs.carried = True
+    return found
 
 
 def _change(

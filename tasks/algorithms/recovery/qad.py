@@ -5,10 +5,10 @@ were not there (straight-through estimator, Bengio et al., arXiv 1308.3432), as 
 2305.17888), but after GPTQ and from its codes. Scales, zero points, masks, norms, embedding and a low-rank branch stay:
 the model takes as many bytes as before.
 
-What is trained of a matrix is a latent code for each weight, in steps of the grid, so that one learning rate fits every
-width, scale and model. It begins in the cell of GPTQ's code, at the place there that the weight before quantisation had
-(or the side of the cell that is nearest to it): nothing changes at first, and what GPTQ had to decide by little moves
-first. Training itself is `training`'s.
+What is trained of a matrix is a latent code for each weight, in steps of the grid, so that one learning rate fits all
+widths and scales. It begins in the cell of GPTQ's code, at the place there that the weight before quantisation had, or,
+where GPTQ chose another cell than the weight's (11 to 15 % of them), as far inside as that was outside: nothing changes
+at first, and what GPTQ had to decide by little moves first. Training itself is `training`'s.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tasks.algorithms.quantisation.codes import Codes
 
-INSIDE = 0.49
+INSIDE = 0.499
 """How far from a code its latent may begin, in steps: it still rounds to it."""
 
 
@@ -61,7 +61,7 @@ class GridLinear(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         steps = start.codes.float() - self._wide(self.zeros)
         place = weight.float() / self._wide(self.scales) - steps
-        latent = steps + place.nan_to_num_(0.0).clamp_(-INSIDE, INSIDE)
+        latent = steps + _inside(place.nan_to_num_(0.0))
         if kept is not None:
             latent.masked_fill_(~kept, 0.0)
         self.latent = nn.Parameter(latent)
@@ -134,6 +134,15 @@ def trainable(model: nn.Module) -> Adapted:
 def grids(model: nn.Module) -> dict[str, GridLinear]:
     """Full name -> the linears whose codes are trained, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, GridLinear)}
+
+
+def _inside(place: Tensor) -> Tensor:
+    """Places in steps from the code's as places within its cell, reflected at its sides; beyond a step: the code's.
+
+    All at one side they would cross it together: after four steps of training SmolLM2's loss rose from 2.1 to 6.4.
+    """
+    distance = place.abs()
+    return place.sign() * torch.minimum(distance, 1 - distance).clamp_(0.0, INSIDE)
 
 
 def _zeros(start: Codes) -> Tensor:

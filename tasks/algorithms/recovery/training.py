@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.algorithms.errors import InputError
-from tasks.algorithms.model import checkpoints, families, head
+from tasks.algorithms.model import checkpoints, families, head, heap
 from tasks.algorithms.model.device import repeatable_attention, seeded
 from tasks.algorithms.recovery import distillation
 from tasks.algorithms.recovery.targets import Target, Targets
@@ -154,6 +154,7 @@ def train(
             if saved.due():
                 saved.save(STATE, checkpoints.training_state(parameters, optimizer, generators), history)
             report(step, figures[0])
+            heap.return_freed(heap.LARGE)
     return history
 
 

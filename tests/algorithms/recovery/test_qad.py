@@ -33,7 +33,7 @@ def test_it_begins_with_the_values_and_the_codes_that_there_are(bits, zeros, ord
     grid = qad.GridLinear(start, weight)
     assert torch.equal(grid.weight, start.values())
     assert torch.equal(grid.codes(), start.codes)
-    # and each latent is where its weight is, or at the nearest side of the code's cell
+    # and each latent is where its weight is, or as far within the code's cell as that is outside of it
     latent = grid.latent.detach()
     for row in range(2):
         for col in range(0, 16, 3):
@@ -41,8 +41,21 @@ def test_it_begins_with_the_values_and_the_codes_that_there_are(bits, zeros, ord
             scale = float(start.scales[row, group])
             points = float(start.zeros[row, group]) if zeros else 2 ** (bits - 1)
             step = float(start.codes[row, col]) - points
-            wanted = min(max(float(weight[row, col]) / scale, step - 0.49), step + 0.49)
+            place = float(weight[row, col]) / scale - step
+            if abs(place) >= 1:
+                place = 0.0
+            elif abs(place) > 0.5:
+                place = place - 2 * (place - 0.5) if place > 0 else place + 2 * (-0.5 - place)
+            wanted = step + min(max(place, -0.499), 0.499)
             assert float(latent[row, col]) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_of_a_cell_s_codes_few_are_near_its_side():
+    start, weight = made(rows=200, cols=64)
+    place = qad.GridLinear(start, weight).latent.detach() - (start.codes.float() - 4)
+    distance = (weight - start.values()).abs() / start.scales.float().repeat_interleave(8, dim=1)
+    assert float((distance > 0.5).float().mean()) > 0.3
+    assert float((place.abs() > 0.49).float().mean()) < 0.05  # 0.02 where they were spread evenly
 
 
 @pytest.mark.parametrize("pruned", [False, True])
