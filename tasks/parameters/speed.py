@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FOLDER = "edgepress"
 """Below the user's cache folder, XDG_CACHE_HOME or ~/.cache."""
 SHARES = {"products": 0.9, "doubles": 0.9, "spectra": 0.3, "bytes": 0.5, "exps": 0.9, "calls": 0.0, "starts": 0.0}
-"""Kind of work -> what a further thread brings of what the first one does, about; the kinds are `durations.Work`'s."""
+"""Kind of work (`tasks.parameters.work.Work`) -> what a further thread brings of what the first one does, about."""
 SECONDS = 0.1
 """How long each kernel is repeated."""
 ROWS, SIDE, SPECTRUM, COPIED = 1024, 512, 256, 2**26
@@ -36,7 +36,7 @@ TIMEOUT = 120
 """Seconds that the sample may take on a busy machine."""
 
 Speed = dict[str, float]
-"""Kind of work (the fields of `durations.Work`) -> how much of it a second brings."""
+"""Kind of work (the fields of `tasks.parameters.work.Work`) -> how much of it a second brings."""
 
 
 def of_machine(model: ModelShape, device: str = "cpu", threads: int | None = None) -> Speed | None:

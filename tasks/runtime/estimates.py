@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.algorithms.errors import InputError
 from tasks.parameters import durations, preflight, schema, speed
-from tasks.parameters.durations import Work
+from tasks.parameters.work import Work
 from tasks.runtime import lineage, staleness, warm
 from tasks.runtime.order import MOST, Order
 from tasks.runtime.progress import STATE

@@ -17,7 +17,8 @@ from tasks.algorithms.quantisation import sensitivity
 from tasks.algorithms.recovery import masked_lora, training
 from tasks.algorithms.scoring import likelihood, protocols
 from tasks.parameters import durations, schema
-from tasks.parameters.durations import Work, work
+from tasks.parameters.durations import work
+from tasks.parameters.work import Work
 from tests.parameters.test_preflight import with_values
 from tests.support.paths import ROOT
 

@@ -16,6 +16,7 @@ import yaml
 from dvc.repo import Repo
 
 from tasks.parameters import durations, preflight, schema, speed
+from tasks.parameters.work import Work
 from tasks.runtime import code, estimates, lineage, locks, staleness
 from tasks.runtime.progress import STATE, Progress
 from tests.parameters.test_preflight import CONFIG, with_values
@@ -269,7 +270,7 @@ def noted(**given: object) -> dict:
 def test_a_run_leaves_what_it_had_to_do_but_not_one_that_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "model_here", lambda *_: MODEL)
     work = noted()["work"]
-    assert durations.Work(**work).seconds(SPEED) == pytest.approx(formula("lora", with_values({})), rel=1e-4)
+    assert Work(**work).seconds(SPEED) == pytest.approx(formula("lora", with_values({})), rel=1e-4)
     assert noted(journal=SimpleNamespace(goes_on=False)) == {"work": work}
     assert noted(journal=SimpleNamespace(goes_on=True)) == {} == noted(answers=SimpleNamespace(goes_on=True))
     monkeypatch.setattr(preflight, "model_here", lambda *_: None)
