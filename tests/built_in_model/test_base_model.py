@@ -43,6 +43,16 @@ def test_its_weights_are_those_of_its_parameters() -> None:
     assert config["model_type"] == p["architecture"]
 
 
+def test_the_gpt_2_is_of_the_same_size_text_and_tokens() -> None:
+    folder = ROOT / "data/gpt2_model"
+    config, entries = dense_folder.config(folder / "model"), tensor_headers.entries(folder / "model")
+    assert config["architectures"] == ["GPT2LMHeadModel"]
+    assert sum(int(np.prod(entry.shape)) for entry in entries.values()) == 2_707_200
+    assert (folder / "model/tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()
+    curve = pd.read_csv(folder / "training.csv")
+    assert len(curve) >= 20 and curve["calibration"].min() < 0.5 * curve["calibration"].iloc[0]
+
+
 def test_the_tokenizer_loses_nothing_of_unseen_text(tokenizer) -> None:
     for row in (ROOT / "data/grammar/prose.jsonl").read_text(encoding="utf-8").splitlines():
         text = json.loads(row)["text"] + " Grüße, naïve 漢字 \t🙂\n  end"
