@@ -207,11 +207,13 @@ def _round(
     """Bytes of the model with these widths, and whether it is in baseline/model: False where the journal had them."""
     saved = stage.journal.part(f"round{number}")
     if before := saved.load("bytes"):
-        size, aim.growth = before.values
+        size, aim.growth, trained = before.values
+        if trained:
+            aim.trained.append(widths)
         return size, False
     work = saved.part("work")
     size = quantise(stage, widths, coded, work, aim)
-    saved.save("bytes", {}, [size, aim.growth])
+    saved.save("bytes", {}, [size, aim.growth, widths in aim.trained])
     work.forget()
     return size, True
 
