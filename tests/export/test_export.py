@@ -17,7 +17,7 @@ from tasks.runners import engines
 from tests.benchmarks import engines as benchmark
 from tests.support import random_package
 from tests.support.command import edgepress
-from tests.support.exports import needs_engine, needs_writer
+from tests.support.exports import check_same, needs_engine, needs_writer
 from tests.support.paths import ROOT
 
 PACKAGE, TEST = ROOT / "data/package/model", ROOT / "data/corpus/test.jsonl"
@@ -30,14 +30,7 @@ def test_engines_that_compute_in_float32_give_the_same_logits_and_greedy_tokens(
     needs_engine(kind)
     folder, out = exported(case, kind)
     ours, theirs = engines.load(folder), engines.load(runnable(out))
-    for window in random_package.windows_of(folder):
-        a, b = ours.logits(window), theirs.logits(window)
-        # the head's values are rounded to float16 in PyTorch, and not in MatMulNBits
-        assert np.abs(a - b).max() < 2e-3 * np.abs(a).max()
-    prompts = np.random.default_rng(1).integers(0, 257, (20, 8))
-    same = (ours.generate(prompts, NEW) == theirs.generate(prompts, NEW)).all(axis=1)
-    for prompt in prompts[~same]:  # a tie, but for what float32 rounds
-        assert export._gap(ours, theirs, prompt) < 1e-2
+    check_same(ours, theirs, random_package.windows_of(folder), prompts=20, new=NEW)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tasks.export import export
 from tasks.runners import engines
 from tests.support import random_package
 from tests.support.command import edgepress
-from tests.support.exports import needs_engine, needs_writer
+from tests.support.exports import check_same, needs_engine, needs_writer
 from tests.support.family_list import CONTEXT, FAMILIES, LLAMA3
 
 gguf_families = pytest.importorskip("tasks.export.gguf_families")
@@ -86,13 +86,7 @@ def test_the_engine_computes_what_the_package_does(packed, tmp_path, kind, name)
     assert engines.perplexity(theirs, text) == pytest.approx(engines.perplexity(ours, text), rel=0.01)
     if kind == "gguf":  # rounds activations to 8 bits: its tokens can be others
         return
-    for window in random_package.windows_of(folder):
-        a, b = ours.logits(window), theirs.logits(window)
-        assert np.abs(a - b).max() < 2e-3 * np.abs(a).max()
-    prompts = np.random.default_rng(1).integers(0, 257, (8, 8))
-    same = (ours.generate(prompts, NEW) == theirs.generate(prompts, NEW)).all(axis=1)
-    for prompt in prompts[~same]:  # a tie, but for what float32 rounds
-        assert export._gap(ours, theirs, prompt) < 1e-2
+    check_same(ours, theirs, random_package.windows_of(folder), prompts=8, new=NEW)
 
 
 @pytest.mark.parametrize(("kind", "name", "changes"), STRETCHED)
